@@ -1,0 +1,64 @@
+# Needs Python 3.11 or newer and make, nothing else. Everything is installed into .venv in this folder.
+
+PYTHON ?= python3
+WORKERS ?= 4
+JOBS ?= 2
+TRANSACTIONS ?=
+REPORT ?= report.json
+BALANCES ?= balances.csv
+ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench dashboards clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-18s %s\n", $$1, $$2 }'
+	@echo "Variables: PYTHON=python3.12  TRANSACTIONS=file.csv.gz  WORKERS=4  JOBS=2  ARGS='further arguments'"
+
+setup: $(READY) ## make .venv with the package and all tools
+
+$(READY): pyproject.toml constraints.txt
+	@command -v '$(PYTHON)' >/dev/null || { \
+	  echo "There is no $(PYTHON): install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is $$('$(PYTHON)' --version 2>&1): Python 3.11 or newer is needed." \
+	    "Name one: make PYTHON=python3.12" >&2; exit 1; }
+	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	'$(PYTHON)' -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## rehearse a whole migration in a scratch database, and back
+	@$(BIN)/walletmigrate rehearse --workers $(WORKERS) --report '$(REPORT)' --balances '$(BALANCES)' \
+	  $(if $(TRANSACTIONS),--transactions '$(TRANSACTIONS)') $(ARGS) \
+	  && echo "Report: $(abspath $(REPORT))" && echo "Balances: $(abspath $(BALANCES))"
+
+test: $(READY) ## run all tests on real PostgreSQL
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+check: $(READY) ## format, lint, types, layers and SQL
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/sqlfluff lint --disable-progress-bar src/walletmigrate/sql
+	$(BIN)/python dashboards/build.py --check
+
+format: $(READY) ## let ruff write the format
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: $(READY) ## measure the speed, durability on
+	$(BIN)/python bench/run.py $(ARGS)
+
+dashboards: $(READY) ## make the Grafana dashboards anew
+	$(BIN)/python dashboards/build.py
+
+clean: ## remove what these commands made
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -f report.json balances.csv
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

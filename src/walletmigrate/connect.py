@@ -1,0 +1,166 @@
+"""Connections for jobs and the command line: the driver, time limits, and URLs without their passwords.
+
+The application brings an engine of its own; nothing here touches it.
+
+Time limits are set inside each transaction with ``SET LOCAL``, not on the connection. Behind a PgBouncer that
+pools transactions, the start-up parameter ``options=-c …`` is refused unless it is configured to be ignored,
+and a plain ``SET`` would stay on a server connection that the next client gets. ``SET LOCAL`` costs one round
+trip per transaction and, unlike ``select set_config(…)``, takes no snapshot, so that ``SET TRANSACTION`` and
+the first real statement of a REPEATABLE READ transaction behave as if it were not there.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import sqlalchemy
+from pydantic import SecretStr
+from sqlalchemy import event, make_url, text
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.engine.interfaces import IsolationLevel
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.pool import NullPool
+
+from walletmigrate.errors import ConfigError, DatabaseUnreachable
+
+LOCK_TIMEOUT_MS: Final = 5_000
+"""How long a statement of a job waits for a lock, in milliseconds."""
+
+STATEMENT_TIMEOUT_MS: Final = 300_000
+"""How long a statement of a job may run, in milliseconds; 0 is no limit."""
+
+_CONNECT_SECONDS: Final = 10
+_SCHEMES: Final = frozenset({"postgresql", "postgres", "postgresql+psycopg"})
+_SECRET_PARAMETERS: Final = frozenset({"password", "sslpassword", "passphrase", "oauth_client_secret"})
+_HIDDEN: Final = "***"
+_UNREADABLE: Final = "(unreadable URL)"
+
+
+def parsed(url: str | SecretStr | URL) -> URL:
+    """Read a PostgreSQL URL; plain ``postgresql://`` and ``postgres://`` mean psycopg 3.
+
+    Raises ConfigError, which never quotes the URL, when it cannot be read or names another driver.
+    """
+    try:
+        read = make_url(url.get_secret_value() if isinstance(url, SecretStr) else url)
+    except (ArgumentError, ValueError):  # their texts quote the URL or a part of it
+        raise ConfigError(
+            "the database URL cannot be read",
+            fix="write postgresql://user:password@host:5432/database, and in user and password "
+            "@ : / % as %40 %3A %2F %25",
+        ) from None
+    if read.drivername not in _SCHEMES:
+        raise ConfigError(
+            f"the database URL names {read.drivername!r}",
+            fix="use postgresql:// (PostgreSQL, driver psycopg 3)",
+        )
+    return read.set(drivername="postgresql+psycopg")
+
+
+def masked(url: str | SecretStr | URL) -> str:
+    """Give the URL as ``postgresql://…`` with every password in it replaced; never raises."""
+    try:
+        read = parsed(url)
+    except ConfigError:
+        return _UNREADABLE
+    hidden = {name: _HIDDEN for name in read.query if name.lower() in _SECRET_PARAMETERS}
+    shown = read.set(drivername="postgresql").update_query_dict(hidden)
+    address, mark, query = shown.render_as_string(hide_password=True).partition("?")
+    return address + mark + query.replace("%2A", "*").replace("%2F", "/")
+
+
+def engine(
+    url: str | SecretStr | URL,
+    *,
+    application_name: str,
+    lock_timeout_ms: int = LOCK_TIMEOUT_MS,
+    statement_timeout_ms: int = STATEMENT_TIMEOUT_MS,
+    isolation_level: IsolationLevel | None = None,
+    **options: Any,
+) -> Engine:
+    """Make an engine whose every transaction has a lock and a statement time limit (milliseconds, 0: none).
+
+    ``application_name`` is what ``pg_stat_activity`` shows. ``options`` go to ``sqlalchemy.create_engine``.
+    Connections in autocommit have no transaction to hold the limits: they run with the server's.
+
+    Raises ConfigError for a URL that cannot be read; connects to nothing yet.
+    """
+    arguments: dict[str, Any] = {
+        "application_name": application_name,
+        "connect_timeout": _CONNECT_SECONDS,
+        # Prepared statements outlive a transaction; a PgBouncer older than 1.21 then mixes up its clients.
+        "prepare_threshold": None,
+        **options.pop("connect_args", {}),
+    }
+    if isolation_level is not None:
+        options["isolation_level"] = isolation_level
+    made = sqlalchemy.create_engine(parsed(url), connect_args=arguments, **options)
+    limits = (
+        f"set local lock_timeout = {int(lock_timeout_ms)}; "
+        f"set local statement_timeout = {int(statement_timeout_ms)}"
+    )
+
+    @event.listens_for(made, "begin")
+    def _limit(connection: Connection) -> None:
+        if not _in_autocommit(connection):
+            connection.exec_driver_sql(limits)
+
+    return made
+
+
+def reachable(engine: Engine) -> None:
+    """Open a connection and ask for one row.
+
+    Raises DatabaseUnreachable, with the password masked everywhere, when that fails.
+    """
+    try:
+        with engine.connect() as connection:
+            connection.execute(text("select 1"))
+    except DBAPIError as error:
+        raise DatabaseUnreachable(masked(engine.url), _without_secrets(error, engine.url)) from None
+
+
+@contextmanager
+def scratch_database(server: str | SecretStr | URL | Engine, template: str | None = None) -> Iterator[str]:
+    """Create a database with a random name on the server, yield its URL, and drop it with its sessions.
+
+    ``server`` is the URL of any database there whose user may create databases, or an engine for it;
+    ``template`` is the database to copy (nobody may be connected to it). The URL yielded has its password.
+
+    Raises DatabaseUnreachable when the server does not answer.
+    """
+    url = server.url if isinstance(server, Engine) else parsed(server)
+    name = f"walletmigrate_{secrets.token_hex(6)}"
+    source = "template1" if template is None else template.replace('"', '""')
+    admin = engine(
+        url, application_name="walletmigrate-scratch", isolation_level="AUTOCOMMIT", poolclass=NullPool
+    )
+    try:
+        reachable(admin)
+        with admin.connect() as connection:
+            connection.exec_driver_sql(f'create database "{name}" template "{source}"')
+        try:
+            yield url.set(drivername="postgresql", database=name).render_as_string(hide_password=False)
+        finally:
+            with admin.connect() as connection:
+                connection.exec_driver_sql(f'drop database if exists "{name}" with (force)')
+    finally:
+        admin.dispose()
+
+
+def _in_autocommit(connection: Connection) -> bool:
+    return bool(getattr(connection.connection.driver_connection, "autocommit", False))
+
+
+def _without_secrets(error: DBAPIError, url: URL) -> str:
+    """Give the driver's first words on one line, without any secret of the URL."""
+    words = " ".join(str(error.orig).split())
+    secret_values = [value for name, value in url.query.items() if name.lower() in _SECRET_PARAMETERS]
+    for value in (url.password, *secret_values):
+        for secret in (value,) if isinstance(value, str) else value or ():
+            if secret:
+                words = words.replace(secret, _HIDDEN)
+    return words.rstrip(".")

@@ -1,0 +1,410 @@
+"""Every error of the library: one base, typed fields, the exit code, and what to do next.
+
+Errors that the database raises are recognised by SQLSTATE (class ``WM``), never by their text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import ClassVar
+
+
+class WalletMigrateError(Exception):
+    """Base of all errors. ``str(error)`` is a sentence that says what to do next."""
+
+    code: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(WalletMigrateError):
+    """The request cannot be carried out as it was put (exit code 2)."""
+
+    code = "usage"
+    exit_code = 2
+
+
+@dataclass(eq=False)
+class ConfigError(UsageError):
+    """A setting is wrong; ``line`` is 1-based in ``file``, None when the value came from the environment."""
+
+    message: str
+    file: str | None = None
+    line: int | None = None
+    fix: str = ""
+
+    code = "config"
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}: " if self.file and self.line else f"{self.file}: " if self.file else ""
+        return place + self.message + (f" Fix: {self.fix}" if self.fix else "")
+
+
+@dataclass(eq=False)
+class UnreadableInput(UsageError):
+    """An input file has rows that cannot be read; ``problems`` are (line number, what is wrong)."""
+
+    file: str
+    problems: Sequence[tuple[int, str]]
+
+    code = "unreadable_input"
+
+    def __str__(self) -> str:
+        shown = "\n".join(f"  {self.file}:{line}: {what}" for line, what in self.problems[:50])
+        more = f"\n  … and {len(self.problems) - 50} more" if len(self.problems) > 50 else ""
+        return f"{len(self.problems)} rows cannot be read, nothing was run:\n{shown}{more}"
+
+
+@dataclass(eq=False)
+class PreconditionRefused(WalletMigrateError):
+    """A step was refused; ``reasons`` are all that is missing, each with the command that mends it."""
+
+    step: str
+    reasons: Sequence[tuple[str, str]]
+
+    code = "precondition"
+    exit_code = 4
+
+    def __str__(self) -> str:
+        lines = [f"  - {what}" + (f"\n    → {mend}" if mend else "") for what, mend in self.reasons]
+        return f"{self.step} is refused:\n" + "\n".join(lines)
+
+
+@dataclass(eq=False)
+class DatabaseUnreachable(WalletMigrateError):
+    """No connection to PostgreSQL; ``url`` has its password masked."""
+
+    url: str
+    detail: str
+
+    code = "database_unreachable"
+    exit_code = 5
+
+    def __str__(self) -> str:
+        mend = "Check the address, or set WALLETMIGRATE_DATABASE_URL."
+        return f"PostgreSQL at {self.url} cannot be reached: {self.detail}. {mend}"
+
+
+@dataclass(eq=False)
+class FlagSourceUnreachable(WalletMigrateError):
+    """The flag server or file gave no usable document."""
+
+    source: str
+    detail: str
+
+    code = "flag_source_unreachable"
+    exit_code = 5
+
+    def __str__(self) -> str:
+        return f"No flags from {self.source}: {self.detail}"
+
+
+@dataclass(eq=False)
+class FlagsMissing(WalletMigrateError):
+    """The source does not know all three flags."""
+
+    source: str
+    missing: Sequence[str]
+
+    code = "flags_missing"
+    exit_code = 4
+
+    def __str__(self) -> str:
+        names = ", ".join(self.missing)
+        return f"{self.source} has no flag named {names}. Make it there, spelt exactly so (names are case-sensitive)."
+
+
+@dataclass(eq=False)
+class FlagDocumentInvalid(UsageError):
+    """A flag document is not an environment document of Flagsmith's; the one in force stays."""
+
+    source: str
+    detail: str
+
+    code = "flag_document"
+
+    def __str__(self) -> str:
+        return f"{self.source} is not a flag document: {self.detail}. The last good document stays in force."
+
+
+class PostingRefused(WalletMigrateError):
+    """Base of what a posting can be refused for. Nothing was written; the caller's transaction is usable."""
+
+    code = "refused"
+
+
+@dataclass(eq=False)
+class InvalidAmount(PostingRefused, ValueError):
+    """The amount is no exact positive amount of the currency (major units)."""
+
+    amount: object
+    problem: str
+
+    code = "invalid_amount"
+
+    def __str__(self) -> str:
+        return f"amount {self.amount!r}: {self.problem}"
+
+
+@dataclass(eq=False)
+class InvalidKey(PostingRefused, ValueError):
+    """The account key is not of the mapping's key type."""
+
+    mapping: str
+    key: object
+    expected: str
+
+    code = "invalid_key"
+
+    def __str__(self) -> str:
+        return f"key {self.key!r} of mapping {self.mapping!r}: pass {self.expected}"
+
+
+@dataclass(eq=False)
+class InvalidMovement(PostingRefused, ValueError):
+    """A field of a movement has a form that cannot be stored."""
+
+    field: str
+    problem: str
+
+    code = "invalid_movement"
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.problem}"
+
+
+@dataclass(eq=False)
+class UnknownMapping(PostingRefused, LookupError):
+    """No mapping of that name in the configuration."""
+
+    mapping: str
+    known: Sequence[str]
+
+    code = "unknown_mapping"
+
+    def __str__(self) -> str:
+        return f"no mapping {self.mapping!r}; the configuration has {', '.join(self.known) or 'none'}"
+
+
+@dataclass(eq=False)
+class UnknownAccount(PostingRefused, LookupError):
+    """The legacy table has no row with that key."""
+
+    mapping: str
+    key: object
+
+    code = "unknown_account"
+
+    def __str__(self) -> str:
+        return f"mapping {self.mapping!r} has no account {self.key!r}; insert the legacy row first"
+
+
+@dataclass(eq=False)
+class UnknownBucket(PostingRefused, LookupError):
+    """The mapping has no such bucket."""
+
+    mapping: str
+    bucket: str
+    known: Sequence[str]
+
+    code = "unknown_bucket"
+
+    def __str__(self) -> str:
+        return f"mapping {self.mapping!r} has no bucket {self.bucket!r}; use one of {', '.join(self.known)}"
+
+
+@dataclass(eq=False)
+class UnknownCurrency(PostingRefused, LookupError):
+    """The mapping has no column of that bucket in that currency, or several and none was named."""
+
+    mapping: str
+    bucket: str
+    currency: str | None
+    known: Sequence[str]
+
+    code = "unknown_currency"
+
+    def __str__(self) -> str:
+        asked = f"no currency {self.currency!r}" if self.currency else "several currencies, and none was named"
+        return f"bucket {self.bucket!r} of mapping {self.mapping!r} has {asked}; use one of {', '.join(self.known)}"
+
+
+@dataclass(eq=False)
+class SelfTransfer(PostingRefused, ValueError):
+    """Payer and payee are the same account."""
+
+    mapping: str
+    key: object
+
+    code = "self_transfer"
+
+    def __str__(self) -> str:
+        return f"account {self.key!r} of mapping {self.mapping!r} cannot pay itself"
+
+
+@dataclass(eq=False)
+class InsufficientFunds(PostingRefused):
+    """A debit would take the balance below the mapping's floor (all in major units)."""
+
+    mapping: str
+    key: object
+    balance: Decimal
+    amount: Decimal
+    floor: Decimal
+
+    code = "insufficient_funds"
+
+    def __str__(self) -> str:
+        account = f"account {self.key!r} of mapping {self.mapping!r}"
+        return f"{account} holds {self.balance}; {self.amount} would go below {self.floor}"
+
+
+@dataclass(eq=False)
+class AmountOverflow(PostingRefused, OverflowError):
+    """The new balance does not fit the legacy column's type."""
+
+    mapping: str
+    key: object
+    balance: Decimal
+    column: str
+
+    code = "overflow"
+
+    def __str__(self) -> str:
+        return f"balance {self.balance} of account {self.key!r} does not fit column {self.column!r}; widen the column"
+
+
+@dataclass(eq=False)
+class IdempotencyKeyReused(PostingRefused):
+    """The key was used for another request; no money moved."""
+
+    idempotency_key: str
+
+    code = "key_reused"
+
+    def __str__(self) -> str:
+        return f"idempotency key {self.idempotency_key!r} belongs to another request; use a new key for a new movement"
+
+
+@dataclass(eq=False)
+class UnknownTransaction(PostingRefused, LookupError):
+    """The ledger has no transaction with that id in this mapping."""
+
+    transaction_id: int
+
+    code = "unknown_transaction"
+
+    def __str__(self) -> str:
+        return f"the ledger has no transaction {self.transaction_id} of this mapping"
+
+
+@dataclass(eq=False)
+class NotReversible(PostingRefused):
+    """The transaction was reversed already, or is of a kind that is not undone by a reversal."""
+
+    transaction_id: int
+    problem: str
+
+    code = "not_reversible"
+
+    def __str__(self) -> str:
+        return f"transaction {self.transaction_id} cannot be reversed: {self.problem}"
+
+
+@dataclass(eq=False)
+class LegacyValueInvalid(PostingRefused):
+    """The legacy column holds NULL, NaN, infinity or more decimals than the scale."""
+
+    mapping: str
+    key: object
+    column: str
+
+    code = "legacy_value"
+
+    def __str__(self) -> str:
+        return (
+            f"column {self.column!r} of account {self.key!r} in mapping {self.mapping!r} holds no exact amount; "
+            "see `walletmigrate install --dry-run` for the list, and mend the row"
+        )
+
+
+@dataclass(eq=False)
+class LedgerMismatch(WalletMigrateError):
+    """Strict policy: legacy and ledger differ after the posting. The transaction must be rolled back."""
+
+    detail: str
+
+    code = "ledger_mismatch"
+
+    def __str__(self) -> str:
+        return f"{self.detail}. Roll back, then see runbooks/balance-drift.md"
+
+
+@dataclass(eq=False)
+class LedgerNotInstalled(WalletMigrateError):
+    """The functions of the mapping are not (or no longer) in the database, or do not fit this release."""
+
+    mapping: str
+    detail: str = "its functions are not in the database"
+
+    code = "not_installed"
+    exit_code = 4
+
+    def __str__(self) -> str:
+        return f"mapping {self.mapping!r}: {self.detail}. Run `walletmigrate install`, then retry the transaction."
+
+
+@dataclass(eq=False)
+class Retryable(WalletMigrateError):
+    """A serialization failure, deadlock or lock time-out inside a job that ran out of attempts."""
+
+    detail: str
+
+    code = "retryable"
+
+    def __str__(self) -> str:
+        return f"{self.detail}. Nothing was lost: run the same command again."
+
+
+@dataclass(eq=False)
+class EmbeddedUnavailable(WalletMigrateError):
+    """No scratch PostgreSQL server can be run on this machine; ``fix`` says what to install or change."""
+
+    problem: str
+    fix: str
+
+    code = "embedded_unavailable"
+    exit_code = 5
+
+    def __str__(self) -> str:
+        return f"the embedded PostgreSQL cannot run: {self.problem}. {self.fix}"
+
+
+@dataclass(eq=False)
+class LegacyUpdateSuppressed(WalletMigrateError):
+    """The UPDATE of the legacy row wrote nothing, though the row was locked. Roll the transaction back."""
+
+    detail: str
+
+    code = "legacy_update_suppressed"
+
+    def __str__(self) -> str:
+        return f"{self.detail}: a trigger or a row-level policy of the application suppressed it. Roll back."
+
+
+@dataclass(eq=False)
+class JobFailed(WalletMigrateError):
+    """A batch of a job failed for a reason that trying again does not mend. Earlier batches are committed."""
+
+    job_id: int
+    kind: str
+    detail: str
+
+    code = "job_failed"
+
+    def __str__(self) -> str:
+        return (
+            f"job {self.job_id} ({self.kind}) stopped: {self.detail}. What it did so far is committed and stays; "
+            "mend the cause and run the same command again, it goes on from there."
+        )

@@ -1,0 +1,352 @@
+"""Events of the adapter, and the observers that turn them into metrics and logs.
+
+An event is frozen and goes one way: an observer gets it and gives nothing back, so it cannot change what
+was posted, and one that fails cannot fail a money write. The adapter tells events of a Session after its
+outermost commit (``committed=True``); on a bare Connection nobody can know of the commit, so the event only
+says *posted*.
+
+Importing this module registers no metric and configures no log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import product
+from types import MappingProxyType
+from typing import Any, Final, Literal, Protocol, get_args
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+PREFIX: Final = "walletmigrate_"
+
+Operation = Literal["credit", "debit", "set_balance", "transfer", "reverse", "apply", "open_account"]
+Mode = Literal["legacy", "dual_write", "ledger"]
+Outcome = Literal["ok", "ledger_failed", "skipped", "replayed", "refused"]
+Source = Literal["legacy", "ledger", "fallback"]
+Compare = Literal["match", "mismatch", "stale"]
+Where = Literal["write", "read", "verify"]
+
+OPERATIONS: Final[tuple[Operation, ...]] = get_args(Operation)
+MODES: Final[tuple[Mode, ...]] = get_args(Mode)
+OUTCOMES: Final[tuple[Outcome, ...]] = get_args(Outcome)
+SOURCES: Final[tuple[Source, ...]] = get_args(Source)
+COMPARES: Final[tuple[Compare, ...]] = get_args(Compare)
+PLACES: Final[tuple[Where, ...]] = get_args(Where)
+FLAGS: Final = ("wallet.dualWrite", "wallet.readFromLedger", "wallet.enableWithdrawals")
+
+# 0.5 ms to 5 s: one round trip to a near database is below the first bounds, a lock wait above the last ones.
+BUCKETS: Final = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric as it is scraped: ``name`` without prefix, ``labels`` in order, where it is counted."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    served_by: Literal["process", "exporter"] = "exporter"
+
+    @property
+    def full_name(self) -> str:
+        """The name with prefix."""
+        return PREFIX + self.name
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """The names under which samples appear in a scrape."""
+        if self.kind == "histogram":
+            return tuple(self.full_name + suffix for suffix in ("_bucket", "_count", "_sum"))
+        return (self.full_name,)
+
+
+def _catalogue(*metrics: Metric) -> Mapping[str, Metric]:
+    return MappingProxyType({metric.name: metric for metric in metrics})
+
+
+METRICS: Final = _catalogue(
+    Metric(
+        "dual_write_total",
+        "counter",
+        "Postings by the adapter's operation and how they ended.",
+        ("operation", "outcome"),
+        "process",
+    ),
+    Metric(
+        "dual_write_duration_seconds",
+        "histogram",
+        "Seconds of one posting call that reached the database, commit not included.",
+        ("operation", "mode"),
+        "process",
+    ),
+    Metric("read_total", "counter", "Balance reads by the side that answered.", ("source",), "process"),
+    Metric("read_compare_total", "counter", "Compared balance reads by result.", ("outcome",), "process"),
+    Metric("mismatch_total", "counter", "Differences seen between legacy and ledger.", ("where",), "process"),
+    Metric("flag_age_seconds", "gauge", "Age of the flag document last decided by.", ("flag",), "process"),
+    Metric("phase", "gauge", "1 for the phase in force, 0 for the others.", ("phase",)),
+    Metric("line_stopped", "gauge", "1 while the line is stopped, else 0."),
+    Metric("accounts", "gauge", "Accounts by state; absent is as of the last full verification.", ("state",)),
+    Metric("drift_accounts", "gauge", "Accounts that differed in the last full verification.", ("currency",)),
+    Metric(
+        "drift_amount",
+        "gauge",
+        "Sum of absolute differences in the last full verification, in major units.",
+        ("currency",),
+    ),
+    Metric(
+        "verification_last_success_timestamp_seconds",
+        "gauge",
+        "Unix time of the last clean full verification, the oldest of all mappings; 0 if one never had any.",
+    ),
+    Metric("job_items", "gauge", "Items done by the newest job of each mapping.", ("kind",)),
+    Metric("job_failed", "gauge", "Items that failed; at least 1 if the job itself failed.", ("kind",)),
+    Metric("job_paused", "gauge", "Newest jobs that are paused.", ("kind",)),
+    Metric("job_remaining", "gauge", "Items left to do; NaN while the total is not known.", ("kind",)),
+    Metric("ledger_imbalance", "gauge", "Sum of all balances, in major units; must be 0.", ("currency",)),
+    Metric("exporter_up", "gauge", "1 if the last look at the database succeeded, else 0."),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """One movement that the adapter carried out or refused.
+
+    ``seconds`` is the call's duration; None for the second and later movements of one call, so that a batch
+    is measured once. ``committed`` is False on a bare Connection and for what was refused. ``error`` is an
+    error code or SQLSTATE, never a message. ``amount`` is in major units.
+    """
+
+    operation: Operation
+    mode: Mode
+    outcome: Outcome
+    seconds: float | None
+    mapping: str
+    bucket: str | None
+    currency: str | None
+    transaction_id: int | None
+    correlation_id: str | None
+    committed: bool
+    key: object = None
+    amount: Decimal | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One balance read. ``source`` is the side that answered (fallback: the ledger was asked for and could
+    not answer); ``compare`` is None if the two sides were not compared. A mismatch is told as `Mismatch`
+    too.
+    """
+
+    source: Source
+    compare: Compare | None
+    seconds: float
+    mapping: str
+    bucket: str
+    currency: str
+    correlation_id: str | None = None
+    key: object = None
+    balance: Decimal | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """Legacy and ledger differ for one account; balances are in major units."""
+
+    where: Where
+    mapping: str
+    bucket: str
+    currency: str
+    correlation_id: str | None = None
+    transaction_id: int | None = None
+    key: object = None
+    legacy: Decimal | None = None
+    ledger: Decimal | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FlagsSeen:
+    """The flag document that a call decided by, and its age then. A process that decides nothing tells
+    nothing: its age does not matter until its next call.
+    """
+
+    age_seconds: float
+    source: str
+    document_id: str
+
+
+Event = Posted | Read | Mismatch | FlagsSeen
+
+
+class Observer(Protocol):
+    """Anything that can be told an event. It must not write to the caller's database connection."""
+
+    def __call__(self, event: Event, /) -> None:
+        """Take note of the event. What it raises is swallowed by `Observers.tell`."""
+
+
+class Observers:
+    """A fixed row of observers; `tell` never raises. ``failures`` counts the exceptions it swallowed."""
+
+    def __init__(self, observers: Iterable[Observer] = ()) -> None:
+        self._observers = tuple(observers)
+        self._lock = threading.Lock()
+        self._reported: set[int] = set()
+        self.failures = 0
+
+    def __iter__(self) -> Iterator[Observer]:
+        return iter(self._observers)
+
+    def __len__(self) -> int:
+        return len(self._observers)
+
+    def tell(self, event: Event) -> None:
+        """Hand the event to every observer, whatever the one before did."""
+        for place, observer in enumerate(self._observers):
+            try:
+                observer(event)
+            except Exception:  # noqa: BLE001 - money is committed by now; no fault here may reach the caller
+                self._failed(place, observer)
+
+    def _failed(self, place: int, observer: Observer) -> None:
+        with self._lock:
+            self.failures += 1
+            first = place not in self._reported
+            self._reported.add(place)
+        if first:  # once each: a broken observer would otherwise write a traceback for every posting
+            with contextlib.suppress(Exception):
+                _stdlib_logger().error(
+                    "observer %s failed; its further failures are only counted",
+                    getattr(observer, "__qualname__", type(observer).__qualname__),
+                    exc_info=True,
+                )
+
+
+class PrometheusObserver:
+    """Counts events in ``registry``. One per process and registry: prometheus_client refuses a second one.
+
+    Every label set stands at 0 from the start, since a counter that first appears at 1 has an `increase` of
+    0. Only counters, a histogram and plainly set gauges are used, which all survive multiprocess mode;
+    there, let the server's exit hook call ``prometheus_client.multiprocess.mark_process_dead``.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        writes = _counter("dual_write_total", registry)
+        reads = _counter("read_total", registry)
+        compares = _counter("read_compare_total", registry)
+        mismatches = _counter("mismatch_total", registry)
+        timing = METRICS["dual_write_duration_seconds"]
+        seconds = Histogram(timing.full_name, timing.help, timing.labels, registry=registry, buckets=BUCKETS)
+        flag_age = METRICS["flag_age_seconds"]
+        # The worst of the processes that live: one that lost its flag server must not hide behind the others.
+        age = Gauge(
+            flag_age.full_name, flag_age.help, flag_age.labels, registry=registry, multiprocess_mode="livemax"
+        )
+        self._writes = {pair: writes.labels(*pair) for pair in product(OPERATIONS, OUTCOMES)}
+        self._seconds = {pair: seconds.labels(*pair) for pair in product(OPERATIONS, MODES)}
+        self._reads = {source: reads.labels(source) for source in SOURCES}
+        self._compares = {outcome: compares.labels(outcome) for outcome in COMPARES}
+        self._mismatches = {where: mismatches.labels(where) for where in PLACES}
+        self._ages = [age.labels(flag) for flag in FLAGS]
+
+    def __call__(self, event: Event, /) -> None:
+        """Count the event. Raises KeyError for a label value outside the closed sets."""
+        match event:
+            case Posted():
+                self._writes[event.operation, event.outcome].inc()
+                # A refusal mostly never reaches the database; its microseconds would flatter the latency.
+                if event.seconds is not None and event.outcome != "refused":
+                    self._seconds[event.operation, event.mode].observe(event.seconds)
+            case Read():
+                self._reads[event.source].inc()
+                if event.compare is not None:
+                    self._compares[event.compare].inc()
+            case Mismatch():
+                self._mismatches[event.where].inc()
+            case FlagsSeen():
+                for age in self._ages:
+                    age.set(event.age_seconds)
+
+
+def _counter(name: str, registry: CollectorRegistry) -> Counter:
+    metric = METRICS[name]
+    return Counter(metric.full_name, metric.help, metric.labels, registry=registry)
+
+
+class LogObserver:
+    """Writes events as structured log lines with their correlation id.
+
+    Without ``logger`` they go as JSON to the standard library's logger ``walletmigrate``: postings at INFO,
+    reads at DEBUG, a failed ledger leg and a mismatch at WARNING. Pass a structlog logger to use your own
+    chain. Account keys, amounts and balances are left out unless ``log_values`` is true.
+    """
+
+    def __init__(self, logger: Any = None, *, log_values: bool = False) -> None:
+        self._log = _default_logger() if logger is None else logger
+        self._log_values = log_values
+
+    def __call__(self, event: Event, /) -> None:
+        """Write the event as one line, if its level is wanted."""
+        match event:
+            case Posted():
+                level = self._log.warning if event.outcome == "ledger_failed" else self._log.info
+                level(_posted_name(event), **self._fields(event, ("key", "amount")))
+            case Read():
+                self._log.debug("wallet.read", **self._fields(event, ("key", "balance")))
+            case Mismatch():
+                self._log.warning("wallet.mismatch", **self._fields(event, ("key", "legacy", "ledger")))
+            case FlagsSeen():
+                pass  # told with every call; the metric has it
+
+    def _fields(self, event: Event, values: tuple[str, ...]) -> dict[str, object]:
+        hidden = () if self._log_values else values
+        names = (name for name in event.__slots__ if name not in hidden)
+        return {name: value for name in names if (value := getattr(event, name)) is not None}
+
+
+def _posted_name(event: Posted) -> str:
+    if event.outcome == "refused":
+        return "wallet.refused"
+    return "wallet.committed" if event.committed else "wallet.posted"
+
+
+def _stdlib_logger() -> logging.Logger:
+    return logging.getLogger("walletmigrate")
+
+
+def _default_logger() -> Any:
+    """A structlog logger whose chain is its own.
+
+    An unconfigured ``structlog.get_logger()`` prints to stdout, where it would corrupt ``--json``, and
+    configuring structlog globally would overrule the application. Chain, wrapper and target are therefore
+    all passed here; the target is the standard library's logger, which without handlers writes warnings to
+    stderr.
+    """
+    return structlog.wrap_logger(
+        _stdlib_logger(),
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.stdlib.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.JSONRenderer(default=str),
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        context_class=dict,
+        cache_logger_on_first_use=True,
+    )
+
+
+def correlation_id() -> str:
+    """The ``correlation_id`` that the caller bound in structlog's context variables, else a new one of 32
+    hexadecimal digits. It is not bound here: the context belongs to the caller.
+    """
+    bound = structlog.contextvars.get_contextvars().get("correlation_id")
+    return str(bound) if bound else uuid.uuid4().hex
