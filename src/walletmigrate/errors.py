@@ -408,3 +408,19 @@ class JobFailed(WalletMigrateError):
             f"job {self.job_id} ({self.kind}) stopped: {self.detail}. What it did so far is committed and stays; "
             "mend the cause and run the same command again, it goes on from there."
         )
+
+
+@dataclass(eq=False)
+class DatabaseFailed(WalletMigrateError):
+    """The database refused a statement of the command line for a reason that has no type of its own."""
+
+    sqlstate: str
+    detail: str
+
+    code = "database"
+
+    def __str__(self) -> str:
+        hint = ""
+        if self.sqlstate == "42501":
+            hint = " Connect as a role that may: a member of wallet_operator, to install one that may make roles."
+        return f"the database says: {self.detail} (SQLSTATE {self.sqlstate}).{hint}"

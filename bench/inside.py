@@ -1,0 +1,167 @@
+"""16 clients inside the database: the posting function against a bare UPDATE, by pgbench.
+
+The request is the one that the adapter sends, made by the adapter's own code; pgbench only puts the account and
+a fresh idempotency key into its text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import stage
+from figures import Figure, at_least, at_most, ratio_note
+from sqlalchemy import Engine, text
+from stage import AMOUNT, BARE, USERS, Scale
+
+from walletmigrate.embedded import Server
+from walletmigrate.functions import fingerprint
+from walletmigrate.movements import Movement, prepare
+from walletmigrate.postings import ANSWER
+
+ROWS = 100_000
+CLIENTS = 16
+POLICIES = ("shadow", "strict")
+
+_ACCOUNT = 987654321987654321
+_TOKEN = "k" * 36
+_BARE_SCRIPT = (
+    f"\\set id random(1, {ROWS})\nupdate users_bare set total_coins = total_coins + {AMOUNT} where id = :id;\n"
+)
+_SIZES = (
+    "select c.relname, pg_total_relation_size(c.oid) from pg_class as c "
+    "where c.relnamespace = 'wallet'::regnamespace and c.relkind = 'r'"
+)
+_POSTINGS = "select count(*) from wallet.transactions"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of pgbench: transactions per second after the first second, and all of them."""
+
+    per_second: float
+    transactions: int
+
+
+def measure(server: Server, scale: Scale) -> list[Figure]:
+    """Throughput ratios, dual-write ÷ bare, and the bytes that a posting adds to the ledger."""
+    seconds = 4 if scale.quick else 12
+    ratios: dict[str, list[tuple[float, float]]] = {policy: [] for policy in POLICIES}
+    with stage.database(server, "bench_inside") as url, tempfile.TemporaryDirectory() as name:
+        engine = stage.application(url)
+        try:
+            folder = _prepare(engine, url, Path(name))
+            before, began = _sizes(engine), stage.count(engine, _POSTINGS)
+            for each in ("bare", *POLICIES):
+                _pgbench(server, url, folder / each, seconds)
+            for number in range(scale.rounds(full=5, quick=2)):
+                for policy in POLICIES:
+                    ratios[policy].append(_round(server, url, engine, folder, policy, seconds, number))
+            growth = _bytes(before, _sizes(engine), stage.count(engine, _POSTINGS) - began)
+            stage.check_mirrored(engine, ROWS)
+        finally:
+            engine.dispose()
+    return [*(_throughput(policy, ratios[policy]) for policy in POLICIES), growth]
+
+
+def _prepare(engine: Engine, url: str, folder: Path) -> Path:
+    for table in (USERS, BARE):
+        stage.make_users(engine, table, ROWS)
+    stage.install_ledger(url, "dual_write")
+    stage.mirror(engine, ROWS)
+    with engine.begin() as connection:
+        # Dead rows are to be counted, whenever the last vacuum was.
+        for name in ("accounts", "transactions", "idempotency_keys"):
+            connection.execute(text(f"alter table wallet.{name} set (autovacuum_enabled = off)"))
+    stage.settle(engine)
+    (folder / "bare").write_text(_BARE_SCRIPT)
+    for policy in POLICIES:
+        (folder / policy).write_text(_posting_script(policy))
+    return folder
+
+
+def _round(
+    server: Server,
+    url: str,
+    engine: Engine,
+    folder: Path,
+    policy: str,
+    seconds: int,
+    number: int,
+) -> tuple[float, float]:
+    """One bare and one dual-write run in alternate order: (dual-write, bare) transactions per second."""
+    found: dict[str, float] = {}
+    for name in (policy, "bare") if number % 2 else ("bare", policy):
+        stage.checkpoint(engine)
+        postings = stage.count(engine, _POSTINGS)
+        run = _pgbench(server, url, folder / name, seconds)
+        found[name] = run.per_second
+        if name == policy:
+            written = stage.count(engine, _POSTINGS) - postings
+            if written != run.transactions:
+                raise RuntimeError(f"{run.transactions} calls wrote {written} postings")
+    return found[policy], found["bare"]
+
+
+def _posting_script(policy: str) -> str:
+    settings = stage.settings_of(policy)
+    mapping = settings.mapping(None)
+    movement = Movement.credit(
+        _ACCOUNT, AMOUNT, type="deposit", reference=("deposit", _ACCOUNT), idempotency_key=_TOKEN
+    )
+    request = prepare(movement, mapping, "integer", "0123456789abcdef" * 2).request
+    document = {"fingerprint": fingerprint(mapping), "policy": policy, "movements": [{**request, "dual": True}]}
+    # A blank behind each colon: pgbench takes a colon and a word for one of its variables.
+    words = json.dumps(document, separators=(",", ": "))
+    words = words.replace(str(_ACCOUNT), "'||:id||'").replace(_TOKEN, "'||gen_random_uuid()||'")
+    return f"\\set id random(1, {ROWS})\nselect {ANSWER} from wallet.post_users(('{words}')::jsonb);\n"
+
+
+def _pgbench(server: Server, url: str, script: Path, seconds: int) -> Run:
+    command = [str(server.binaries / "pgbench"), "-n", "-M", "prepared", "-P", "1", "-T", str(seconds)]
+    command += ["-c", str(CLIENTS), "-j", "2", "-f", str(script), url]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = re.search(r"transactions actually processed: (\d+)", answer.stdout)
+    if answer.returncode != 0 or done is None:
+        raise RuntimeError(f"pgbench failed: {answer.stderr.strip()[-500:]}")
+    # In the first second each connection compiles the functions it calls.
+    steady = [float(found) for found in re.findall(r"progress: [\d.]+ s, ([\d.]+) tps", answer.stderr)][1:]
+    if len(steady) < seconds - 2:
+        raise RuntimeError(f"pgbench reported {len(steady)} of {seconds} seconds")
+    return Run(mean(steady), int(done.group(1)))
+
+
+def _throughput(policy: str, pairs: list[tuple[float, float]]) -> Figure:
+    dual, bare = zip(*pairs, strict=True)
+    return Figure(
+        f"inside.{policy}",
+        f"{CLIENTS} clients inside: dual-write, {policy}",
+        tuple(a / b for a, b in pairs),
+        "× the bare throughput",
+        at_least(0.40),
+        ratio_note(dual, bare, "a second"),
+    )
+
+
+def _sizes(engine: Engine) -> dict[str, int]:
+    """Bytes of each table of the ledger with its indexes."""
+    with engine.connect() as connection:
+        return {name: int(size) for name, size in connection.execute(text(_SIZES))}
+
+
+def _bytes(before: dict[str, int], after: dict[str, int], postings: int) -> Figure:
+    """Over all runs together: an index grows in bursts, when its pages split, so one run says little."""
+    grown = {name: (size - before[name]) / postings for name, size in after.items() if size > before[name]}
+    return Figure(
+        "inside.bytes",
+        f"{CLIENTS} clients inside: bytes per posting",
+        (sum(grown.values()),),
+        "bytes",
+        at_most(420),
+        f"{postings:,} postings: {', '.join(f'{name} {size:.0f}' for name, size in sorted(grown.items()))}",
+    )

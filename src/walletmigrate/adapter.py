@@ -1,0 +1,302 @@
+"""LegacyBalanceAdapter: the one door for every change of a balance.
+
+It writes the legacy column and, as flags, phase and account state allow, the ledger: atomically, in one round
+trip, in the caller's transaction. It never commits.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Unpack
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+
+from walletmigrate import observe
+from walletmigrate.config import Mapping, Settings, key_text
+from walletmigrate.errors import LedgerNotInstalled, UnknownTransaction, WalletMigrateError
+from walletmigrate.flags import Decision, FlagSource, Snapshot
+from walletmigrate.functions import fingerprint
+from walletmigrate.ledger import Entry, balance_at, history, touched_by
+from walletmigrate.legacy import post_legacy
+from walletmigrate.movements import Details, Key, Movement, Prepared, Traits, prepare, transaction_number
+from walletmigrate.postings import ANSWER, Posting, failed, posted, posting, refused, typed
+from walletmigrate.reads import Balance, read_balance, told
+from walletmigrate.schema import quoted
+from walletmigrate.sessions import Target, connection_of, expire, listen, tell_when_committed
+from walletmigrate.sites import Site, Sites
+from walletmigrate.sources import source_of
+from walletmigrate.traits import TraitCache
+
+
+class LegacyBalanceAdapter:
+    """Posts to one mapping. Thread-safe; make one per process and share it.
+
+    ``source`` says what the operator wants of each account; ``observers`` hear of every posting and read.
+    Every method takes a Session or a Connection first and runs in its transaction or savepoint. Amounts are
+    Decimal or int in major units. A refused posting (`errors.PostingRefused`) has written nothing and leaves
+    the transaction usable; a database error reaches the caller as SQLAlchemy raises it. With ``reload``,
+    balances of loaded objects are read anew at once, not at the next look.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        source: FlagSource,
+        *,
+        mapping: str | None = None,
+        observers: Iterable[observe.Observer] = (),
+        reload: bool = False,
+    ) -> None:
+        self.settings = settings
+        self.mapping: Mapping = settings.mapping(mapping)
+        self.source = source
+        self._observers = observe.Observers(observers)
+        self._sites = Sites(settings.ledger_schema, self.mapping)
+        self._traits = TraitCache(self.mapping)
+        self._reload = reload
+        self._fingerprint = fingerprint(self.mapping)
+        self._call = (
+            f"select {ANSWER} from {quoted(settings.ledger_schema)}.post_{self.mapping.name}(cast(%s as jsonb))"
+        )
+        listen()
+
+    @classmethod
+    def from_config(
+        cls,
+        path: Path | str | None = None,
+        *,
+        mapping: str | None = None,
+        source: FlagSource | None = None,
+        observers: Iterable[observe.Observer] | None = None,
+        reload: bool = False,
+    ) -> LegacyBalanceAdapter:
+        """Build from walletmigrate.toml. Logs postings and reads unless ``observers`` says otherwise.
+
+        Raises ConfigError, with file, line and fix.
+        """
+        settings = Settings.load(path)
+        heard = (observe.LogObserver(),) if observers is None else observers
+        return cls(settings, source or source_of(settings), mapping=mapping, observers=heard, reload=reload)
+
+    def credit(
+        self, target: Target, key: Key, amount: Decimal | int, *, type: str, **details: Unpack[Details]
+    ) -> Posting:
+        """Add to a balance. Raises UnknownAccount, InvalidAmount, AmountOverflow and the other refusals."""
+        return self._one(target, Movement(operation="credit", key=key, amount=amount, type=type, **details))
+
+    def debit(
+        self, target: Target, key: Key, amount: Decimal | int, *, type: str, **details: Unpack[Details]
+    ) -> Posting:
+        """Take from a balance. Raises InsufficientFunds below the column's floor."""
+        return self._one(target, Movement(operation="debit", key=key, amount=amount, type=type, **details))
+
+    def transfer(
+        self,
+        target: Target,
+        payer: Key,
+        payee: Key,
+        amount: Decimal | int,
+        *,
+        type: str,
+        **details: Unpack[Details],
+    ) -> Posting:
+        """Move money between two accounts of the mapping. Raises SelfTransfer when they are one."""
+        movement = Movement(operation="transfer", key=payer, payee=payee, amount=amount, type=type, **details)
+        return self._one(target, movement)
+
+    def set_balance(self, target: Target, key: Key, balance: Decimal | int, **details: Unpack[Details]) -> Posting:
+        """Bring a balance to a value, as an administrator with an actor and a reason. The floor does not bind."""
+        return self._one(target, Movement(operation="set_balance", key=key, amount=balance, **details))
+
+    def reverse(self, target: Target, transaction_id: int, **details: Unpack[Details]) -> Posting:
+        """Undo one transaction by its opposite, at most once: a second call replays the first one's result."""
+        return self._one(target, Movement(operation="reverse", transaction_id=transaction_id, **details))
+
+    def open_account(
+        self, target: Target, key: Key, *, traits: Traits | None = None, correlation_id: str | None = None
+    ) -> tuple[Posting, ...]:
+        """Open the ledger accounts of a new legacy row, one per column, where dual-write is on."""
+        return self.apply(
+            target,
+            [
+                Movement(
+                    operation="open_account",
+                    key=key,
+                    bucket=column.bucket,
+                    currency=column.currency,
+                    traits=traits,
+                    correlation_id=correlation_id,
+                )
+                for column in self.mapping.columns
+            ],
+        )
+
+    def apply(self, target: Target, movements: Sequence[Movement]) -> tuple[Posting, ...]:
+        """Carry out a batch in one round trip, in the order given: all of it, or, if one is refused, nothing."""
+        if not movements:
+            return ()
+        connection = connection_of(target)
+        started = time.perf_counter()
+        correlation_id = observe.correlation_id()
+        try:
+            with self._typed(connection):
+                site = self._sites.at(connection)
+                prepared = [self._prepare(connection, site, each, correlation_id) for each in movements]
+                postings = self._post(connection, site, prepared)
+        except (WalletMigrateError, DBAPIError) as error:
+            self._tell(failed(self.mapping.name, movements, correlation_id, error))
+            raise
+        expire(target, self.mapping, {key for each in prepared for key in each.keys}, reload=self._reload)
+        self._tell_posted(target, postings, time.perf_counter() - started)
+        return tuple(postings)
+
+    def balance(
+        self,
+        target: Target,
+        key: Key,
+        *,
+        bucket: str | None = None,
+        currency: str | None = None,
+        traits: Traits | None = None,
+    ) -> Balance:
+        """Read a balance, from the ledger where the flags ask for it and the account's state allows it.
+
+        Legacy and ledger are read in one statement and compared; a difference is counted, never raised.
+        Raises UnknownAccount, UnknownBucket, UnknownCurrency, and LegacyValueInvalid where the column is NULL.
+        """
+        connection = connection_of(target)
+        started = time.perf_counter()
+        column = self.mapping.column(bucket, currency)
+        compared = random.random() < self.settings.compare_share
+        with self._typed(connection):
+            site = self._sites.at(connection)
+            text = key_text(key, site.key_type, self.mapping.name)
+            wanted = site.installed and self._decide(connection, site, self._snapshot(), text, traits).read_from_ledger
+            found = read_balance(connection, self.settings.ledger_schema, site, column, key, text, wanted, compared)
+        self._tell(told(self.mapping.name, found, time.perf_counter() - started))
+        return found
+
+    def history(
+        self,
+        target: Target,
+        key: Key,
+        *,
+        bucket: str | None = None,
+        currency: str | None = None,
+        limit: int = 50,
+        before: int | None = None,
+    ) -> tuple[Entry, ...]:
+        """The account's ledger entries, newest first. ``before`` is the transaction id to go on from."""
+        connection = connection_of(target)
+        column = self.mapping.column(bucket, currency)
+        schema, name = self.settings.ledger_schema, self.mapping.name
+        with self._typed(connection):
+            site = self._sites.at(connection)
+            text = key_text(key, site.key_type, name)
+            if not site.installed:
+                return ()
+            return history(connection, schema, name, text, column, limit=limit, before=before)
+
+    def balance_at(
+        self, target: Target, key: Key, at: datetime, *, bucket: str | None = None, currency: str | None = None
+    ) -> Decimal | None:
+        """The ledger's balance at a past time, which has a time zone; None before the first transaction."""
+        connection = connection_of(target)
+        column = self.mapping.column(bucket, currency)
+        with self._typed(connection):
+            site = self._sites.at(connection)
+            text = key_text(key, site.key_type, self.mapping.name)
+            if not site.installed:
+                return None
+            return balance_at(connection, self.settings.ledger_schema, self.mapping.name, text, column, at)
+
+    def decision(self, target: Target, key: Key, *, traits: Traits | None = None) -> Decision:
+        """What the flags ask for this account; one snapshot answers all three."""
+        connection = connection_of(target)
+        site = self._sites.at(connection)
+        text = key_text(key, site.key_type, self.mapping.name)
+        return self._decide(connection, site, self._snapshot(), text, traits)
+
+    def _one(self, target: Target, movement: Movement) -> Posting:
+        return self.apply(target, [movement])[0]
+
+    def _snapshot(self) -> Snapshot:
+        """The flags of one call: all its questions are answered by one document."""
+        snapshot = self.source.snapshot()
+        if len(self._observers):
+            self._observers.tell(observe.FlagsSeen(snapshot.age_seconds(), snapshot.source, snapshot.document_id))
+        return snapshot
+
+    def _decide(
+        self, connection: Connection, site: Site, snapshot: Snapshot, key: str, traits: Traits | None
+    ) -> Decision:
+        known = self._traits.of(connection, site, key, traits) if traits or snapshot.needs_traits else {}
+        return snapshot.decide(key, known)
+
+    def _prepare(self, connection: Connection, site: Site, movement: Movement, correlation_id: str) -> Prepared:
+        name, touched = self.mapping.name, None
+        if movement.operation == "reverse":
+            number = transaction_number(movement)
+            if not site.installed:
+                raise LedgerNotInstalled(name, "a reversal needs the ledger")
+            # The transaction alone knows its accounts, and the flags are asked by account.
+            touched = touched_by(connection, self.settings.ledger_schema, name, number)
+            if touched is None:
+                raise UnknownTransaction(number)
+        return prepare(movement, self.mapping, site.key_type, correlation_id, touched)
+
+    def _post(self, connection: Connection, site: Site, prepared: list[Prepared]) -> list[Posting]:
+        if not site.installed:
+            return post_legacy(connection, site, prepared)
+        snapshot = self._snapshot()
+        for each in prepared:
+            # If either side asks for dual-write, both get it. The caller's traits are the first account's.
+            asked = [
+                self._decide(connection, site, snapshot, key, each.movement.traits if place == 0 else None)
+                for place, key in enumerate(each.keys)
+            ]
+            each.request["dual"] = any(decision.dual_write for decision in asked)
+        request = {
+            "fingerprint": self._fingerprint,
+            "policy": self.mapping.policy,
+            "movements": [each.request for each in prepared],
+        }
+        rows = connection.exec_driver_sql(self._call, (json.dumps(request, separators=(",", ":")),)).all()
+        if rows[0].refusal is not None:
+            raise refused(self.mapping.name, site.legacy, prepared, rows[0])
+        return [posting(prepared[row.ordinal], row) for row in rows]
+
+    @contextmanager
+    def _typed(self, connection: Connection) -> Iterator[None]:
+        """Turn what the library's own functions raise, and their absence, into its errors."""
+        try:
+            yield
+        except DBAPIError as error:
+            found = typed(self.mapping.name, error)
+            if isinstance(found, LedgerNotInstalled):
+                self._sites.forget(connection)
+            if found is None:
+                raise
+            raise found from error
+
+    def _tell_posted(self, target: Target, postings: Sequence[Posting], seconds: float) -> None:
+        if not len(self._observers):
+            return
+
+        def tell(committed: bool) -> None:
+            for place, each in enumerate(postings):
+                self._tell(posted(self.mapping.name, each, seconds if place == 0 else None, committed))
+
+        tell_when_committed(target, tell)
+
+    def _tell(self, events: Iterable[observe.Event]) -> None:
+        for event in events:
+            self._observers.tell(event)

@@ -1,0 +1,81 @@
+"""The adapter for AsyncSession and AsyncConnection: one logic, run in the session's greenlet."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+
+from walletmigrate.adapter import LegacyBalanceAdapter
+from walletmigrate.config import Settings
+from walletmigrate.errors import UsageError
+from walletmigrate.flags import FlagSource
+from walletmigrate.observe import Observer
+from walletmigrate.sessions import Target
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+AsyncTarget = AsyncSession | AsyncConnection
+
+
+def _shell(
+    method: Callable[Concatenate[LegacyBalanceAdapter, Target, P], R],
+) -> Callable[Concatenate[AsyncLegacyBalanceAdapter, AsyncTarget, P], Awaitable[R]]:
+    async def call(self: AsyncLegacyBalanceAdapter, target: AsyncTarget, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        given: object = target
+        if not isinstance(given, AsyncSession | AsyncConnection):
+            raise UsageError(f"pass an AsyncSession or an AsyncConnection, not {type(target).__name__}")
+        return await target.run_sync(lambda sync: method(self.adapter, sync, *args, **kwargs))
+
+    call.__doc__ = method.__doc__
+    call.__name__ = method.__name__
+    return call
+
+
+class AsyncLegacyBalanceAdapter:
+    """`LegacyBalanceAdapter` with ``await``: the same methods, arguments, results and errors.
+
+    A balance that a loaded object holds is read anew at once, because an async session cannot do it behind
+    an attribute.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        source: FlagSource,
+        *,
+        mapping: str | None = None,
+        observers: Iterable[Observer] = (),
+    ) -> None:
+        self.adapter = LegacyBalanceAdapter(settings, source, mapping=mapping, observers=observers, reload=True)
+
+    @classmethod
+    def from_config(
+        cls,
+        path: Path | str | None = None,
+        *,
+        mapping: str | None = None,
+        source: FlagSource | None = None,
+        observers: Iterable[Observer] | None = None,
+    ) -> AsyncLegacyBalanceAdapter:
+        """Build from walletmigrate.toml, as `LegacyBalanceAdapter.from_config` does."""
+        made = cls.__new__(cls)
+        made.adapter = LegacyBalanceAdapter.from_config(
+            path, mapping=mapping, source=source, observers=observers, reload=True
+        )
+        return made
+
+    credit = _shell(LegacyBalanceAdapter.credit)
+    debit = _shell(LegacyBalanceAdapter.debit)
+    transfer = _shell(LegacyBalanceAdapter.transfer)
+    set_balance = _shell(LegacyBalanceAdapter.set_balance)
+    reverse = _shell(LegacyBalanceAdapter.reverse)
+    open_account = _shell(LegacyBalanceAdapter.open_account)
+    apply = _shell(LegacyBalanceAdapter.apply)
+    balance = _shell(LegacyBalanceAdapter.balance)
+    history = _shell(LegacyBalanceAdapter.history)
+    balance_at = _shell(LegacyBalanceAdapter.balance_at)
+    decision = _shell(LegacyBalanceAdapter.decision)

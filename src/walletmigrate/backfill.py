@@ -1,0 +1,130 @@
+"""Open an account for every legacy row, and bring the stale ones up, while the application keeps running."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import Connection, Engine, text
+
+from walletmigrate import jobs
+from walletmigrate.audit import Act
+from walletmigrate.comparison import Comparison, Group, snapshot
+from walletmigrate.config import Mapping, Settings
+from walletmigrate.errors import PreconditionRefused
+from walletmigrate.schema import quoted
+
+KIND: Final = "backfill"
+_DUE: Final = ("stale", "closed")
+
+
+@dataclass(frozen=True)
+class BackfillResult:
+    """What a backfill did, over all runs of its job, or would do (``dry_run``, and then no ``job_id``).
+
+    ``keys`` are legacy rows; ``opened``, ``resynced`` and ``failed`` are accounts. A failed one has a legacy
+    value that is no exact amount, and stays as it was. ``state`` is ``done``, or ``paused`` by the caller's
+    stop; ``seconds`` are those of this run.
+    """
+
+    job_id: int | None
+    opened: int
+    resynced: int
+    failed: int
+    keys: int
+    seconds: float
+    dry_run: bool
+    resumed: bool
+    state: str
+
+
+def backfill(
+    engine: Engine,
+    settings: Settings,
+    mapping: Mapping,
+    act: Act,
+    *,
+    batch_size: int = 5000,
+    dry_run: bool = False,
+    progress: jobs.Progress | None = None,
+    stop: jobs.Stop | None = None,
+) -> BackfillResult:
+    """Backfill a mapping, or go on with its unfinished backfill. Idempotent: what is in step stays as it is.
+
+    A row that is inserted behind the cursor stays without an account until the adapter posts to it or the
+    backfill runs again. Raises PreconditionRefused in phase `legacy` or without the fence as it was made (also
+    if it fell while the job ran), LedgerNotInstalled, and what `jobs.run_batches` raises.
+    """
+    began = time.monotonic()
+    with snapshot(engine) as connection:
+        _refuse(connection, settings, mapping)
+        if dry_run:
+            return _plan(connection, settings, mapping, began)
+        total = jobs.count_items(connection, mapping)
+    job = jobs.start_or_resume(engine, settings, KIND, mapping.name, act, total=total)
+    step = _step(settings, mapping, job.id)
+    job = jobs.run_batches(engine, settings, job, step, batch_size=batch_size, progress=progress, stop=stop)
+    if job.state == "running":
+        with engine.begin() as connection:
+            connection.execute(text(f"select {quoted(settings.ledger_schema)}.fold_system_accounts()"))
+        job = jobs.finish(engine, settings, mapping, job, act)
+    counts = job.counts
+    return BackfillResult(
+        job_id=job.id,
+        opened=counts.get("opened", 0),
+        resynced=counts.get("resynced", 0),
+        failed=job.items_failed,
+        keys=counts.get("keys", 0),
+        seconds=time.monotonic() - began,
+        dry_run=False,
+        resumed=job.resumed,
+        state=job.state,
+    )
+
+
+def _refuse(connection: Connection, settings: Settings, mapping: Mapping) -> None:
+    reasons = jobs.obstacles(connection, settings, mapping)
+    phase = jobs.phase(connection, settings)
+    if phase == "legacy":
+        what = "the phase is legacy: the adapter would leave every account that it writes behind"
+        reasons.append((what, "walletmigrate phase advance"))
+    if phase == "retired":
+        reasons.append(("the phase is retired: there is no legacy column to open accounts from", ""))
+    if reasons:
+        raise PreconditionRefused(KIND, reasons)
+    jobs.visibility(connection, mapping, KIND)
+
+
+def _step(settings: Settings, mapping: Mapping, job_id: int) -> jobs.Step:
+    statement = text(
+        f"select * from {quoted(settings.ledger_schema)}.backfill_{mapping.name}(cast(:after as text), :limit, :job)"
+    )
+
+    def step(connection: Connection, cursor: str | None, limit: int) -> jobs.Batch:
+        row = connection.execute(statement, {"after": cursor, "limit": limit, "job": job_id}).one()
+        counts = {"keys": row.keys, "opened": row.opened, "resynced": row.resynced}
+        done = row.keys * len(mapping.columns) - row.failed
+        return jobs.Batch(row.last_key, row.keys, done, row.failed, counts)
+
+    return step
+
+
+def _plan(connection: Connection, settings: Settings, mapping: Mapping, began: float) -> BackfillResult:
+    groups, _ = Comparison(connection, settings, mapping).groups(connection)
+    alive = [group for group in groups if group.lives]
+
+    def count(chosen: list[Group]) -> int:
+        return sum(group.accounts for group in chosen)
+
+    return BackfillResult(
+        job_id=None,
+        opened=count([group for group in alive if group.exact and group.state == "absent"]),
+        resynced=count([group for group in alive if group.exact and group.state in _DUE]),
+        failed=count([group for group in alive if not group.exact]),
+        keys=count(alive) // len(mapping.columns),
+        seconds=time.monotonic() - began,
+        dry_run=True,
+        resumed=False,
+        state="planned",
+    )

@@ -1,0 +1,181 @@
+"""The fence: the triggers on a legacy table, their installation, and whether they still stand as made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+from walletmigrate.config import Mapping, Settings
+from walletmigrate.functions import relation
+from walletmigrate.schema import quoted
+
+EVENTS = ("insert", "delete", "update", "truncate")
+
+_TRIGGERS = """
+select
+    format('%I on %I.%I', t.tgname, n.nspname, c.relname) as name, t.tgenabled::text as enabled,
+    t.xmin::text as xmin, t.tgparentid = 0 as own
+from pg_trigger as t
+join pg_class as c on c.oid = t.tgrelid
+join pg_namespace as n on n.oid = c.relnamespace
+where
+    t.tgname = any(:names)
+    and (c.oid = to_regclass(:table) or c.oid in (select relid from pg_partition_tree(to_regclass(:table))))
+    -- On a table that the mapping named before, or on a partition that was detached.
+    or t.tgfoid in (
+        select p.oid from pg_proc as p join pg_namespace as s on s.oid = p.pronamespace
+        where s.nspname = :schema and p.proname = any(:functions)
+    )
+order by 1
+"""
+
+
+@dataclass(frozen=True)
+class FenceProblem:
+    """One way in which the fence is not as it was made; ``trigger`` is "name on relation"."""
+
+    trigger: str
+    problem: str
+
+
+def install_fence(connection: Connection, settings: Settings, mapping: Mapping) -> bool:
+    """Put the fence on the legacy table and on each of its partitions; False when it stood already.
+
+    Takes a SHARE ROW EXCLUSIVE lock, under the lock time limit of the caller's transaction: writers in
+    flight are waited out, so that every later write meets the fence.
+    """
+    if fence_recorded(connection, settings, mapping) and not fence_problems(connection, settings, mapping):
+        return False
+    remove_triggers(connection, settings, mapping)
+    for statement in _statements(connection, settings, mapping):
+        connection.exec_driver_sql(statement)
+    connection.execute(
+        text(f"update {quoted(settings.ledger_schema)}.mappings set fence = cast(:fence as jsonb) where name = :name"),
+        {"fence": json.dumps(_made(connection, settings, mapping)), "name": mapping.name},
+    )
+    return True
+
+
+def fence_recorded(connection: Connection, settings: Settings, mapping: Mapping) -> bool:
+    """Whether a fence was ever put on the table of this mapping and not removed since."""
+    return bool(_recorded(connection, settings, mapping))
+
+
+def fence_problems(connection: Connection, settings: Settings, mapping: Mapping) -> list[FenceProblem]:
+    """How the fence differs from what was made: missing, replaced, disabled, or a partition without it."""
+    recorded = _recorded(connection, settings, mapping)
+    standing = _standing(connection, settings, mapping)
+    if not recorded:
+        return [FenceProblem(f"the fence on {mapping.table}", "was never installed")]
+    problems = []
+    wanted = _expected(connection, mapping)
+    for name, made in recorded.items():
+        now = standing.get(name)
+        if name not in wanted:
+            continue  # a detached or dropped partition: its rows are no longer the table's
+        if now is None:
+            problems.append(FenceProblem(name, "is missing"))
+        elif now["enabled"] != "A":
+            problems.append(FenceProblem(name, "is disabled, or does not fire in replica role"))
+        elif now["xmin"] != made["xmin"]:
+            problems.append(FenceProblem(name, "was replaced or altered"))
+        elif made.get("watches") != _watched(mapping):
+            problems.append(FenceProblem(name, "was made for other columns than the mapping has"))
+    late = sorted(wanted - recorded.keys())
+    return problems + [FenceProblem(name, "is missing on a relation that came later") for name in late]
+
+
+def remove_triggers(connection: Connection, settings: Settings, mapping: Mapping) -> None:
+    """Drop the fence's triggers, wherever they stand. What becomes of the accounts is the caller's to say first."""
+    for row in _triggers(connection, settings, mapping):
+        if row.own:  # a row trigger that was cloned to a partition goes with its parent's
+            trigger, _, target = row.name.partition(" on ")
+            connection.exec_driver_sql(f"drop trigger {trigger} on {target}")
+
+
+def _name(mapping: Mapping, event: str) -> str:
+    """At most 63 characters for every mapping's name; two mappings of one table have a fence each."""
+    return f"walletmigrate_{mapping.name}_{event}"
+
+
+def _statements(connection: Connection, settings: Settings, mapping: Mapping) -> list[str]:
+    function = f"{quoted(settings.ledger_schema)}.fence_{mapping.name}()"
+    truncate = f"{quoted(settings.ledger_schema)}.fence_truncate_{mapping.name}()"
+    table = relation(mapping)
+    # Without a column list: a BEFORE trigger of the application may change a balance that was not assigned.
+    changed = " or ".join(f"old.{quoted(n)} is distinct from new.{quoted(n)}" for n in _watched(mapping))
+    row_triggers = {"insert": "", "delete": "", "update": f"when ({changed}) "}
+    made = [
+        f"create trigger {_name(mapping, event)} after {event} on {table} "
+        f"for each row {when}execute function {function}"
+        for event, when in row_triggers.items()
+    ]
+    relations = _relations(connection, mapping)
+    made += [
+        f"create trigger {_name(mapping, 'truncate')} after truncate on {name} "
+        f"for each statement execute function {truncate}"
+        for name in relations
+    ]
+    return made + [
+        f"alter table only {name} enable always trigger {_name(mapping, event)}"
+        for name in relations
+        for event in EVENTS
+    ]
+
+
+def _relations(connection: Connection, mapping: Mapping) -> list[str]:
+    """The legacy table and all its partitions, quoted."""
+    rows = connection.execute(
+        text(
+            "select format('%I.%I', n.nspname, c.relname) from pg_class c "
+            "join pg_namespace n on n.oid = c.relnamespace where c.oid = cast(:t as regclass) "
+            "or c.oid in (select relid from pg_partition_tree(cast(:t as regclass))) order by c.oid"
+        ),
+        {"t": relation(mapping)},
+    )
+    return list(rows.scalars())
+
+
+def _expected(connection: Connection, mapping: Mapping) -> set[str]:
+    """The triggers a whole fence has today, as "name on relation"."""
+    return {f"{_name(mapping, event)} on {name}" for name in _relations(connection, mapping) for event in EVENTS}
+
+
+def _watched(mapping: Mapping) -> list[str]:
+    """The columns whose change fires the fence; a bucket that the mapping gets later needs a new one."""
+    return [mapping.key, *(column.column for column in mapping.columns)]
+
+
+def _made(connection: Connection, settings: Settings, mapping: Mapping) -> dict[str, dict[str, Any]]:
+    found = _standing(connection, settings, mapping)
+    return {name: {**identity, "watches": _watched(mapping)} for name, identity in found.items()}
+
+
+def _standing(connection: Connection, settings: Settings, mapping: Mapping) -> dict[str, dict[str, str]]:
+    found = _triggers(connection, settings, mapping)
+    return {row.name: {"enabled": row.enabled, "xmin": row.xmin} for row in found}
+
+
+def _triggers(connection: Connection, settings: Settings, mapping: Mapping) -> Sequence[Row[Any]]:
+    """The triggers with the fence's names on the table and its partitions, and those with its functions anywhere."""
+    return connection.execute(
+        text(_TRIGGERS),
+        {
+            "table": relation(mapping),
+            "names": [_name(mapping, event) for event in EVENTS],
+            "schema": settings.ledger_schema,
+            "functions": [f"fence_{mapping.name}", f"fence_truncate_{mapping.name}"],
+        },
+    ).all()
+
+
+def _recorded(connection: Connection, settings: Settings, mapping: Mapping) -> dict[str, dict[str, Any]]:
+    found = connection.scalar(
+        text(f"select fence from {quoted(settings.ledger_schema)}.mappings where name = :name"),
+        {"name": mapping.name},
+    )
+    return dict(found or {})

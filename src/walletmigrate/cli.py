@@ -1,0 +1,79 @@
+"""The command line ``walletmigrate``: parse, one call, print, exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from walletmigrate import cli_flags, cli_jobs, cli_phases, cli_setup, cli_watch
+from walletmigrate.commands import CONFIG, DATABASE_URL, JSON, Group, command
+from walletmigrate.console import DIFFERENCE, OK, Answer
+from walletmigrate.invocation import Run
+
+app = typer.Typer(
+    cls=Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+    help="Move money from a mutable balance column to a double-entry ledger, and back, under live traffic.",
+    epilog="Exit codes: 0 ok, 1 failure, 2 usage, 3 difference found, 4 precondition refused, "
+    "5 database or flag server unreachable, 130 interrupted.",
+)
+
+
+@app.callback()
+def root(config: CONFIG = None, database_url: DATABASE_URL = None, as_json: JSON = False) -> None:
+    """Options that every command takes, before or after its name."""
+
+
+def rehearse(
+    run: Run,
+    transactions: Annotated[
+        Path | None, typer.Option(help="A .csv or .csv.gz of transactions. Default: made-up traffic.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Worker processes.")] = 4,
+    seed: Annotated[int, typer.Option(help="Decides the made-up traffic and who is in which cohort.")] = 1,
+    report: Annotated[Path | None, typer.Option(help="Write the report here, as JSON.")] = None,
+    balances: Annotated[Path | None, typer.Option(help="Write every account's balances here, as CSV.")] = None,
+) -> Answer:
+    """Rehearse the whole migration, and the way back, in a scratch database. Exit 3 if it fails."""
+    from walletmigrate.rehearse import rehearse as run_rehearsal
+
+    made = run_rehearsal(
+        transactions,
+        workers=workers,
+        seed=seed,
+        report=report,
+        balances=balances,
+        database_url=run.url_given,
+        progress=not run.as_json,
+    )
+    passed = made.verdict == "pass"
+    counts = f"{made.applied} of {made.transactions} transactions on {made.accounts} accounts"
+    lines = [
+        f"verdict: {made.verdict}",
+        f"{counts}, {made.mismatches} mismatches, {made.drift_accounts} accounts with drift",
+        f"totals: legacy {made.legacy_total}, ledger {made.ledger_total}, expected {made.expected_total}",
+    ]
+    return Answer(json.loads(made.to_json()), tuple(lines), exit_code=OK if passed else DIFFERENCE)
+
+
+cli_setup.register(app)
+cli_phases.register(app)
+cli_jobs.register(app)
+cli_flags.register(app)
+cli_watch.register(app)
+command(app, "rehearse")(rehearse)
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="walletmigrate")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Commands that go over all accounts: backfill, verify, freeze, unfreeze."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Annotated, Any
+
+import typer
+
+from walletmigrate import phases
+from walletmigrate.backfill import backfill as run_backfill
+from walletmigrate.commands import command
+from walletmigrate.config import Mapping
+from walletmigrate.console import DIFFERENCE, INTERRUPTED, OK, REFUSED, Answer, bar, plain
+from walletmigrate.freeze import freeze as run_freeze
+from walletmigrate.freeze import unfreeze as run_unfreeze
+from walletmigrate.invocation import Run
+from walletmigrate.verify import Verification
+from walletmigrate.verify import verify as run_verify
+
+_MAPPING = Annotated[str | None, typer.Option("--mapping", help="One mapping. Default: all, one after the other.")]
+_BATCH = Annotated[int, typer.Option("--batch-size", min=1, max=100_000, help="Legacy rows per transaction.")]
+_SHOWN = 20
+
+JobCall = Callable[..., Any]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    command(app, "backfill", changes=True)(backfill)
+    command(app, "verify", changes=True)(verify)
+    command(app, "freeze", changes=True, confirms=True)(freeze)
+    command(app, "unfreeze", changes=True, confirms=True)(unfreeze)
+
+
+def backfill(run: Run, mapping: _MAPPING = None, batch_size: _BATCH = 5000) -> Answer:
+    """Open an account for every legacy row, and bring stale ones up. Resumable."""
+    run.act()
+    results = _over(run, mapping, run_backfill, batch_size)
+    lines, failed = [], 0
+    for name, one in results:
+        failed += one.failed
+        verb = "would open" if one.dry_run else "opened"
+        lines.append(
+            f"{name}: {verb} {one.opened}, resynced {one.resynced}, failed {one.failed}, "
+            f"of {one.keys} rows in {one.seconds:.1f} s{_job(one)}"
+        )
+    notes = ["values that are no exact amounts: walletmigrate install --dry-run lists them"] if failed else []
+    return _jobs_answer(run, results, lines, notes, OK if not failed else REFUSED)
+
+
+def verify(
+    run: Run,
+    mapping: _MAPPING = None,
+    limit: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many differences to list.")] = 1000,
+) -> Answer:
+    """Compare every account with its legacy row, and the balances with the journal. Exit 3 on a difference."""
+    act = run.act("a full verification")
+    found = [
+        run_verify(run.engine, run.settings, one, act, limit=limit, dry_run=run.dry_run)
+        for one in run.mappings(mapping)
+    ]
+    clean = all(one.clean for one in found)
+    lines = [line for one in found for line in _verification_lines(one)]
+    notes = () if clean else ("see runbooks/balance-drift.md",)
+    document = {"clean": clean, "mappings": [_verification(one) for one in found]}
+    return Answer(document, tuple(lines), notes, OK if clean else DIFFERENCE)
+
+
+def freeze(run: Run, mapping: _MAPPING = None, batch_size: _BATCH = 1000) -> Answer:
+    """Make the ledger alone true, account by account. The legacy column then rejects writes. Resumable."""
+    act, names = run.act(), [one.name for one in run.mappings(mapping)]
+    run.confirmed(*names)
+    moved = phases.enter_frozen(run.engine, run.settings, run.source, act, dry_run=run.dry_run)
+    results = _over(run, mapping, run_freeze, batch_size)
+    refused = sum(one.refused for _, one in results)
+    lines = [f"{name}: {_changed(one, 'frozen')}, {one.refused} refused{_job(one)}" for name, one in results]
+    notes = []
+    if refused:
+        notes.append("refused accounts are absent, stale or drifted: walletmigrate backfill, then freeze again")
+    return _jobs_answer(run, results, lines, notes, REFUSED if refused else OK, phase=plain(moved))
+
+
+def unfreeze(run: Run, mapping: _MAPPING = None, batch_size: _BATCH = 1000) -> Answer:
+    """Write the ledger's balances to the legacy column and let both be written again. Resumable."""
+    act, names = run.act(), [one.name for one in run.mappings(mapping)]
+    run.confirmed(*names)
+    moved = phases.leave_frozen(run.engine, run.settings, act, dry_run=run.dry_run)
+    results = _over(run, mapping, run_unfreeze, batch_size)
+    left = sum(one.refused for _, one in results)
+    lines = [f"{name}: {_changed(one, 'unfrozen')}{_job(one)}" for name, one in results]
+    notes = [f"{left} accounts stay frozen: their legacy rows are gone"] if left else []
+    return _jobs_answer(run, results, lines, notes, OK, phase=plain(moved))
+
+
+def _over(run: Run, name: str | None, job: JobCall, batch_size: int) -> list[tuple[str, Any]]:
+    """Run a job over the chosen mappings, one after the other, until the operator stops it."""
+    results: list[tuple[str, Any]] = []
+    mapping: Mapping
+    with run.interruptible():
+        for mapping in run.mappings(name):
+            with bar(f"{run.command} {mapping.name}", as_json=run.as_json) as progress:
+                result = job(
+                    run.engine,
+                    run.settings,
+                    mapping,
+                    run.act(),
+                    batch_size=batch_size,
+                    dry_run=run.dry_run,
+                    progress=progress,
+                    stop=run.stop,
+                )
+            results.append((mapping.name, result))
+            if run.stop():
+                break
+    return results
+
+
+def _jobs_answer(
+    run: Run, results: list[tuple[str, Any]], lines: list[str], notes: list[str], exit_code: int, **more: Any
+) -> Answer:
+    stopped = any(one.state == "paused" for _, one in results)
+    if stopped:
+        notes.append("stopped at a checkpoint: run the same command again, it goes on from there")
+    document = {
+        **more,
+        "dry_run": run.dry_run,
+        "interrupted": stopped,
+        "mappings": [{"mapping": name, **plain(one)} for name, one in results],
+    }
+    return Answer(document, tuple(lines), tuple(notes), INTERRUPTED if stopped else exit_code)
+
+
+def _changed(one: Any, word: str) -> str:
+    return f"{one.changed} accounts {'would be ' if one.dry_run else ''}{word}"
+
+
+def _job(one: Any) -> str:
+    if one.job_id is None:
+        return ""
+    return f" (job {one.job_id}, {one.state}{', resumed' if one.resumed else ''})"
+
+
+def _verification(one: Verification) -> dict[str, Any]:
+    fields = (field.name for field in dataclasses.fields(one) if field.name != "groups")
+    return {name: plain(getattr(one, name)) for name in fields}
+
+
+def _verification_lines(one: Verification) -> list[str]:
+    verdict = "clean" if one.clean else "NOT CLEAN"
+    lines = [f"{one.mapping}: {verdict}, {one.accounts} accounts in {one.seconds:.1f} s"]
+    for currency, total in one.legacy_total.items():
+        ledger = one.ledger_total.get(currency, Decimal(0))
+        lines.append(f"  {currency}: legacy {total}, ledger {ledger}, imbalance {one.imbalance.get(currency, 0)}")
+    lines += [
+        f"  {each.trait}={each.value} ({each.bucket}, {each.currency}): legacy {each.legacy}, ledger {each.ledger}"
+        for each in one.totals[:_SHOWN]
+    ]
+    lines += _more(len(one.totals), "totals")
+    if one.missing or one.stale:
+        lines.append(f"  behind: {one.missing} missing, {one.stale} stale")
+    if one.drift_accounts:
+        lines.append(f"  drift in {one.drift_accounts} accounts:")
+        lines += [
+            f"    {drift.key} ({drift.bucket}, {drift.currency}): legacy {drift.legacy}, ledger {drift.ledger}, "
+            f"{drift.state}, {drift.problem}"
+            for drift in one.drift[:_SHOWN]
+        ]
+        lines += _more(len(one.drift), "drifted accounts")
+    lines += [f"  journal: account {p.key or p.account}: {p.problem}" for p in one.journal[:_SHOWN]]
+    lines += [f"  guard: {guard.trigger} {guard.problem}" for guard in one.guards]
+    return lines
+
+
+def _more(count: int, what: str) -> list[str]:
+    return [f"  … {count} {what} in all; --json lists them"] if count > _SHOWN else []

@@ -1,0 +1,173 @@
+"""Commands that move the migration: phases, reads of cohorts, the line."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from sqlalchemy import text
+
+from walletmigrate import phases
+from walletmigrate.audit import record
+from walletmigrate.commands import command
+from walletmigrate.console import Answer, plain, reasons_as_json, reasons_as_lines
+from walletmigrate.errors import PreconditionRefused, UsageError
+from walletmigrate.flags import READ_FROM_LEDGER
+from walletmigrate.invocation import Run, cohort, server_steps
+from walletmigrate.phases import FlagChange, PhaseChange
+from walletmigrate.schema import quoted
+from walletmigrate.standing import require_installed, shown_time
+
+_TO = Annotated[str | None, typer.Option("--to", help="The phase to be in after it; being there already is fine.")]
+_COHORT = Annotated[str | None, typer.Option("--cohort", metavar="TRAIT=VALUE", help="For example tenant=acme.")]
+_EVERYONE = Annotated[bool, typer.Option("--everyone", help="All accounts.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    group = typer.Typer(help="Where the migration stands: show, advance, back.", no_args_is_help=True)
+    command(group, "show", group="phase")(show)
+    command(group, "advance", group="phase", changes=True)(advance)
+    command(group, "back", group="phase", changes=True)(back)
+    app.add_typer(group, name="phase")
+    command(app, "cutover", changes=True, confirms=True)(cutover)
+    command(app, "rollback", changes=True)(rollback)
+    command(app, "stop-the-line", changes=True)(stop_the_line)
+    command(app, "resume", changes=True)(resume)
+
+
+def show(run: Run) -> Answer:
+    """Say the phase, and what is missing for the next one."""
+    with run.engine.connect() as plain_connection:
+        connection = plain_connection.execution_options(postgresql_readonly=True)
+        state = phases.show(connection, run.settings)
+        missing = phases.reasons(connection, run.settings, run.source, state.next) if state.next else []
+    since = f" since {shown_time(state.since)}" if state.since else " (the ledger is not installed)"
+    lines = [f"{state.phase}{since}"]
+    if state.next:
+        lines.append(f"the way to {state.next} is " + ("open" if not missing else "closed:"))
+    document = {**plain(state), "next": state.next, "previous": state.previous, "reasons": reasons_as_json(missing)}
+    return Answer(document, (*lines, *reasons_as_lines(missing)))
+
+
+def advance(run: Run, to: _TO = None) -> Answer:
+    """Go to the next phase, if its gate is met."""
+    done = phases.advance(run.engine, run.settings, run.source, run.act(), to=to, dry_run=run.dry_run)
+    return _phase_answer(done)
+
+
+def back(run: Run, to: _TO = None) -> Answer:
+    """Go back to the phase before. Never gated; phase frozen is left by unfreeze."""
+    return _phase_answer(phases.back(run.engine, run.settings, run.act(), to=to, dry_run=run.dry_run))
+
+
+def cutover(run: Run, who: _COHORT = None, everyone: _EVERYONE = False) -> Answer:
+    """Read a cohort's balances from the ledger, if every account of it is in step."""
+    chosen = cohort(who)
+    if (chosen is None) != everyone:
+        raise UsageError("name exactly one: --cohort tenant=acme, or --everyone")
+    act = run.act()
+    file = run.editable_flags(READ_FROM_LEDGER, _by_hand(who, "on"))
+    run.confirmed()
+    done = phases.cutover(run.engine, run.settings, file, chosen, act, dry_run=run.dry_run)
+    off = [one.value or one.segment for one in done.after.overrides if not one.enabled]
+    notes = [f"still off for {', '.join(off)}: an override that is off wins"] if off else []
+    return Answer({"flag": plain(done)}, (flag_line(done),), tuple(notes))
+
+
+def rollback(
+    run: Run,
+    who: _COHORT = None,
+    everyone: _EVERYONE = False,
+    exercise: Annotated[bool, typer.Option("--exercise", help="Go back a phase and forward again, on record.")] = False,
+) -> Answer:
+    """Read balances from legacy again: a cohort's by its flag, everyone's (the default) by flag and phase."""
+    chosen = cohort(who)
+    if sum((chosen is not None, everyone, exercise)) > 1:
+        raise UsageError("name at most one of --cohort, --everyone and --exercise")
+    act = run.act()
+    if exercise:
+        return _exercise(run)
+    if chosen is not None and run.flag_file is None:
+        raise PreconditionRefused("rollback", [server_steps(run.settings, READ_FROM_LEDGER, _by_hand(who, "off"))])
+    done = phases.rollback(run.engine, run.settings, run.flag_file, act, cohort=chosen, dry_run=run.dry_run)
+    lines = [_moved(done.phase_before, done.phase_after, dry_run=run.dry_run)] if chosen is None else []
+    notes = [f"the flag was not switched: {done.flag_problem}"] if done.flag_problem else []
+    if done.flag:
+        lines.append(flag_line(done.flag))
+    elif run.flag_file is None:
+        notes.append("; ".join(server_steps(run.settings, READ_FROM_LEDGER, _by_hand(None, "off"))))
+    return Answer(plain(done), tuple(lines), tuple(notes))
+
+
+def stop_the_line(run: Run) -> Answer:
+    """Stop all dual-writes at the next statement of every process: legacy alone is written."""
+    return _set_line(run, running=False)
+
+
+def resume(run: Run) -> Answer:
+    """Let dual-writes go on after stop-the-line. Accounts written meanwhile are stale: backfill them."""
+    return _set_line(run, running=True)
+
+
+def flag_line(change: FlagChange) -> str:
+    """A flag's flip in a sentence."""
+    on = "would be " if change.dry_run else "is "
+    if not change.changed:
+        return f"{change.flag} for {change.who}: nothing to change"
+    also = f" (moved along: {', '.join(change.also)})" if change.also else ""
+    return f"{change.flag} for {change.who} {on}set{also}; default {_switch(change.after.default)}" + "".join(
+        f", {one.value or one.segment} {_switch(one.enabled)}" for one in change.after.overrides
+    )
+
+
+def _exercise(run: Run) -> Answer:
+    done = phases.exercise(run.engine, run.settings, run.source, run.act(), dry_run=run.dry_run)
+    said = "would go" if done.dry_run else "went"
+    note = "accounts written in between may be stale: walletmigrate backfill --reason '…'"
+    return Answer(
+        {"exercise": plain(done)},
+        (f"{said} from {done.phase} to {done.through} and to {done.phase} again",),
+        () if done.dry_run else (note,),
+    )
+
+
+def _set_line(run: Run, *, running: bool) -> Answer:
+    act, settings = run.act(), run.settings
+    with run.engine.begin() as connection:
+        require_installed(connection, settings)
+        before = phases.show(connection, settings).line_running
+        changed = before != running
+        if changed and not run.dry_run:
+            record(connection, settings, run.command, act, details={"running": running})
+            connection.execute(
+                text(f"select {quoted(settings.ledger_schema)}.set_line(:running)"), {"running": running}
+            )
+    word = "runs" if running else "is stopped"
+    line = f"the line {word}" + ("" if changed else " already") + (" (dry run: unchanged)" if run.dry_run else "")
+    notes = ("accounts written from now on turn stale; afterwards: walletmigrate resume, then backfill",)
+    return Answer(
+        {"line_running": before if run.dry_run else running, "changed": changed, "dry_run": run.dry_run},
+        (line,),
+        () if running or run.dry_run else notes,
+    )
+
+
+def _phase_answer(done: PhaseChange) -> Answer:
+    return Answer(plain(done), (_moved(done.before, done.after, dry_run=done.dry_run),))
+
+
+def _moved(before: str, after: str, *, dry_run: bool) -> str:
+    if before == after:
+        return f"the phase is {after}, as it was"
+    return f"the phase {'would go' if dry_run else 'went'} from {before} to {after}"
+
+
+def _switch(enabled: bool) -> str:
+    return "on" if enabled else "off"
+
+
+def _by_hand(who: str | None, switch: str) -> str:
+    if who is None:
+        return f"switch it {switch} for the environment"
+    return f"switch it {switch} in the override of the segment {who} (make the segment if need be)"

@@ -1,0 +1,93 @@
+"""Commands that look: status, the metrics exporter, the version."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version as version_of
+from typing import Annotated
+
+import typer
+
+from walletmigrate.cli_flags import flag_text
+from walletmigrate.commands import command
+from walletmigrate.console import Answer, plain, reasons_as_json, reasons_as_lines
+from walletmigrate.errors import ConfigError
+from walletmigrate.exporter import serve
+from walletmigrate.invocation import NO_URL, Run, wait_for_the_end
+from walletmigrate.report import JobStatus, Status
+from walletmigrate.report import status as look
+from walletmigrate.standing import shown_time
+
+PORT = 9464
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    command(app, "status")(status)
+    command(app, "exporter")(exporter)
+    command(app, "version")(version)
+
+
+def status(run: Run) -> Answer:
+    """Say where the migration stands, what runs, why the next step is refused, and the next command."""
+    seen = look(run.engine, run.settings, run.source)
+    document = {**plain(seen), "refused": reasons_as_json(seen.refused)}
+    return Answer(document, tuple(_lines(seen)))
+
+
+def exporter(
+    run: Run,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = PORT,
+    address: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+) -> Answer:
+    """Serve the metrics that stand in the database, for Prometheus. Ctrl-C ends it."""
+    if run.settings.database_url is None:
+        raise ConfigError("no database URL is set", fix=NO_URL)
+    served = serve(run.settings, port, address)
+    try:
+        url = f"http://{address}:{served.port}/metrics"
+        wait_for_the_end(run, Answer({"url": url, "running": True}, (f"serving {url}",)))
+    finally:
+        served.close()
+    return Answer({}, printed=True)
+
+
+def version(run: Run) -> Answer:  # noqa: ARG001 - every command gets its run
+    """Say the versions of the package and of what it stands on."""
+    names = ("walletmigrate", "sqlalchemy", "psycopg", "flagsmith")
+    found = {name: version_of(name) for name in names} | {"python": platform.python_version()}
+    others = ", ".join(f"{name} {number}" for name, number in found.items() if name != "walletmigrate")
+    return Answer({"versions": found}, (f"walletmigrate {found['walletmigrate']} ({others})",))
+
+
+def _lines(seen: Status) -> list[str]:
+    since = f" since {shown_time(seen.since)}" if seen.since else ""
+    lines = [f"phase: {seen.phase}{since}" if seen.installed else "phase: legacy (the ledger is not installed)"]
+    lines.append("line: runs" if seen.line_running else "line: STOPPED")
+    lines.append(f"flags: {seen.flags.source}" + (f" ({seen.flags.problem})" if seen.flags.problem else ""))
+    lines += [flag_text(state) for state in seen.flags.flags]
+    if seen.installed:
+        counts = ", ".join(f"{count} {state}" for state, count in seen.accounts.items())
+        lines.append(f"accounts: {counts}; {seen.drifted} drifted")
+        lines.append(f"failures in the observation window: {seen.failures}")
+    lines += [_job_line(job) for job in seen.jobs]
+    for run in seen.verifications:
+        verdict = "clean" if run.clean else f"NOT CLEAN, drift {run.drift_amount} in {run.drift_accounts} accounts"
+        lines.append(f"verified: {run.mapping} {run.currency} at {shown_time(run.finished_at)}: {verdict}")
+    if seen.next_phase and seen.refused:
+        lines.append(f"the way to {seen.next_phase} is closed:")
+        lines += reasons_as_lines(seen.refused)
+    elif seen.next_phase:
+        lines.append(f"the way to {seen.next_phase} is open")
+    lines.append(f"next: {seen.next_command}")
+    return lines
+
+
+def _job_line(job: JobStatus) -> str:
+    done = job.items_done + job.items_failed
+    of = f" of {job.items_total}" if job.items_total is not None else ""
+    state = "running, but no batch for a minute" if job.stalled else job.state
+    rate = f", {job.rate:.0f}/s" if job.rate is not None else ""
+    eta = f", about {job.eta_seconds:.0f} s left" if job.eta_seconds is not None else ""
+    failed = f", {job.items_failed} failed" if job.items_failed else ""
+    return f"job {job.id}: {job.kind} of {job.mapping}, {state}, {done}{of} accounts{failed}{rate}{eta}"

@@ -1,0 +1,126 @@
+"""How a function becomes a command: the options that all share, and how every command ends."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeVar
+
+import typer
+from sqlalchemy.exc import DBAPIError
+from typer.core import TyperGroup
+
+from walletmigrate import console
+from walletmigrate.console import Answer
+from walletmigrate.errors import UsageError, WalletMigrateError
+from walletmigrate.invocation import Run
+
+Handler = TypeVar("Handler", bound=Callable[..., Answer])
+
+_ClickError: type[Any] = next(one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException")
+
+CONFIG = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Configuration. Default: WALLETMIGRATE_CONFIG, walletmigrate.toml."),
+]
+DATABASE_URL = Annotated[
+    str | None,
+    typer.Option(
+        "--database-url",
+        metavar="URL",
+        help="PostgreSQL. Better: WALLETMIGRATE_DATABASE_URL, unseen by ps.",
+    ),
+]
+JSON = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+_DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Check and tell, change nothing.")]
+_ACTOR = Annotated[
+    str | None, typer.Option("--actor", help="Who does this. Default: WALLETMIGRATE_ACTOR, else user:NAME.")
+]
+_REASON = Annotated[str | None, typer.Option("--reason", help="Why, for the audit log. Wanted for every change.")]
+_CONFIRM = Annotated[
+    str | None, typer.Option("--confirm", metavar="MAPPING", help="The mapping's name; asked for on a terminal.")
+]
+
+COMMON: Final = {"config": (CONFIG, None), "database_url": (DATABASE_URL, None), "as_json": (JSON, False)}
+CHANGES: Final = {"dry_run": (_DRY_RUN, False), "actor": (_ACTOR, None), "reason": (_REASON, None)}
+CONFIRMS: Final = {"confirm": (_CONFIRM, None)}
+
+
+def command(
+    app: typer.Typer, name: str, *, group: str = "", changes: bool = False, confirms: bool = False
+) -> Callable[[Handler], Handler]:
+    """Register ``handler(run, **its own options) -> Answer`` as a command with the options that all share."""
+    options = {**COMMON, **(CHANGES if changes else {}), **(CONFIRMS if confirms else {})}
+    full_name = f"{group} {name}".strip()
+
+    def register(handler: Handler) -> Handler:
+        def invoke(context: typer.Context, **values: Any) -> int:
+            root = context.find_root().params
+            shared: dict[str, Any] = {option: values.pop(option) or root.get(option) for option in COMMON}
+            rest: dict[str, Any] = {option: values.pop(option) for option in options if option not in COMMON}
+            return carry_out(Run(full_name, **shared, **rest), lambda run: handler(run, **values))
+
+        _disguise(invoke, handler, options)
+        app.command(name)(invoke)
+        return handler
+
+    return register
+
+
+def carry_out(run: Run, call: Callable[[Run], Answer]) -> int:
+    """Call, print what came of it, and give the exit code. Nothing escapes but what ends the process."""
+    try:
+        return console.show(run.command, call(run), as_json=run.as_json)
+    except WalletMigrateError as error:
+        return console.show_error(run.command, error, as_json=run.as_json)
+    except DBAPIError as error:
+        return console.show_error(run.command, console.typed(error, run.address), as_json=run.as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        said = "interrupted: what was committed stays, and the same command goes on from there"
+        return console.show_failure(run.command, "interrupted", said, console.INTERRUPTED, as_json=run.as_json)
+    except Exception as error:  # noqa: BLE001 - a defect, too, ends with one document and a code
+        console.say("".join(traceback.format_exception(error)))
+        said = f"internal error: {type(error).__name__}: {error}"
+        return console.show_failure(run.command, "internal", said, console.FAILURE, as_json=run.as_json)
+    finally:
+        run.close()
+
+
+class Group(TyperGroup):
+    """The root command: errors of usage end like all others, also under --json."""
+
+    def main(self, args: Sequence[str] | None = None, *_: Any, **extra: Any) -> Any:
+        """Run and exit with the command's code."""
+        words = list(sys.argv[1:] if args is None else args)
+        as_json = "--json" in words
+        try:
+            code = super().main(args=words, **{**extra, "standalone_mode": False})
+        except _ClickError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                console.say(error.format_message())
+                sys.exit(console.USAGE)
+            context = getattr(error, "ctx", None)
+            said = context.command_path.partition(" ")[2] if context else ""
+            hint = f" See: walletmigrate {said} --help".replace("  ", " ")
+            failure = UsageError(error.format_message() + hint)
+            sys.exit(console.show_error(said, failure, as_json=as_json))
+        except (KeyboardInterrupt, typer.Abort):
+            sys.exit(console.show_failure("", "interrupted", "interrupted", console.INTERRUPTED, as_json=as_json))
+        sys.exit(code if isinstance(code, int) else console.OK)
+
+
+def _disguise(invoke: Callable[..., int], handler: Callable[..., Answer], options: dict[str, tuple[Any, Any]]) -> None:
+    """Give ``invoke`` the signature that Typer reads: the handler's own options, then the shared ones."""
+    own = list(inspect.signature(handler, eval_str=True).parameters.values())[1:]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        *(one.replace(kind=kind) for one in own),
+        *(inspect.Parameter(n, kind, default=d, annotation=a) for n, (a, d) in options.items()),
+    ]
+    invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    invoke.__annotations__ = {one.name: one.annotation for one in parameters}
+    invoke.__doc__ = handler.__doc__

@@ -1,0 +1,175 @@
+"""The SQL functions made for one mapping: what they are made from, and how they come into the database."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import Connection, text
+
+from walletmigrate.config import Column, Mapping, Settings
+from walletmigrate.schema import quoted, render, run_script
+from walletmigrate.survey import LegacyTable
+
+FUNCTIONS_VERSION = 1
+SYSTEM_ACCOUNTS = ("opening", "external", "correction", "bypass", "transit")
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What the database knows of a mapping (`fingerprint` is of the configuration it was made from)."""
+
+    name: str
+    fingerprint: str
+    functions_version: int
+    definition: dict[str, Any]
+    fence: dict[str, Any]
+
+
+def definition(mapping: Mapping) -> dict[str, Any]:
+    """What of a mapping the functions are made from; anything else may change without an install."""
+    return {
+        "table": f"{mapping.schema_name}.{mapping.table_name}",
+        "key": mapping.key,
+        "columns": [
+            {
+                "bucket": column.bucket,
+                "currency": column.currency,
+                "column": column.column,
+                "scale": column.scale,
+                "unit": column.unit,
+                "floor": None if column.floor is None else str(column.floor),
+            }
+            for column in mapping.columns
+        ],
+    }
+
+
+def fingerprint(mapping: Mapping) -> str:
+    """Sixteen hex digits over the definition: the adapter sends it, the functions compare it."""
+    canonical = json.dumps(definition(mapping), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def relation(mapping: Mapping) -> str:
+    """The legacy table as SQL names it."""
+    return f"{quoted(mapping.schema_name)}.{quoted(mapping.table_name)}"
+
+
+def value_of(column: Column, *, is_float: bool, alias: str = "l") -> str:
+    """SQL for a legacy balance in major units. A float is read as rounded to the scale."""
+    value = f"{alias}.{quoted(column.column)}::numeric"
+    if column.unit == "minor" and column.scale:
+        value = f"({value} * {column.quantum:f})"
+    return f"round({value}, {column.scale})" if is_float else value
+
+
+def context(schema: str, mapping: Mapping, legacy: LegacyTable, system: dict[tuple[str, str], int]) -> dict[str, Any]:
+    """Everything the templates of a mapping ask for, quoted where it is a name."""
+    return {
+        "schema": quoted(schema),
+        "mapping": mapping.name,
+        "fingerprint": fingerprint(mapping),
+        "relation": relation(mapping),
+        "key": quoted(mapping.key),
+        "key_type": legacy.key_sql_type,
+        "columns": [_column_context(column, legacy, system) for column in mapping.columns],
+    }
+
+
+def _column_context(column: Column, legacy: LegacyTable, system: dict[tuple[str, str], int]) -> dict[str, Any]:
+    found = next(c for c in legacy.columns if c.name == column.column)
+    name = quoted(column.column)
+    factor = f" * {10**column.scale}" if column.unit == "minor" and column.scale else ""
+    value = value_of(column, is_float=found.is_float)
+    changed = f"({value} + p_change){factor}" if found.is_float else f"l.{name} + (p_change{factor})"
+    return {
+        "bucket": column.bucket,
+        "currency": column.currency,
+        "column": name,
+        "scale": column.scale,
+        "value": value,
+        "changed": changed,
+        "assigned": f"a.balance{factor}",
+        "floor": _literal(column.floor),
+        "minimum": _literal(found.minimum),
+        "maximum": _literal(found.maximum),
+        **{name: system[name, column.currency] for name in SYSTEM_ACCOUNTS},
+    }
+
+
+def _literal(value: Decimal | None) -> str:
+    return "null::numeric" if value is None else f"'{value:f}'::numeric"
+
+
+def make_system_accounts(connection: Connection, schema: str, currencies: list[str]) -> dict[tuple[str, str], int]:
+    """The system accounts of these currencies, made where they are missing. They come before any opening."""
+    table = f"{quoted(schema)}.system_accounts"
+    for currency in currencies:
+        for name in SYSTEM_ACCOUNTS:
+            connection.execute(
+                text(
+                    f"insert into {table} (id, name, currency) "
+                    f"select coalesce(min(id), 0) - 1, :name, :currency from {table} "
+                    "on conflict (name, currency) do nothing"
+                ),
+                {"name": name, "currency": currency},
+            )
+    rows = connection.execute(text(f"select name, currency, id from {table}"))
+    return {(row.name, row.currency): row.id for row in rows}
+
+
+def make_functions(connection: Connection, settings: Settings, mapping: Mapping, legacy: LegacyTable) -> None:
+    """Make or replace the functions of one mapping and record what they were made from. Idempotent."""
+    schema = settings.ledger_schema
+    currencies = list(dict.fromkeys(column.currency for column in mapping.columns))
+    system = make_system_accounts(connection, schema, currencies)
+    names = context(schema, mapping, legacy, system)
+    connection.exec_driver_sql(f"set local search_path = pg_catalog, {quoted(schema)}, pg_temp")
+    run_script(connection, render("posting", **names))
+    run_script(connection, render("mapping", **names))
+    run_script(connection, render("fence", **names))
+    connection.execute(
+        text(
+            f"insert into {quoted(schema)}.mappings (name, relation, fingerprint, functions_version, definition) "
+            "values (:name, cast(:relation as regclass), :fingerprint, :version, cast(:definition as jsonb)) "
+            "on conflict (name) do update set relation = excluded.relation, fingerprint = excluded.fingerprint, "
+            "functions_version = excluded.functions_version, definition = excluded.definition"
+        ),
+        {
+            "name": mapping.name,
+            "relation": relation(mapping),
+            "fingerprint": fingerprint(mapping),
+            "version": FUNCTIONS_VERSION,
+            "definition": json.dumps({**definition(mapping), "key_type": legacy.key_type}),
+        },
+    )
+
+
+def mapping_functions(connection: Connection, schema: str, mapping: str) -> list[str]:
+    """The signatures of the functions made for a mapping, as DROP FUNCTION wants them."""
+    names = ["side", "keys", "lock", "leg", "plain", "settle", "move", "post", "open", "backfill"]
+    names += ["freeze", "seal", "unfreeze", "unseal", "fence", "fence_truncate"]
+    rows = connection.execute(
+        text(
+            "select p.oid::regprocedure::text from pg_proc p join pg_namespace n on n.oid = p.pronamespace "
+            "where n.nspname = :schema and p.proname = any(:names) order by 1"
+        ),
+        {"schema": schema, "names": [f"{name}_{mapping}" for name in names]},
+    )
+    return list(rows.scalars())
+
+
+def installed_mapping(connection: Connection, schema: str, mapping: str) -> Installed | None:
+    """What the database knows of a mapping, None when it was never installed."""
+    row = connection.execute(
+        text(
+            "select name, fingerprint, functions_version, definition, fence "
+            f"from {quoted(schema)}.mappings where name = :name"
+        ),
+        {"name": mapping},
+    ).one_or_none()
+    return None if row is None else Installed(*row)

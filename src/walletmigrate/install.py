@@ -1,0 +1,284 @@
+"""Bring the ledger and the fence into a database, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, text
+from sqlalchemy.engine import Engine
+from sqlalchemy.exc import OperationalError
+
+from walletmigrate import capture, functions, schema, survey
+from walletmigrate.audit import Act, record
+from walletmigrate.config import Mapping, Roles, Settings
+from walletmigrate.errors import PreconditionRefused
+from walletmigrate.functions import relation
+from walletmigrate.schema import quoted
+
+FENCE_ATTEMPTS = 20
+STALE_BATCH = 5_000
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class InstallResult:
+    """What an install found and did. ``unconvertible`` are (mapping, key, column, value) that refuse it."""
+
+    schema: str
+    revision: str
+    mappings: tuple[str, ...]
+    fences_made: tuple[str, ...]
+    unconvertible: tuple[tuple[str, str, str, str], ...]
+    dry_run: bool
+
+
+def install(engine: Engine, settings: Settings, act: Act, *, dry_run: bool = False) -> InstallResult:
+    """Make roles, schema, functions and the fence of every mapping, in one transaction. Idempotent.
+
+    One transaction, because a bucket that the functions know and the fence does not would be open to raw writes.
+    Raises PreconditionRefused while a legacy value does not convert exactly, or when the functions of a
+    mapping would change the meaning of accounts that are open.
+    """
+    with engine.begin() as connection:
+        tables = {mapping.name: survey.inspect_mapping(connection, mapping) for mapping in settings.mappings}
+        bad = tuple(
+            (mapping.name, str(key), column, str(value))
+            for mapping in settings.mappings
+            for key, column, value in survey.unconvertible(connection, mapping)
+        )
+        _refuse(connection, settings, bad, dry_run=dry_run)
+    made: tuple[str, ...] = ()
+    if not dry_run:
+        made = _with_short_locks(engine, lambda connection: _put_in(connection, settings, tables, act))
+    return InstallResult(settings.ledger_schema, schema.head(), _names(settings), made, bad, dry_run)
+
+
+def _put_in(
+    connection: Connection, settings: Settings, tables: dict[str, survey.LegacyTable], act: Act
+) -> tuple[str, ...]:
+    """Make everything, the fences last, since they lock the tables; returns the mappings whose fence was made."""
+    make_roles(connection, settings.roles)
+    _make_schema(connection, settings)
+    for mapping in settings.mappings:
+        _let_owner_read(connection, settings, mapping)
+    connection.exec_driver_sql(f"set local role {quoted(settings.roles.owner)}")
+    schema.migrate(connection, settings.ledger_schema)
+    _refuse(connection, settings, (), dry_run=False)
+    for mapping in settings.mappings:
+        functions.make_functions(connection, settings, mapping, tables[mapping.name])
+    _grant(connection, settings)
+    connection.exec_driver_sql("reset role")
+    made = tuple(m.name for m in settings.mappings if capture.install_fence(connection, settings, m))
+    record(connection, settings, "install", act, details={"fences": list(made), "revision": schema.head()})
+    return made
+
+
+def uninstall(
+    engine: Engine, settings: Settings, act: Act, *, drop_ledger: bool = False, dry_run: bool = False
+) -> None:
+    """Take the fence and the functions out; the adapter goes on with plain updates. Idempotent.
+
+    Accounts turn stale first, in batches of their own. The journal stays, unless ``drop_ledger``. Raises
+    PreconditionRefused unless the phase is `legacy` and no account is frozen.
+    """
+    with engine.begin() as connection:
+        if not schema.installed(connection, settings.ledger_schema):
+            return
+        _refuse_uninstall(connection, settings)
+    if dry_run:
+        return
+    gone = [mapping.name for mapping in settings.mappings if _take_out(engine, settings, mapping)]
+    if not gone and not drop_ledger:
+        return
+    with engine.begin() as connection:
+        record(connection, settings, "uninstall", act, details={"mappings": gone, "drop_ledger": drop_ledger})
+        if drop_ledger:
+            connection.exec_driver_sql(f"drop schema {quoted(settings.ledger_schema)} cascade")
+
+
+def _take_out(engine: Engine, settings: Settings, mapping: Mapping) -> bool:
+    """Take one mapping's fence and functions out; False when it was not installed."""
+    with engine.begin() as connection:
+        if functions.installed_mapping(connection, settings.ledger_schema, mapping.name) is None:
+            return False
+    more = True
+    while more:
+        # What a posting in flight has locked is skipped: waiting here, without the legacy row, could deadlock.
+        with engine.begin() as connection:
+            more = _turn_stale(connection, settings, mapping, "skip locked") == STALE_BATCH
+    _with_short_locks(engine, lambda connection: _drop(connection, settings, mapping))
+    return True
+
+
+def _drop(connection: Connection, settings: Settings, mapping: Mapping) -> None:
+    """Under the lock of the table, legacy before accounts as everyone locks: the last states, then the fence."""
+    connection.exec_driver_sql(f"lock table {relation(mapping)} in access exclusive mode")
+    _refuse_uninstall(connection, settings)
+    while _turn_stale(connection, settings, mapping):
+        pass
+    capture.remove_triggers(connection, settings, mapping)
+    for signature in functions.mapping_functions(connection, settings.ledger_schema, mapping.name):
+        connection.exec_driver_sql(f"drop function {signature}")
+    connection.execute(
+        text(f"delete from {quoted(settings.ledger_schema)}.mappings where name = :name"), {"name": mapping.name}
+    )
+
+
+def _turn_stale(connection: Connection, settings: Settings, mapping: Mapping, waiting: str = "") -> int:
+    """Turn up to STALE_BATCH mirrored accounts stale, locked by id; returns how many."""
+    accounts = f"{quoted(settings.ledger_schema)}.accounts"
+    return connection.execute(
+        text(
+            f"with batch as materialized (select id from {accounts} where mapping = :name and state = 'mirrored' "
+            f"order by id limit :limit for no key update {waiting}) "
+            f"update {accounts} as a set state = 'stale', state_at = clock_timestamp(), state_reason = 'uninstall' "
+            "from batch where a.id = batch.id"
+        ),
+        {"name": mapping.name, "limit": STALE_BATCH},
+    ).rowcount
+
+
+def make_roles(connection: Connection, roles: Roles) -> None:
+    """Make the four roles where they are missing; none can log in. The application's role is granted later."""
+    for name in (roles.owner, roles.app, roles.operator, roles.auditor):
+        if not connection.scalar(text("select 1 from pg_roles where rolname = :name"), {"name": name}):
+            connection.exec_driver_sql(f"create role {quoted(name)} nologin")
+    _join(connection, roles.owner)
+
+
+def _join(connection: Connection, owner: str) -> None:
+    """Let the installing role act as the owner: make what is the owner's, and put its functions into triggers."""
+    new = (connection.dialect.server_version_info or (0,)) >= (16,)
+    # Since 16 who makes a role is its member, but may neither use its rights nor SET ROLE to it.
+    privileges = "usage, set" if new else "usage"
+    query = text("select bool_and(pg_has_role(:name, p)) from unnest(string_to_array(:privileges, ', ')) as p")
+    if not connection.scalar(query, {"name": owner, "privileges": privileges}):
+        options = " with inherit true, set true" if new else ""
+        connection.exec_driver_sql(f"grant {quoted(owner)} to current_user{options}")
+
+
+def _names(settings: Settings) -> tuple[str, ...]:
+    return tuple(mapping.name for mapping in settings.mappings)
+
+
+def _refuse(connection: Connection, settings: Settings, bad: tuple[Any, ...], *, dry_run: bool) -> None:
+    reasons = [
+        (
+            f"{name}: {column} of {key} holds {value}, which is no exact amount",
+            f"update the row, or raise the scale of column {column!r} in the configuration",
+        )
+        for name, key, column, value in bad
+        if not dry_run
+    ]
+    if schema.installed(connection, settings.ledger_schema):
+        for mapping in settings.mappings:
+            reasons += _changed_meaning(connection, settings, mapping)
+    if reasons:
+        raise PreconditionRefused("install", reasons)
+
+
+def _changed_meaning(connection: Connection, settings: Settings, mapping: Mapping) -> list[tuple[str, str]]:
+    """A column, scale or unit that open accounts were opened under must not change beneath them."""
+    stands = functions.installed_mapping(connection, settings.ledger_schema, mapping.name)
+    if stands is None or stands.fingerprint == functions.fingerprint(mapping):
+        return []
+    counted = connection.scalar(
+        text(f"select count(*) from {quoted(settings.ledger_schema)}.accounts where mapping = :name"),
+        {"name": mapping.name},
+    )
+    fixed = ("bucket", "currency", "column", "scale", "unit")
+    was, now = stands.definition, functions.definition(mapping)
+    kept = all({k: c[k] for k in fixed} in [{k: n[k] for k in fixed} for n in now["columns"]] for c in was["columns"])
+    if not counted or (kept and was["table"] == now["table"] and was["key"] == now["key"]):
+        return []
+    what = f"{counted} accounts of mapping {mapping.name!r} were opened under another table, key, column, scale or unit"
+    mend = "put the old values back, or go back to phase legacy and run: walletmigrate uninstall --drop-ledger"
+    return [(what, mend)]
+
+
+def _refuse_uninstall(connection: Connection, settings: Settings) -> None:
+    name = quoted(settings.ledger_schema)
+    phase = connection.scalar(text(f"select phase from {name}.control"))
+    frozen = connection.scalar(text(f"select count(*) from {name}.accounts where state = 'frozen'"))
+    reasons = []
+    if phase != "legacy":
+        reasons.append((f"the phase is {phase}", "walletmigrate phase back (until legacy)"))
+    if frozen:
+        reasons.append((f"{frozen} accounts are frozen: the ledger alone is true", "walletmigrate unfreeze"))
+    if reasons:
+        raise PreconditionRefused("uninstall", reasons)
+
+
+def _make_schema(connection: Connection, settings: Settings) -> None:
+    name, owner = quoted(settings.ledger_schema), quoted(settings.roles.owner)
+    connection.exec_driver_sql(f"create schema if not exists {name} authorization {owner}")
+
+
+def _let_owner_read(connection: Connection, settings: Settings, mapping: Mapping) -> None:
+    """The definer functions read the legacy row for themselves; operators lock rows and write them back."""
+    owner, operator = quoted(settings.roles.owner), quoted(settings.roles.operator)
+    auditor, table = quoted(settings.roles.auditor), relation(mapping)
+    connection.exec_driver_sql(f"grant usage on schema {quoted(mapping.schema_name)} to {owner}, {operator}, {auditor}")
+    connection.exec_driver_sql(f"grant select on {table} to {owner}, {operator}, {auditor}")
+    connection.exec_driver_sql(f"grant update on {table} to {operator}")
+    hidden = connection.scalar(
+        text("select relrowsecurity from pg_class where oid = cast(:t as regclass)"), {"t": table}
+    )
+    if hidden:
+        # A fence that cannot see a row would take it for deleted.
+        connection.exec_driver_sql(f"drop policy if exists walletmigrate_owner on {table}")
+        connection.exec_driver_sql(f"create policy walletmigrate_owner on {table} for select to {owner} using (true)")
+
+
+def _grant(connection: Connection, settings: Settings) -> None:
+    roles, name = settings.roles, quoted(settings.ledger_schema)
+    app, operator, auditor = quoted(roles.app), quoted(roles.operator), quoted(roles.auditor)
+    connection.exec_driver_sql(f"grant usage on schema {name} to {app}, {operator}, {auditor}")
+    connection.exec_driver_sql(f"revoke all on all functions in schema {name} from public")
+    connection.exec_driver_sql(f"grant select on all tables in schema {name} to {operator}, {auditor}")
+    connection.exec_driver_sql(f"grant select on {name}.line to {operator}, {auditor}")
+    connection.exec_driver_sql(
+        f"grant select on {name}.accounts, {name}.transactions, {name}.wallet_entries, {name}.control, "
+        f"{name}.mappings, {name}.flag_documents to {app}"
+    )
+    connection.exec_driver_sql(f"grant insert, update on {name}.flag_documents to {app}, {operator}")
+    connection.exec_driver_sql(f"grant insert on {name}.jobs, {name}.audit_log, {name}.verifications to {operator}")
+    connection.exec_driver_sql(f"grant update on {name}.jobs, {name}.control to {operator}")
+    shared = ["turn_stale", "diverged", "resolve", "replay", "enter_batch"]
+    own = ["post", "keys", "lock", "leg", "plain", "settle", "move"]
+    jobs = ["backfill", "open", "freeze", "seal", "unfreeze", "unseal"]
+    for signature, function in _signatures(connection, settings.ledger_schema):
+        posting = function in shared or function in [f"{n}_{m}" for n in own for m in _names(settings)]
+        working = function in [f"{n}_{m}" for n in jobs for m in _names(settings)]
+        if posting:
+            connection.exec_driver_sql(f"grant execute on function {signature} to {app}, {operator}")
+        elif working or function in ("fold_system_accounts", "set_line"):
+            connection.exec_driver_sql(f"grant execute on function {signature} to {operator}")
+
+
+def _signatures(connection: Connection, name: str) -> list[tuple[str, str]]:
+    rows = connection.execute(
+        text(
+            "select p.oid::regprocedure::text, p.proname from pg_proc p join pg_namespace n on n.oid = p.pronamespace "
+            "where n.nspname = :schema"
+        ),
+        {"schema": name},
+    )
+    return [(signature, function) for signature, function in rows]
+
+
+def _with_short_locks(engine: Engine, work: Callable[[Connection], T]) -> T:
+    """A fence needs one short lock: try with a short limit, many times, rather than block the traffic."""
+    for attempt in range(FENCE_ATTEMPTS):
+        try:
+            with engine.begin() as connection:
+                connection.exec_driver_sql("set local lock_timeout = '500ms'")
+                return work(connection)
+        except OperationalError as error:
+            locked = getattr(error.orig, "sqlstate", "") == "55P03"
+            if not locked or attempt == FENCE_ATTEMPTS - 1:
+                raise
+    raise AssertionError("unreachable")

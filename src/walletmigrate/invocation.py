@@ -1,0 +1,215 @@
+"""One run of one command: its options, settings, connection, actor and reason, and how it ends."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+import typer
+from sqlalchemy import Engine
+
+from walletmigrate import connect, console
+from walletmigrate.audit import Act
+from walletmigrate.census import Cohort
+from walletmigrate.config import Mapping, Settings
+from walletmigrate.configfile import ENVIRONMENT_PREFIX
+from walletmigrate.console import Answer
+from walletmigrate.errors import ConfigError, PreconditionRefused, UnknownMapping, UsageError
+from walletmigrate.flag_file import FlagFile
+from walletmigrate.flag_server import FlagsmithSource
+from walletmigrate.flags import FlagSource
+from walletmigrate.sources import source_of
+from walletmigrate.standing import confirmation, refreshed
+
+NO_URL: Final = "set WALLETMIGRATE_DATABASE_URL, or pass --database-url"
+
+
+class Run:
+    """What a command works with. Made by `command`; closed when the command ends."""
+
+    def __init__(
+        self,
+        command: str,
+        *,
+        config: Path | None,
+        database_url: str | None,
+        as_json: bool,
+        dry_run: bool = False,
+        actor: str | None = None,
+        reason: str | None = None,
+        confirm: str | None = None,
+    ) -> None:
+        self.command: Final = command
+        self.as_json: Final = as_json
+        self.dry_run: Final = dry_run
+        self._config = config
+        self._url = database_url
+        self._actor = actor
+        self._reason = reason
+        self._confirm = confirm
+        self.address = "(no database)"
+        """The database last connected to, its password masked."""
+        self._stack = ExitStack()
+        self._stopped = threading.Event()
+
+    @property
+    def config_path(self) -> Path:
+        """The file of the configuration, whether it exists or not."""
+        return self._config or Path(os.environ.get(f"{ENVIRONMENT_PREFIX}CONFIG") or "walletmigrate.toml")
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The configuration. Raises ConfigError."""
+        return Settings.load(self._config, database_url=self._url)
+
+    @property
+    def url(self) -> str:
+        """The database's URL, without a configuration being read. Raises ConfigError."""
+        found = self._url or os.environ.get(f"{ENVIRONMENT_PREFIX}DATABASE_URL")
+        if not found:
+            raise ConfigError("no database URL is set", fix=NO_URL)
+        return found
+
+    @property
+    def url_given(self) -> str | None:
+        """The database's URL if somebody named one."""
+        return self._url or os.environ.get(f"{ENVIRONMENT_PREFIX}DATABASE_URL") or None
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The configured database. Raises ConfigError without a URL, DatabaseUnreachable when it is away."""
+        url = self.settings.database_url
+        if url is None:
+            raise ConfigError("no database URL is set", fix=NO_URL)
+        return self.connected(url.get_secret_value())
+
+    def connected(self, url: str) -> Engine:
+        """An engine that has answered, disposed at the end. Raises ConfigError or DatabaseUnreachable."""
+        made = connect.engine(url, application_name=f"walletmigrate {self.command}")
+        self._stack.callback(made.dispose)
+        self.address = connect.masked(made.url)
+        connect.reachable(made)
+        return made
+
+    @cached_property
+    def source(self) -> FlagSource:
+        """The configured flag source, having looked just now. Raises ConfigError."""
+        # Without the database as memory: an operator wants to see what the server says, not what it once said.
+        made = source_of(self.settings.model_copy(update={"database_url": None}))
+        if isinstance(made, FlagsmithSource):
+            self._stack.callback(made.close)
+        return refreshed(made)
+
+    @property
+    def flag_file(self) -> FlagFile | None:
+        """The flag file to edit; None where flags come from a server."""
+        flags = self.settings.flags
+        return FlagFile(flags.path) if flags.source == "file" else None
+
+    def editable_flags(self, flag: str, what: str) -> FlagFile:
+        """The flag file to edit. Raises PreconditionRefused, with the manual steps, where there is a server."""
+        file = self.flag_file
+        if file is None:
+            raise PreconditionRefused(self.command, [server_steps(self.settings, flag, what)])
+        return file
+
+    def act(self, default_reason: str | None = None) -> Act:
+        """Who does this and why. Raises UsageError without a reason; a dry run needs none."""
+        reason = (self._reason or "").strip() or default_reason or ("dry run" if self.dry_run else "")
+        if not reason:
+            raise UsageError("say why: add --reason '…' (it goes into the audit log)")
+        return Act((self._actor or os.environ.get(f"{ENVIRONMENT_PREFIX}ACTOR") or "").strip() or _user(), reason)
+
+    def mappings(self, name: str | None) -> tuple[Mapping, ...]:
+        """The mapping of that name, or all of them. Raises UsageError."""
+        try:
+            return self.settings.mappings if name is None else (self.settings.mapping(name),)
+        except UnknownMapping as error:
+            raise UsageError(str(error)) from None
+
+    def confirmed(self, *mappings: str) -> None:
+        """Make sure that the operator named the mappings (default: all). Raises UsageError; a dry run asks nothing."""
+        if self.dry_run:
+            return
+        wanted = confirmation(self.settings, *mappings)
+        given = self._confirm
+        if given is None:
+            if not (sys.stdin.isatty() and sys.stderr.isatty()):
+                raise UsageError(f"{self.command} wants a confirmation: add --confirm {wanted}")
+            given = str(typer.prompt(f"{self.command}: type {wanted} to go on", err=True))
+        if {one.strip() for one in given.split(",")} != set(wanted.split(",")):
+            raise UsageError(f"--confirm must be {wanted}, and was {given!r}: nothing was changed")
+
+    def stop(self) -> bool:
+        """Whether the operator has asked to stop."""
+        return self._stopped.is_set()
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Ctrl-C or SIGTERM ends the job after the batch at hand; a second Ctrl-C ends it in the midst."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self._stopped.is_set():
+                signal.default_int_handler(number, frame)
+            self._stopped.set()
+            console.say("stopping after this batch; once more to stop at once")
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def close(self) -> None:
+        """Give back what the run opened."""
+        self._stack.close()
+
+
+def wait_for_the_end(run: Run, answer: Answer) -> None:
+    """Show an answer now, then wait for Ctrl-C or SIGTERM: the way in which a service ends in order."""
+    ended = threading.Event()
+    before = {one: signal.signal(one, lambda *_: ended.set()) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        console.show(run.command, answer, as_json=run.as_json)
+        ended.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def cohort(value: str | None) -> Cohort | None:
+    """A trait's name and value out of ``tenant=acme``. Raises UsageError."""
+    if value is None:
+        return None
+    name, mark, wanted = value.partition("=")
+    if not mark or not name or not wanted:
+        raise UsageError(f"--cohort {value!r}: write a trait and its value, for example --cohort tenant=acme")
+    return name, wanted
+
+
+def server_steps(settings: Settings, flag: str, what: str) -> tuple[str, str]:
+    """Why a flag is not switched here, and how to do it on the flag server by hand."""
+    return (
+        f"flags come from {settings.flags.api_url}, which this release only reads",
+        f"in Flagsmith, open the environment, then the feature {flag}, and {what}; then: walletmigrate flags list",
+    )
+
+
+def _user() -> str:
+    try:
+        return f"user:{getpass.getuser()}"
+    except (KeyError, OSError):  # a container may run under an id that has no name
+        return f"user:{os.getuid()}"

@@ -1,0 +1,187 @@
+"""What has been observed: verifications, the window, the exercise of the way back."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from datetime import datetime
+
+from sqlalchemy import Connection, text
+
+from walletmigrate.config import Mapping, Settings
+from walletmigrate.flag_edits import FlagState, Override
+from walletmigrate.flag_sources import DocumentSnapshot
+from walletmigrate.flags import DUAL_WRITE, READ_FROM_LEDGER, FlagSource
+from walletmigrate.schema import quoted
+from walletmigrate.standing import (
+    REASON,
+    Reason,
+    confirmation,
+    database_time,
+    flag_states,
+    in_force_since,
+    shown_span,
+    shown_time,
+    wait_until,
+)
+
+SHOWN = 5
+"""How many single values a reason names before it says that there are more."""
+
+
+def verified(connection: Connection, settings: Settings) -> Iterator[Reason]:
+    """A clean full verification of every mapping, begun after its last failure and since dual-write is on."""
+    begun = in_force_since(connection, settings, "dual_write")
+    for mapping in settings.mappings:
+        mend = f"walletmigrate verify --mapping {mapping.name}"
+        runs = _last_runs(connection, settings, mapping)
+        currencies = {column.currency for column in mapping.columns}
+        if currencies - runs.keys():
+            yield f"mapping {mapping.name!r} was never fully verified", mend
+            continue
+        started = min(at for at, _ in runs.values())
+        failed = _last_failure(connection, settings, mapping)
+        if not all(clean for _, clean in runs.values()):
+            yield f"the last full verification of {mapping.name!r} was not clean", mend
+        elif failed is not None and failed >= started:
+            yield f"mapping {mapping.name!r} had a failure at {shown_time(failed)}, after its last verification", mend
+        elif begun is not None and started < begun:
+            yield f"mapping {mapping.name!r} was last verified before dual-write began", mend
+
+
+def _last_runs(connection: Connection, settings: Settings, mapping: Mapping) -> dict[str, tuple[datetime, bool]]:
+    rows = connection.execute(
+        text(
+            "select distinct on (currency) currency, started_at, clean "
+            f"from {quoted(settings.ledger_schema)}.verifications "
+            "where mapping = :mapping and full_run order by currency, id desc"
+        ),
+        {"mapping": mapping.name},
+    )
+    return {row.currency: (row.started_at, row.clean) for row in rows}
+
+
+def _last_failure(connection: Connection, settings: Settings, mapping: Mapping) -> datetime | None:
+    found: datetime | None = connection.scalar(
+        text(f"select max(at) from {quoted(settings.ledger_schema)}.failures where mapping = :mapping"),
+        {"mapping": mapping.name},
+    )
+    return found
+
+
+def observed(connection: Connection, settings: Settings) -> Iterator[Reason]:
+    """The window has been watched with dual-write on, and nothing went wrong in it."""
+    now = database_time(connection)
+    start = now - settings.observation_window
+    begun, window = in_force_since(connection, settings, "dual_write"), shown_span(settings.observation_window)
+    if begun is not None and begun > start:
+        yield (
+            f"dual-write has been on for {shown_span(now - begun)}, the observation window is {window}",
+            wait_until(begun + settings.observation_window),
+        )
+    for what, query in _WATCHED.items():
+        count, last = connection.execute(
+            text(query.format(schema=quoted(settings.ledger_schema))),
+            {"start": start, "mappings": [mapping.name for mapping in settings.mappings]},
+        ).one()
+        if count:
+            yield (
+                f"{count} {what} in the observation window, the last at {shown_time(last)}",
+                f"find the cause (runbooks/balance-drift.md); then {wait_until(last + settings.observation_window)}",
+            )
+
+
+_WATCHED = {
+    "failed or differing postings": (
+        "select count(*), max(at) from {schema}.failures where at >= :start and mapping = any(:mappings)"
+    ),
+    "verifications with drift": (
+        "select count(*), max(finished_at) from {schema}.verifications "
+        "where finished_at >= :start and mapping = any(:mappings) and drift_accounts > 0"
+    ),
+    # Until there is a catalogue of writers, every write past the adapter is one that nobody has named.
+    "accounts written past the adapter": (
+        "select count(*), max(state_at) from {schema}.accounts where state_at >= :start "
+        "and mapping = any(:mappings) and state = 'stale' and state_reason like 'written past the adapter%'"
+    ),
+}
+
+
+def exercised(connection: Connection, settings: Settings) -> Iterator[Reason]:
+    """Somebody has gone back a phase or rolled back since dual-write first began."""
+    name = quoted(settings.ledger_schema)
+    done = connection.scalar(
+        text(
+            f"select exists (select from {name}.audit_log where action in ('rollback', 'phase back') and id > "
+            f"coalesce((select min(id) from {name}.audit_log where details ->> 'to' = 'dual_write'), 0))"
+        )
+    )
+    if not done:
+        yield "the way back has not been exercised", f"walletmigrate rollback --exercise {REASON}"
+
+
+def read_by_everyone(connection: Connection, settings: Settings, source: FlagSource) -> Iterator[Reason]:
+    """Both flags on for everyone, in a phase that lets them count, for the whole window."""
+    states = {state.flag: state for state in flag_states(source)}
+    missing = False
+    for flag in (DUAL_WRITE, READ_FROM_LEDGER):
+        state = states.get(flag, FlagState(flag, False))
+        kept_off = [override for override in state.overrides if not override.enabled]
+        if not state.default or kept_off:
+            missing = True
+            names = [override.value or override.segment for override in kept_off]
+            but = f" (off for {', '.join(names[:SHOWN])})" if state.default else ""
+            yield f"{flag} is not on for everyone{but}", _switch_on(settings, flag, kept_off)
+    if missing:
+        return
+    now = database_time(connection)
+    dates = (
+        _flipped_at(connection, settings),
+        _document_date(source, now),
+        in_force_since(connection, settings, "read_ledger"),
+    )
+    since = max((date for date in dates if date is not None), default=None)
+    if since is not None and since > now - settings.observation_window:
+        window = shown_span(settings.observation_window)
+        yield (
+            f"all accounts are read from the ledger for {shown_span(now - since)}, the observation window is {window}",
+            wait_until(since + settings.observation_window),
+        )
+
+
+def _switch_on(settings: Settings, flag: str, kept_off: list[Override]) -> str:
+    if settings.flags.source != "file":
+        return f"switch {flag} on for the environment in Flagsmith, and end each override that is off"
+    if kept_off:
+        return f"walletmigrate flags set {flag} remove {_option(kept_off[0])} {REASON}"
+    if flag == READ_FROM_LEDGER:
+        return f"walletmigrate cutover --everyone --confirm {confirmation(settings)} {REASON}"
+    return f"walletmigrate flags set {flag} on --everyone {REASON}"
+
+
+def _option(override: Override) -> str:
+    """How `flags set` names who an override is for; a segment with rules of its own is mended in the file."""
+    if override.kind == "trait":
+        return f"--cohort {shlex.quote(override.value)}"
+    if override.kind == "account":
+        return f"--account {shlex.quote(override.value)}"
+    return f"--percent {override.value}" if override.kind == "percent" else f"(segment {override.segment}, in the file)"
+
+
+def _flipped_at(connection: Connection, settings: Settings) -> datetime | None:
+    found: datetime | None = connection.scalar(
+        text(f"select max(at) from {quoted(settings.ledger_schema)}.audit_log where details ->> 'flag' = any(:flags)"),
+        {"flags": [DUAL_WRITE, READ_FROM_LEDGER]},
+    )
+    return found
+
+
+def _document_date(source: FlagSource, now: datetime) -> datetime | None:
+    """When the document says that it was last changed: flips made elsewhere leave no row in our log."""
+    snapshot = source.snapshot()
+    document = snapshot.document if isinstance(snapshot, DocumentSnapshot) else None
+    try:
+        said = datetime.fromisoformat(str(document.content["updated_at"])) if document else None
+    except (KeyError, ValueError):
+        return None
+    return said if said and said.tzinfo and said <= now else None

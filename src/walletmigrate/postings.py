@@ -1,0 +1,216 @@
+"""What the database answered: results, and refusals as typed errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Literal
+
+from sqlalchemy.exc import DBAPIError
+
+from walletmigrate import observe
+from walletmigrate.config import Column
+from walletmigrate.errors import (
+    AmountOverflow,
+    IdempotencyKeyReused,
+    InsufficientFunds,
+    InvalidAmount,
+    LedgerMismatch,
+    LedgerNotInstalled,
+    LegacyUpdateSuppressed,
+    LegacyValueInvalid,
+    NotReversible,
+    PostingRefused,
+    UnknownAccount,
+    UnknownTransaction,
+    WalletMigrateError,
+)
+from walletmigrate.movements import Key, Movement, Operation, Prepared
+from walletmigrate.survey import LegacyTable
+
+Mode = Literal["legacy", "dual_write", "ledger"]
+Outcome = Literal["ok", "ledger_failed", "skipped", "replayed"]
+
+ANSWER = (
+    "refusal, outcome, replayed, mode, transaction_id, amount, debtor, debtor_legacy, debtor_ledger, "
+    "creditor, creditor_legacy, creditor_ledger, mismatch, ordinal"
+)
+
+_GONE = frozenset({"42883", "3F000", "42P01"})  # no such function, schema, table
+
+
+@dataclass(frozen=True, slots=True)
+class Posting:
+    """The result of one movement. Balances are in major units, as they are after it.
+
+    ``legacy_balance`` is None for a frozen account, whose column is no longer true; ``ledger_balance`` is
+    None where the ledger was not written. ``transaction_id`` is None in mode "legacy" and where nothing had
+    to move. ``replayed`` says that the key had been used before: these are the first call's figures. For a
+    transfer the balances are the payer's, ``payee_legacy_balance`` and ``payee_ledger_balance`` the payee's.
+    """
+
+    operation: Operation
+    key: Key | None
+    bucket: str
+    currency: str
+    legacy_balance: Decimal | None
+    ledger_balance: Decimal | None
+    transaction_id: int | None
+    mode: Mode
+    outcome: Outcome
+    replayed: bool
+    mismatch: bool
+    correlation_id: str
+    payee_legacy_balance: Decimal | None = None
+    payee_ledger_balance: Decimal | None = None
+
+
+def posting(prepared: Prepared, row: Any) -> Posting:
+    """The result for one row of the answer."""
+    movement, column = prepared.movement, prepared.column
+    two = row.debtor_legacy is not None or row.debtor_ledger is not None
+    first = ("debtor", "creditor") if two else ("creditor", "debtor")
+    return Posting(
+        operation=movement.operation,
+        key=movement.key,
+        bucket=column.bucket,
+        currency=column.currency,
+        legacy_balance=getattr(row, f"{first[0]}_legacy"),
+        ledger_balance=getattr(row, f"{first[0]}_ledger"),
+        transaction_id=row.transaction_id,
+        mode=row.mode,
+        outcome=row.outcome,
+        replayed=row.replayed,
+        mismatch=row.mismatch,
+        correlation_id=str(prepared.request["correlation_id"]),
+        payee_legacy_balance=getattr(row, f"{first[1]}_legacy"),
+        payee_ledger_balance=getattr(row, f"{first[1]}_ledger"),
+    )
+
+
+def refused(mapping: str, legacy: LegacyTable, prepared: Sequence[Prepared], row: Any) -> PostingRefused:
+    """The error for a refusal. Nothing was written, the caller's transaction is usable."""
+    asked = prepared[row.ordinal]
+    movement, column, number = asked.movement, asked.column, asked.movement.transaction_id or 0
+    paying = _payer_refused(legacy, asked, row)
+    balance = row.debtor_legacy if paying else row.creditor_legacy
+    key: object = row.debtor if paying else row.creditor
+    if movement.key is not None:
+        key = movement.key if paying or movement.payee is None else movement.payee
+    amount = Decimal(str(asked.request["amount"]))
+    after = amount if movement.operation == "set_balance" else (balance or 0) + (-amount if paying else amount)
+    errors: dict[str, PostingRefused] = {
+        "unknown_account": UnknownAccount(mapping, key),
+        "insufficient_funds": InsufficientFunds(mapping, key, balance, amount, column.floor or Decimal(0)),
+        "overflow": AmountOverflow(mapping, key, after, column.column),
+        "key_reused": IdempotencyKeyReused(str(asked.request.get("idempotency_key"))),
+        "legacy_value": LegacyValueInvalid(mapping, key, column.column),
+        "unknown_transaction": UnknownTransaction(number),
+        "not_reversible": NotReversible(number, "only postings and corrections are, and none with a leg in transit"),
+    }
+    return errors.get(row.refusal, InvalidAmount(movement.amount, f"refused by the database ({row.refusal})"))
+
+
+def _payer_refused(legacy: LegacyTable, prepared: Prepared, row: Any) -> bool:
+    """Whether it was the paying side that was refused."""
+    if row.refusal == "unknown_account" or row.debtor is None or row.creditor is None:
+        return row.debtor is not None
+    if row.refusal == "legacy_value":
+        return not _is_exact(row.debtor_legacy, prepared.column)
+    amount, limits = Decimal(str(prepared.request["amount"])), legacy.column(prepared.column.column)
+    return bool(row.refusal != "overflow" or row.debtor_legacy - amount < limits.minimum)
+
+
+def _is_exact(balance: Decimal | None, column: Column) -> bool:
+    return balance is not None and balance.is_finite() and balance % column.quantum == 0
+
+
+def typed(mapping: str, error: DBAPIError) -> WalletMigrateError | None:
+    """The library's error for what the database raised; None for an error that is the application's or the
+    database's own.
+    """
+    state, words = sqlstate(error), str(error.orig).partition("\n")[0]
+    # An error from inside a function has a context; without one, it is the call itself that was not understood.
+    called = getattr(getattr(error.orig, "diag", None), "context", None) is None
+    if called and state in _GONE:
+        return LedgerNotInstalled(mapping)
+    if called and state == "42501":
+        return LedgerNotInstalled(mapping, f"this database role has no right to use the ledger ({words})")
+    match state:
+        case "WM010":
+            return LedgerNotInstalled(mapping, "it was installed from another configuration")
+        case "WM020":
+            return LedgerMismatch(words)
+        case "WM021":
+            return LegacyUpdateSuppressed(words)
+    return None
+
+
+def sqlstate(error: DBAPIError) -> str:
+    """The five characters PostgreSQL gave, empty when it gave none."""
+    return str(getattr(error.orig, "sqlstate", None) or "")
+
+
+def posted(mapping: str, result: Posting, seconds: float | None, committed: bool) -> list[observe.Event]:
+    """What observers are told of a posting."""
+    events: list[observe.Event] = [
+        observe.Posted(
+            operation=result.operation,
+            mode=result.mode,
+            outcome=result.outcome,
+            seconds=seconds,
+            mapping=mapping,
+            bucket=result.bucket,
+            currency=result.currency,
+            transaction_id=result.transaction_id,
+            correlation_id=result.correlation_id,
+            committed=committed,
+            key=result.key,
+        )
+    ]
+    if result.mismatch:
+        events.append(
+            observe.Mismatch(
+                where="write",
+                mapping=mapping,
+                bucket=result.bucket,
+                currency=result.currency,
+                correlation_id=result.correlation_id,
+                transaction_id=result.transaction_id,
+                key=result.key,
+                legacy=result.legacy_balance,
+                ledger=result.ledger_balance,
+            )
+        )
+    return events
+
+
+def failed(
+    mapping: str, movements: Sequence[Movement], correlation_id: str, error: WalletMigrateError | DBAPIError
+) -> list[observe.Event]:
+    """What observers are told of a call that raised; a batch is told as one, because it failed as one."""
+    first, alone = movements[0], len(movements) == 1
+    differs = isinstance(error, LedgerMismatch)
+    correlation_id = first.correlation_id or correlation_id
+    events: list[observe.Event] = [
+        observe.Posted(
+            operation=first.operation if alone else "apply",
+            mode="dual_write" if differs else "legacy",
+            outcome="ledger_failed" if differs else "refused",
+            seconds=None,
+            mapping=mapping,
+            bucket=first.bucket,
+            currency=first.currency,
+            transaction_id=None,
+            correlation_id=correlation_id,
+            committed=False,
+            key=first.key if alone else None,
+            error=error.code if isinstance(error, WalletMigrateError) else sqlstate(error),
+        )
+    ]
+    if differs:
+        events.append(
+            observe.Mismatch("write", mapping, first.bucket or "", first.currency or "", correlation_id, key=first.key)
+        )
+    return events

@@ -1,0 +1,120 @@
+"""Reading a balance: legacy and ledger in one statement, so that what is compared belongs together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import lru_cache
+from typing import Literal
+
+from sqlalchemy import Connection
+
+from walletmigrate import observe
+from walletmigrate.config import Column
+from walletmigrate.errors import LegacyValueInvalid, UnknownAccount
+from walletmigrate.functions import relation
+from walletmigrate.movements import Key
+from walletmigrate.schema import quoted
+from walletmigrate.sites import Site
+
+READING = frozenset({"read_ledger", "wallet_only", "frozen", "retired"})
+"""The phases in which flags may ask for reads from the ledger."""
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """A balance (major units) and where it came from.
+
+    ``source`` is "fallback" where the ledger was asked for and could not answer. ``ledger_balance`` and
+    ``state`` are None where there is no ledger account. ``compare`` is None where nothing was compared.
+    """
+
+    key: Key
+    bucket: str
+    currency: str
+    amount: Decimal
+    source: Literal["legacy", "ledger", "fallback"]
+    legacy_balance: Decimal | None
+    ledger_balance: Decimal | None
+    state: Literal["mirrored", "stale", "frozen", "closed"] | None
+    compare: Literal["match", "mismatch", "stale"] | None
+
+
+def read_balance(
+    connection: Connection,
+    schema: str,
+    site: Site,
+    column: Column,
+    key: Key,
+    key_text: str,
+    wanted: bool,
+    compared: bool,
+) -> Balance:
+    """One statement, one snapshot.
+
+    Raises UnknownAccount when neither side has the account, LegacyValueInvalid when the column holds NULL.
+    """
+    statement = _statement(schema, site, column)
+    arguments = (key_text, key_text) if site.installed else (key_text,)
+    row = connection.exec_driver_sql(statement, arguments).one_or_none()
+    if row is None or (row.key is None and row.state != "frozen"):
+        raise UnknownAccount(site.mapping.name, key)
+    compare: Literal["match", "mismatch", "stale"] | None = None
+    if compared and row.state == "mirrored":
+        compare = "match" if row.legacy == row.ledger else "mismatch"
+    elif compared and row.state in ("stale", "closed"):
+        compare = "stale"
+    source: Literal["legacy", "ledger", "fallback"] = "legacy"
+    if row.state == "frozen":
+        source = "ledger"
+    elif wanted and row.phase in READING:
+        # Legacy is true until an account is frozen: whatever the ledger cannot vouch for comes from there.
+        source = "ledger" if row.state == "mirrored" and row.legacy == row.ledger else "fallback"
+    amount = row.ledger if source == "ledger" else row.legacy
+    if amount is None:
+        raise LegacyValueInvalid(site.mapping.name, key, column.column)
+    return Balance(
+        key=key,
+        bucket=column.bucket,
+        currency=column.currency,
+        amount=amount,
+        source=source,
+        legacy_balance=row.legacy,
+        ledger_balance=row.ledger,
+        state=row.state,
+        compare=compare,
+    )
+
+
+def told(mapping: str, found: Balance, seconds: float) -> list[observe.Event]:
+    """What observers are told of a read."""
+    bucket, currency, key = found.bucket, found.currency, found.key
+    correlation = observe.correlation_id()
+    events: list[observe.Event] = [
+        observe.Read(
+            found.source, found.compare, seconds, mapping, bucket, currency, correlation, key, balance=found.amount
+        )
+    ]
+    if found.compare == "mismatch":
+        legacy, ledger = found.legacy_balance, found.ledger_balance
+        events.append(
+            observe.Mismatch("read", mapping, bucket, currency, correlation, key=key, legacy=legacy, ledger=ledger)
+        )
+    return events
+
+
+@lru_cache(maxsize=256)
+def _statement(schema: str, site: Site, column: Column) -> str:
+    mapping, name = site.mapping, quoted(site.mapping.key)
+    row = f"{relation(mapping)} as l on l.{name} = cast(%s as {site.key_sql_type})"
+    if not site.installed:
+        return (
+            f"select l.{name} as key, {site.value(column)} as legacy, null::numeric as ledger, "
+            f"null::text as state, 'legacy' as phase from (values (1)) as one inner join {row}"
+        )
+    return (
+        f"select l.{name} as key, {site.value(column)} as legacy, a.balance as ledger, a.state::text as state, k.phase "
+        f"from {quoted(schema)}.control as k left join {row} "
+        f"left join {quoted(schema)}.accounts as a on a.mapping = '{mapping.name}' and a.key = %s "
+        f"and a.bucket = '{column.bucket}' and a.currency = '{column.currency}'"
+    )

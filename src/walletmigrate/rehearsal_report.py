@@ -1,0 +1,185 @@
+"""What a rehearsal comes to: the verdict, figures of each stage, and every account's three balances."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Final, Literal
+
+from walletmigrate.errors import UsageError
+
+SCHEMA_VERSION: Final = 1
+BALANCE_COLUMNS: Final = ("account_id", "legacy_balance", "ledger_balance", "expected_balance")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage's traffic. ``seconds`` is the time in which traffic ran; the percentiles are of single
+    transactions through the adapter, commit included, in milliseconds; None where there was no transaction.
+    """
+
+    name: str
+    transactions: int
+    seconds: float
+    per_second: float
+    p50_ms: float | None
+    p99_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class AccountBalances:
+    """One account's balances in major units; None where that side has no such account."""
+
+    account_id: str
+    legacy: Decimal | None
+    ledger: Decimal | None
+    expected: Decimal
+
+    @property
+    def drift(self) -> Decimal:
+        """The largest difference between any two of the three; a side without the account counts as 0."""
+        three = [balance or Decimal(0) for balance in (self.legacy, self.ledger, self.expected)]
+        return max(three) - min(three)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether all three are there and equal."""
+        return self.legacy == self.ledger == self.expected
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished rehearsal. Amounts are in major units.
+
+    ``applied`` counts what workers posted and committed, each transaction once. ``mismatches`` counts answers
+    of the adapter that were not as the file says, and failures that the ledger recorded. ``drift_accounts``
+    are accounts whose legacy, ledger and expected balance are not all equal; ``drift_amount`` is the sum of
+    their largest differences. ``errors`` is why it failed, when it did not come to its end.
+    """
+
+    verdict: Literal["pass", "fail"]
+    accounts: int
+    transactions: int
+    applied: int
+    mismatches: int
+    drift_accounts: int
+    drift_amount: Decimal
+    legacy_total: Decimal
+    ledger_total: Decimal
+    expected_total: Decimal
+    stages: tuple[Stage, ...]
+    postgres_version: str
+    balances: tuple[AccountBalances, ...]
+    errors: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """The report as one JSON document; amounts are strings of exact decimals."""
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "verdict": self.verdict,
+            "accounts": self.accounts,
+            "transactions": self.transactions,
+            "applied": self.applied,
+            "mismatches": self.mismatches,
+            "drift_accounts": self.drift_accounts,
+            "drift_amount": plain(self.drift_amount),
+            "legacy_total": plain(self.legacy_total),
+            "ledger_total": plain(self.ledger_total),
+            "expected_total": plain(self.expected_total),
+            "stages": [
+                {
+                    "name": stage.name,
+                    "transactions": stage.transactions,
+                    "seconds": stage.seconds,
+                    "per_second": stage.per_second,
+                    "p50_ms": stage.p50_ms,
+                    "p99_ms": stage.p99_ms,
+                }
+                for stage in self.stages
+            ],
+            "postgres_version": self.postgres_version,
+        }
+        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def judge(
+    *,
+    transactions: int,
+    applied: int,
+    mismatches: int,
+    balances: Sequence[AccountBalances],
+    stages: Sequence[Stage],
+    postgres_version: str,
+    errors: Sequence[str],
+) -> Report:
+    """Make the report. It passes only if nothing at all is wrong."""
+    drifting = [each for each in balances if not each.agrees]
+    clean = not (errors or mismatches or drifting) and applied == transactions
+    return Report(
+        verdict="pass" if clean else "fail",
+        accounts=len(balances),
+        transactions=transactions,
+        applied=applied,
+        mismatches=mismatches,
+        drift_accounts=len(drifting),
+        drift_amount=sum((each.drift for each in drifting), Decimal("0.00")),
+        legacy_total=sum((each.legacy or Decimal(0) for each in balances), Decimal("0.00")),
+        ledger_total=sum((each.ledger or Decimal(0) for each in balances), Decimal("0.00")),
+        expected_total=sum((each.expected for each in balances), Decimal("0.00")),
+        stages=tuple(stages),
+        postgres_version=postgres_version,
+        balances=tuple(balances),
+        errors=tuple(errors),
+    )
+
+
+def stage(name: str, transactions: int, seconds: float, durations: array[float]) -> Stage:
+    """The figures of a stage; ``durations`` are those of single transactions, in seconds."""
+    ordered = sorted(durations)
+    return Stage(
+        name=name,
+        transactions=transactions,
+        seconds=round(seconds, 3),
+        per_second=round(transactions / seconds, 1) if transactions and seconds else 0.0,
+        p50_ms=_percentile(ordered, 50),
+        p99_ms=_percentile(ordered, 99),
+    )
+
+
+def _percentile(ordered: Sequence[float], percent: int) -> float | None:
+    """By the nearest rank, so that it is one that was measured; in milliseconds."""
+    if not ordered:
+        return None
+    return round(ordered[-(-percent * len(ordered) // 100) - 1] * 1000, 3)
+
+
+def plain(amount: Decimal) -> str:
+    """An amount as exact decimals, never with an exponent."""
+    return f"{amount:f}"
+
+
+def write_balances(report: Report, path: Path) -> None:
+    """Write every account's balances as CSV, in the order of the file; empty where a side has none."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        lines = csv.writer(file, lineterminator="\n")
+        lines.writerow(BALANCE_COLUMNS)
+        for each in report.balances:
+            three = (each.legacy, each.ledger, each.expected)
+            lines.writerow([each.account_id, *("" if one is None else plain(one) for one in three)])
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Find out before the rehearsal that a result could not be written after it. Raises UsageError."""
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder: name a file")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UsageError(f"{path} cannot be written: name a file in a folder that exists and is yours")

@@ -1,0 +1,278 @@
+"""The whole migration, rehearsed in a scratch database on a file of transactions: `rehearse`.
+
+The legacy table starts with every account at 0. Several worker processes replay the transactions through the
+adapter, each account's in order, while the migration walks from legacy alone to the ledger alone and back.
+Nothing of it touches a database of the user's: on a server of theirs, a database with a random name and four
+roles are made and dropped again.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from datetime import timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Final
+
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from walletmigrate import connect, embedded, schema, traffic
+from walletmigrate.config import Column, FlagSettings, Mapping, Roles, Settings
+from walletmigrate.errors import DatabaseUnreachable, PreconditionRefused, UsageError, WalletMigrateError
+from walletmigrate.install import make_roles
+from walletmigrate.postings import sqlstate
+from walletmigrate.rehearsal_crew import Crew, WorkersFailed
+from walletmigrate.rehearsal_display import Display, display
+from walletmigrate.rehearsal_report import (
+    AccountBalances,
+    Report,
+    check_writable,
+    judge,
+    write_balances,
+)
+from walletmigrate.rehearsal_stages import Walk, legs_of
+from walletmigrate.rehearsal_steps import Migration, all_flags_off
+from walletmigrate.rehearsal_worker import Assignment
+from walletmigrate.schema import quoted
+from walletmigrate.traffic import Traffic, Transaction
+
+__all__ = ["MOST_WORKERS", "Report", "rehearse", "rehearse_traffic"]
+
+MOST_WORKERS: Final = 64
+CURRENCY: Final = "XXX"
+"""ISO 4217's code for no currency: the file does not say."""
+
+_APPLICATION: Final = "walletmigrate-rehearse"
+
+
+def rehearse(
+    transactions: Path | None = None,
+    *,
+    workers: int = 4,
+    seed: int = 1,
+    report: Path | None = None,
+    balances: Path | None = None,
+    database_url: str | None = None,
+    progress: bool = True,
+) -> Report:
+    """Rehearse the migration on a file of transactions, or on traffic made from the seed.
+
+    The seed also decides which worker gets which accounts, which tenants go first, and which transactions are
+    sent twice. ``report`` and ``balances`` are files to write the JSON and the CSV to. Without ``database_url``
+    an embedded server is started; with it, the scratch database is made on that server.
+
+    Returns the report, whatever the verdict. Raises UnreadableInput or UsageError before anything is run,
+    EmbeddedUnavailable or DatabaseUnreachable when there is no server to run it on, PreconditionRefused when
+    the URL's user may not create databases and roles there.
+    """
+    if not 1 <= workers <= MOST_WORKERS:
+        raise UsageError(f"{workers} workers: name 1 to {MOST_WORKERS}")
+    check_writable(report, balances)
+    read = traffic.generate(seed) if transactions is None else traffic.read(transactions)
+    made = rehearse_traffic(read, workers=workers, seed=seed, database_url=database_url, progress=progress)
+    if balances is not None:
+        write_balances(made, balances)
+    if report is not None:
+        report.write_text(made.to_json(), encoding="utf-8")
+    return made
+
+
+def rehearse_traffic(
+    read: Traffic, *, workers: int, seed: int, database_url: str | None = None, progress: bool = True
+) -> Report:
+    """Rehearse on traffic that is read already; else like `rehearse`."""
+    made = None
+    try:
+        with ExitStack() as stack:
+            shown = stack.enter_context(display(len(read.transactions), progress=progress))
+            if read.repeated or read.zero:
+                shown.note(f"{read.repeated} rows repeat an earlier one, {read.zero} move nothing: left out")
+            server = database_url or stack.enter_context(embedded.Server.start()).url
+            roles = stack.enter_context(_roles(server))
+            url = stack.enter_context(connect.scratch_database(server))
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="walletmigrate-")))
+            engine = connect.engine(url, application_name=_APPLICATION)
+            stack.callback(engine.dispose)
+            made = _Rehearsal(engine, url, _settings(roles, folder), read, workers, seed, shown).run()
+            for error in made.errors:
+                shown.note(error)
+    except (SQLAlchemyError, DatabaseUnreachable) as error:
+        if made is None:
+            raise _typed(error) from error
+        left = f"the scratch database and its roles could not be removed: {error}"
+        return replace(made, verdict="fail", errors=(*made.errors, left))
+    return made
+
+
+def _typed(error: SQLAlchemyError | DatabaseUnreachable) -> Exception:
+    """A right that the user of the URL lacks, as a refusal; anything else as it is."""
+    if not isinstance(error, DBAPIError) or sqlstate(error) != "42501":
+        return error
+    said = str(error.orig).partition("\n")[0]
+    mend = "let that user create databases and roles, or name no server: an embedded one is started"
+    return PreconditionRefused("the rehearsal on that server", [(said, mend)])
+
+
+class _Rehearsal:
+    def __init__(
+        self,
+        engine: Engine,
+        url: str,
+        settings: Settings,
+        read: Traffic,
+        workers: int,
+        seed: int,
+        shown: Display,
+    ) -> None:
+        self._engine = engine
+        self._url = url
+        self._settings = settings
+        self._read = read
+        self._workers = workers
+        self._seed = seed
+        self._shown = shown
+        self._errors: list[str] = []
+
+    def run(self) -> Report:
+        version = self._make_legacy()
+        migration = Migration(self._engine, self._settings, self._settings.flags.path, self._read, self._seed)
+        crew = Crew(self._assignments(), self._shown.done)
+        walk = Walk(migration, crew, self._shown)
+        try:
+            with crew:
+                walk.go()
+        except WorkersFailed as error:
+            self._errors += [*error.reasons, *crew.traces]
+        except (WalletMigrateError, SQLAlchemyError) as error:
+            self._errors += [str(error), *crew.reasons]
+        self._errors += walk.total.examples
+        return judge(
+            transactions=len(self._read.transactions),
+            applied=crew.done if self._errors else walk.total.applied,
+            mismatches=walk.total.mismatches + self._failures(),
+            balances=self._balances(),
+            stages=walk.stages,
+            postgres_version=version,
+            errors=self._errors,
+        )
+
+    def _make_legacy(self) -> str:
+        """The application's table and its role's rights, every account at 0. Returns PostgreSQL's version."""
+        kind = "bigint" if self._read.integer_keys else 'text collate "C"'
+        app = quoted(self._settings.roles.app)
+        key = int if self._read.integer_keys else str
+        rows = [{"id": key(account), "tenant": tenant} for account, tenant in self._read.tenants.items()]
+        with self._engine.begin() as connection:
+            make_roles(connection, self._settings.roles)
+            # Whoever makes a role may grant it, but is not always allowed to act as it.
+            connection.exec_driver_sql(f"grant {app} to current_user")
+            connection.exec_driver_sql(
+                f"create table public.accounts (id {kind} primary key, tenant text not null, "
+                "balance numeric(20, 2) not null default 0) with (fillfactor = 70)"
+            )
+            connection.exec_driver_sql(f"grant select, update on public.accounts to {app}")
+            connection.execute(text("insert into public.accounts (id, tenant) values (:id, :tenant)"), rows)
+            return str(connection.scalar(text("show server_version"))).split()[0]
+
+    def _assignments(self) -> list[Assignment]:
+        shares: list[list[list[Transaction]]] = [[] for _ in range(self._workers)]
+        for leg in legs_of(self._read.transactions):
+            for share in shares:
+                share.append([])
+            for one in leg:
+                shares[zlib.crc32(f"{self._seed} {one.account}".encode()) % self._workers][-1].append(one)
+        return [
+            Assignment(
+                number=number + 1,
+                seed=self._seed,
+                url=self._url,
+                role=self._settings.roles.app,
+                settings=self._settings,
+                flag_file=self._settings.flags.path,
+                integer_keys=self._read.integer_keys,
+                legs=tuple(map(tuple, share)),
+            )
+            for number, share in enumerate(shares)
+        ]
+
+    def _failures(self) -> int:
+        """What the ledger recorded as failed or differing postings."""
+        try:
+            with self._engine.begin() as connection:
+                if not schema.installed(connection, self._settings.ledger_schema):
+                    return 0
+                counted = text(f"select count(*) from {quoted(self._settings.ledger_schema)}.failures")
+                return int(connection.scalar(counted) or 0)
+        except SQLAlchemyError as error:
+            self._errors.append(f"the ledger's failures could not be read: {error}")
+            return 0
+
+    def _balances(self) -> tuple[AccountBalances, ...]:
+        """Every account of the file with its three balances, in the file's order."""
+        legacy: dict[str, Decimal] = {}
+        ledger: dict[str, Decimal] = {}
+        try:
+            with self._engine.begin() as connection:
+                rows = connection.execute(text("select id::text, balance from public.accounts"))
+                legacy = {row.id: row.balance for row in rows}
+                if schema.installed(connection, self._settings.ledger_schema):
+                    known = text(f"select key, balance from {quoted(self._settings.ledger_schema)}.accounts")
+                    ledger = {row.key: row.balance for row in connection.execute(known)}
+        except SQLAlchemyError as error:
+            self._errors.append(f"the balances could not be read: {error}")
+        return tuple(
+            AccountBalances(account, legacy.get(account), ledger.get(account), expected)
+            for account, expected in self._read.expected.items()
+        )
+
+
+def _settings(roles: Roles, folder: Path) -> Settings:
+    """Everything is given here, so that the environment of the user's own migration has no say."""
+    flag_file = folder / "environment.json"
+    flag_file.write_text(json.dumps(all_flags_off(), indent=2) + "\n", encoding="utf-8")
+    balance = Column(bucket="cash", column="balance", currency=CURRENCY, scale=2)
+    mapping = Mapping(
+        name="accounts", table="public.accounts", key="id", traits={"tenant": "tenant"}, columns=(balance,)
+    )
+    return Settings(
+        database_url=None,
+        flagsmith_key=None,
+        ledger_schema="wallet",
+        observation_window=timedelta(0),
+        compare_share=1.0,
+        flags=FlagSettings(path=flag_file),
+        roles=roles,
+        mappings=(mapping,),
+    )
+
+
+@contextmanager
+def _roles(server: str) -> Iterator[Roles]:
+    """Names of roles of this rehearsal's own; the roles are dropped at the end, after their database."""
+    stem = f"rehearsal_{secrets.token_hex(6)}"
+    roles = Roles(owner=f"{stem}_owner", app=f"{stem}_app", operator=f"{stem}_operator", auditor=f"{stem}_auditor")
+    try:
+        yield roles
+    except BaseException:
+        with suppress(SQLAlchemyError):  # what happened first is what is told
+            _drop_roles(server, roles)
+        raise
+    _drop_roles(server, roles)
+
+
+def _drop_roles(server: str, roles: Roles) -> None:
+    admin = connect.engine(server, application_name=_APPLICATION, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    try:
+        with admin.connect() as connection:
+            for name in (roles.app, roles.operator, roles.auditor, roles.owner):
+                connection.exec_driver_sql(f"drop role if exists {quoted(name)}")
+    finally:
+        admin.dispose()

@@ -1,0 +1,226 @@
+"""What an operator wants to know at a glance: where it stands, what runs, what is wrong, what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+
+from sqlalchemy import Connection, Engine, Row, text
+
+from walletmigrate.census import Census
+from walletmigrate.config import Settings
+from walletmigrate.flag_edits import FlagState
+from walletmigrate.flag_sources import DocumentSource
+from walletmigrate.flags import FlagSource
+from walletmigrate.gates import census_of_all, reasons
+from walletmigrate.schema import quoted
+from walletmigrate.standing import REASON, Reason, confirmation, flag_states, of_mapping, show
+
+STALLED_SECONDS = 60
+STATES = ("absent", "mirrored", "stale", "frozen", "closed")
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """The newest job of a kind on a mapping. Items are accounts; ``rate`` is items per second since its start.
+
+    ``stalled``: it counts as running, and no batch was committed for a minute. ``rate`` and ``eta_seconds``
+    are None unless it really runs, and the latter also while the total is not known.
+    """
+
+    id: int
+    kind: str
+    mapping: str | None
+    state: str
+    stalled: bool
+    items_total: int | None
+    items_done: int
+    items_failed: int
+    rate: float | None
+    eta_seconds: float | None
+    updated_at: datetime
+    actor: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class VerificationStatus:
+    """The last full verification of one mapping in one currency; ``drift_amount`` in major units."""
+
+    mapping: str
+    currency: str
+    finished_at: datetime
+    clean: bool
+    accounts: int
+    missing: int
+    drift_accounts: int
+    drift_amount: Decimal
+
+
+@dataclass(frozen=True)
+class FlagsStatus:
+    """The flags in force: where from, how old, what is wrong with the source."""
+
+    source: str
+    age_seconds: float
+    problem: str | None
+    flags: tuple[FlagState, ...]
+
+
+@dataclass(frozen=True)
+class Status:
+    """The whole state of a migration. ``accounts`` counts by state; ``refused`` are the reasons against
+    ``next_phase``; ``next_command`` is what an operator would run now.
+    """
+
+    installed: bool
+    phase: str
+    since: datetime | None
+    line_running: bool
+    flags: FlagsStatus
+    accounts: dict[str, int]
+    drifted: int
+    failures: int
+    jobs: tuple[JobStatus, ...]
+    verifications: tuple[VerificationStatus, ...]
+    next_phase: str | None
+    refused: tuple[Reason, ...]
+    next_command: str
+
+
+def status(engine: Engine, settings: Settings, source: FlagSource) -> Status:
+    """Look at everything in one read-only transaction; it compares every account, like the gates."""
+    with engine.connect() as plain:
+        connection = plain.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        state = show(connection, settings)
+        flags = _flags(source)
+        if not state.installed:
+            command = f"walletmigrate install {REASON}"
+            refused = tuple(reasons(connection, settings, source, "dual_write"))
+            none = dict.fromkeys(STATES, 0)
+            return Status(False, "legacy", None, True, flags, none, 0, 0, (), (), "dual_write", refused, command)
+        counted = census_of_all(connection, settings)
+        wanted = tuple(reasons(connection, settings, source, state.next, counted)) if state.next else ()
+        accounts = _accounts(connection, settings, counted)
+        return Status(
+            installed=True,
+            phase=state.phase,
+            since=state.since,
+            line_running=state.line_running,
+            flags=flags,
+            accounts=accounts,
+            drifted=sum(one.drifted for one in counted),
+            failures=_failures(connection, settings),
+            jobs=tuple(_jobs(connection, settings)),
+            verifications=tuple(_verifications(connection, settings)),
+            next_phase=state.next,
+            refused=wanted,
+            next_command=_next(settings, state.phase, wanted, counted),
+        )
+
+
+def _flags(source: FlagSource) -> FlagsStatus:
+    snapshot = source.snapshot()
+    problem = source.problem if isinstance(source, DocumentSource) else None
+    return FlagsStatus(snapshot.source, snapshot.age_seconds(), problem, flag_states(source))
+
+
+def _accounts(connection: Connection, settings: Settings, counted: Sequence[Census]) -> dict[str, int]:
+    accounts = dict.fromkeys(STATES, 0)
+    rows = connection.execute(
+        text(
+            f"select state::text as state, count(*) as count from {quoted(settings.ledger_schema)}.accounts "
+            "where mapping = any(:mappings) group by state"
+        ),
+        {"mappings": [mapping.name for mapping in settings.mappings]},
+    )
+    accounts.update((state, count) for state, count in rows)
+    return {**accounts, "absent": sum(one.absent for one in counted)}
+
+
+def _failures(connection: Connection, settings: Settings) -> int:
+    """Postings whose ledger leg failed, or differed, in the observation window."""
+    found = connection.scalar(
+        text(
+            f"select count(*) from {quoted(settings.ledger_schema)}.failures "
+            "where at >= clock_timestamp() - :window and mapping = any(:mappings)"
+        ),
+        {"window": settings.observation_window, "mappings": [mapping.name for mapping in settings.mappings]},
+    )
+    return int(found or 0)
+
+
+def _jobs(connection: Connection, settings: Settings) -> Iterator[JobStatus]:
+    query = (
+        "select distinct on (kind, mapping) id, kind, mapping, state, items_total, items_done, items_failed, "
+        "extract(epoch from updated_at - started_at)::float8 as seconds, "
+        f"updated_at < clock_timestamp() - interval '{STALLED_SECONDS} s' as old, updated_at, actor, reason "
+        f"from {quoted(settings.ledger_schema)}.jobs order by kind, mapping, id desc"
+    )
+    for row in sorted(connection.execute(text(query)), key=lambda row: row.id):
+        rate, eta = _speed(row)
+        yield JobStatus(
+            row.id,
+            row.kind,
+            row.mapping,
+            row.state,
+            row.state == "running" and row.old,
+            row.items_total,
+            row.items_done,
+            row.items_failed,
+            rate,
+            eta,
+            row.updated_at,
+            row.actor,
+            row.reason,
+        )
+
+
+def _speed(row: Row[tuple[object, ...]]) -> tuple[float | None, float | None]:
+    """Items per second and seconds left; nothing for a job that stands still, whose ETA would be a lie."""
+    done = row.items_done + row.items_failed
+    if row.state != "running" or row.old or row.seconds <= 0 or not done:
+        return None, None
+    rate = done / row.seconds
+    if row.items_total is None:
+        return rate, None
+    return rate, max(row.items_total - done, 0) / rate
+
+
+def _verifications(connection: Connection, settings: Settings) -> Iterator[VerificationStatus]:
+    query = (
+        "select distinct on (mapping, currency) mapping, currency, finished_at, clean, accounts, missing, "
+        f"drift_accounts, drift_amount from {quoted(settings.ledger_schema)}.verifications "
+        "where full_run and mapping = any(:mappings) order by mapping, currency, id desc"
+    )
+    names = [mapping.name for mapping in settings.mappings]
+    for row in connection.execute(text(query), {"mappings": names}):
+        yield VerificationStatus(*row)
+
+
+def _next(
+    settings: Settings,
+    phase: str,
+    refused: Sequence[Reason],
+    counted: Sequence[Census],
+) -> str:
+    """The one command that an operator would run now."""
+    confirm = f"--confirm {confirmation(settings)} {REASON}"
+    if phase in ("frozen", "retired"):
+        waiting = [one for one in counted if one.frozen < one.rows]
+        if waiting and phase == "frozen":
+            name = waiting[0].mapping
+            return f"walletmigrate freeze{of_mapping(settings, name)} --confirm {name} {REASON}"
+        return "none: the ledger alone is true. `walletmigrate unfreeze` is the way back"
+    thawing = [one for one in counted if one.frozen]
+    if thawing:
+        name = thawing[0].mapping
+        return f"walletmigrate unfreeze{of_mapping(settings, name)} --confirm {name} {REASON}"
+    if refused:
+        mends = [mend for _, mend in refused]
+        return next((mend for mend in mends if mend.startswith("walletmigrate ")), mends[0])
+    if phase == "wallet_only":
+        return f"walletmigrate freeze {confirm}"
+    return f"walletmigrate phase advance {REASON}"

@@ -1,0 +1,152 @@
+"""Sessions and connections of the caller: what is flushed before, expired after, and told after the commit."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+from sqlalchemy import Connection, event, inspect
+from sqlalchemy.orm import Mapper, Session, SessionTransaction, scoped_session
+from sqlalchemy.orm.exc import UnmappedColumnError
+from sqlalchemy.orm.util import identity_key
+
+from walletmigrate.config import Mapping
+from walletmigrate.errors import UsageError
+
+Target = Session | scoped_session[Any] | Connection
+Tell = Callable[[bool], None]
+
+_PENDING = "walletmigrate_pending"
+
+
+def connection_of(target: Target) -> Connection:
+    """The connection to post on. Pending ORM changes are flushed first, as before any statement of a session."""
+    if isinstance(target, Connection):
+        return target
+    session = _session_of(target)
+    if session is None:
+        raise UsageError(
+            f"pass a Session or a Connection, not {type(target).__name__}; async ones go to the async shell"
+        )
+    if session.new or session.dirty or session.deleted:
+        session.flush()
+    return session.connection()
+
+
+def _session_of(target: object) -> Session | None:
+    """The session; of a scoped one, the session in its registry. None for anything else."""
+    found = target() if isinstance(target, scoped_session) else target
+    return found if isinstance(found, Session) else None
+
+
+def expire(target: Target, mapping: Mapping, keys: Iterable[str], *, reload: bool) -> None:
+    """Forget the balances that loaded objects of these keys hold; the next look reads them anew.
+
+    ``reload`` reads them now, for async sessions, where an attribute cannot be read behind the scenes.
+    """
+    session = _session_of(target)
+    if session is None:
+        return
+    wanted = set(keys)
+    classes = {key[0] for key in session.identity_map.keys()}  # noqa: SIM118 - no plain dict
+    for mapper in map(inspect, classes):
+        names = _attributes(mapper, mapping, *(column.column for column in mapping.columns))
+        for found in _loaded(session, mapper, mapping, wanted) if names else ():
+            session.expire(found, names)
+            if reload:
+                session.refresh(found, names)
+
+
+def _attributes(mapper: Mapper[Any], mapping: Mapping, *columns: str) -> list[str]:
+    """The attributes that hold these columns of the legacy table; none of a class that is mapped elsewhere."""
+    names = []
+    for table in mapper.tables:
+        schema = getattr(table, "schema", None) or mapping.schema_name
+        if (schema, getattr(table, "name", None)) == (mapping.schema_name, mapping.table_name):
+            for column in columns:
+                with suppress(KeyError, UnmappedColumnError):  # the class may leave a column out
+                    names.append(mapper.get_property_by_column(table.c[column]).key)
+    return names
+
+
+def _loaded(session: Session, mapper: Mapper[Any], mapping: Mapping, keys: set[str]) -> list[Any]:
+    if [c.name for c in mapper.primary_key] == [mapping.key]:
+        found = [
+            session.identity_map.get(identity_key(mapper.class_, identity))
+            for key in keys
+            for identity in _identities(key)
+        ]
+        return [each for each in found if each is not None]
+    attributes = _attributes(mapper, mapping, mapping.key)
+    return [
+        each
+        for each in session.identity_map.values()
+        if isinstance(each, mapper.class_) and any(str(inspect(each).dict.get(name)) in keys for name in attributes)
+    ]
+
+
+def _identities(key: str) -> list[Any]:
+    """The forms in which a primary key of that text may stand in an identity map."""
+    forms: list[Any] = [key]
+    if key.lstrip("-").isdigit():
+        forms.append(int(key))
+    elif len(key) == 36:
+        with suppress(ValueError):
+            forms.append(uuid.UUID(key))
+    return forms
+
+
+def tell_when_committed(target: Target, tell: Tell) -> None:
+    """Call ``tell(True)`` after the outermost commit of a Session; on a bare Connection ``tell(False)`` now.
+
+    What a savepoint or the transaction rolls back is not told: it did not happen.
+    """
+    session = _session_of(target)
+    if session is None:
+        tell(False)
+        return
+    transaction = session.get_nested_transaction() or session.get_transaction()
+    session.info.setdefault(_PENDING, []).append((transaction, tell))
+
+
+def listen() -> None:
+    """Hear of every session's end. Called when the first adapter is made, not at import."""
+    if not event.contains(Session, "after_commit", _after_commit):
+        event.listen(Session, "after_commit", _after_commit)
+        event.listen(Session, "after_soft_rollback", _after_rollback)
+        event.listen(Session, "after_transaction_end", _after_end)
+
+
+def _after_commit(session: Session) -> None:
+    pending = session.info.get(_PENDING)
+    if not pending:
+        return
+    nested = session.get_nested_transaction()
+    if nested is None:
+        session.info[_PENDING] = []
+        for _, tell in pending:
+            tell(True)
+        return
+    # A savepoint was released: what it held now belongs to the transaction around it.
+    session.info[_PENDING] = [(nested.parent if at is nested else at, tell) for at, tell in pending]
+
+
+def _after_rollback(session: Session, previous: SessionTransaction) -> None:
+    pending = session.info.get(_PENDING)
+    if pending:
+        session.info[_PENDING] = [(at, tell) for at, tell in pending if not _within(at, previous)]
+
+
+def _after_end(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.parent is None:
+        session.info.pop(_PENDING, None)
+
+
+def _within(inner: SessionTransaction | None, outer: SessionTransaction) -> bool:
+    while inner is not None:
+        if inner is outer:
+            return True
+        inner = inner.parent
+    return False

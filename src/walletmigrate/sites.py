@@ -1,0 +1,82 @@
+"""What the adapter has to know of a database: whether the ledger is installed, and the types of the columns."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from dataclasses import dataclass, field
+
+from sqlalchemy import Connection, Engine, text
+
+from walletmigrate.config import Column, KeyType, Mapping
+from walletmigrate.functions import value_of
+from walletmigrate.survey import LegacyColumn, LegacyTable, inspect_mapping
+
+ABSENT_SECONDS = 5.0
+"""How long "not installed" is believed. "Installed" is believed until a call finds the function gone."""
+
+_SQL_TYPES: dict[KeyType, str] = {"integer": "bigint", "uuid": "uuid", "text": "text"}
+
+# Not to_regprocedure: it raises, and so ends the caller's transaction, where a role may not look into the schema.
+_INSTALLED = """
+select exists (
+    select from pg_proc as p inner join pg_namespace as n on n.oid = p.pronamespace
+    where n.nspname = :schema and p.proname = :function
+)
+"""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One mapping in one database."""
+
+    mapping: Mapping
+    installed: bool
+    legacy: LegacyTable
+    seen_at: float = field(compare=False)
+
+    @property
+    def key_type(self) -> KeyType:
+        """What kind of key the legacy table has."""
+        return self.legacy.key_type
+
+    @property
+    def key_sql_type(self) -> str:
+        """The SQL type that a key's text is cast to."""
+        return _SQL_TYPES[self.key_type]
+
+    def limits(self, column: Column) -> LegacyColumn:
+        """The column as the catalog has it, with the outermost balances that it can hold."""
+        return self.legacy.column(column.column)
+
+    def value(self, column: Column) -> str:
+        """SQL for the column's balance in major units; the legacy table is aliased ``l``."""
+        return value_of(column, is_float=self.limits(column).is_float)
+
+
+class Sites:
+    """The sites of one adapter, one per engine. Looking costs a few round trips per process and engine."""
+
+    def __init__(self, schema: str, mapping: Mapping) -> None:
+        self._schema = schema
+        self._mapping = mapping
+        self._known: weakref.WeakKeyDictionary[Engine, Site] = weakref.WeakKeyDictionary()
+
+    def at(self, connection: Connection) -> Site:
+        """The site of this connection's database. Raises ConfigError if the ledger could not work on the table."""
+        site = self._known.get(connection.engine)
+        if site is not None and (site.installed or time.monotonic() - site.seen_at < ABSENT_SECONDS):
+            return site
+        site = self._look(connection)
+        self._known[connection.engine] = site
+        return site
+
+    def forget(self, connection: Connection) -> None:
+        """Look anew at the next call, because the functions were found missing."""
+        self._known.pop(connection.engine, None)
+
+    def _look(self, connection: Connection) -> Site:
+        legacy = inspect_mapping(connection, self._mapping)
+        names = {"schema": self._schema, "function": f"post_{self._mapping.name}"}
+        installed = bool(connection.scalar(text(_INSTALLED), names))
+        return Site(self._mapping, installed, legacy, time.monotonic())

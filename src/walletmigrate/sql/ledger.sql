@@ -1,0 +1,369 @@
+-- The ledger: run once by the first migration, as the owner role, with search_path left alone.
+-- Amounts are numeric in major units. Balance of an account = its credits − its debits.
+
+create type {{ schema }}.account_state as enum ('mirrored', 'stale', 'frozen', 'closed');
+
+create type {{ schema }}.transaction_kind as enum ('opening', 'resync', 'posting', 'correction', 'reversal');
+
+-- Domains, because a CHECK of a table is read from the catalog and compiled at every statement (2 to 5 µs of CPU
+-- each, measured); a domain's is compiled once a session. NaN is greater than infinity: one bound excludes both.
+create domain {{ schema }}.amount as numeric check (value > 0 and value < 'Infinity');
+create domain {{ schema }}.balance as numeric check (value > '-Infinity' and value < 'Infinity');
+
+create table {{ schema }}.mappings (
+    name text collate "C" primary key,
+    relation regclass not null,
+    -- What the functions were made from; the adapter sends its fingerprint with every posting.
+    fingerprint text not null,
+    functions_version integer not null,
+    definition jsonb not null,
+    -- Identity of each fence trigger as it was made: {"trigger on relation": {"xmin": …, "enabled": …}}.
+    fence jsonb not null default '{}',
+    installed_at timestamptz not null default clock_timestamp()
+);
+
+create table {{ schema }}.control (
+    singleton boolean primary key default true check (singleton),
+    phase text not null default 'legacy'
+    check (phase in ('legacy', 'dual_write', 'read_ledger', 'wallet_only', 'frozen', 'retired')),
+    changed_at timestamptz not null default clock_timestamp()
+);
+
+insert into {{ schema }}.control default values;
+
+-- 1 = the line runs, 2 = it is stopped. A sequence, because its value is seen at once even by old snapshots.
+create sequence {{ schema }}.line as smallint minvalue 1 maxvalue 2 start 1;
+
+create table {{ schema }}.accounts (
+    id bigint generated always as identity primary key,
+    mapping text collate "C" not null,
+    key text collate "C" not null,
+    bucket text collate "C" not null,
+    currency text collate "C" not null,
+    state {{ schema }}.account_state not null,
+    balance {{ schema }}.balance not null,
+    opened_at timestamptz not null default clock_timestamp(),
+    -- When and why the state last changed; a posting leaves both alone, so its update stays heap-only.
+    state_at timestamptz,
+    state_reason text,
+    job_id bigint,
+    unique (mapping, key, bucket, currency)
+) with (fillfactor = 70);
+
+-- Ids of system accounts are negative: (name, currency) of opening, external, correction, bypass, transit.
+create table {{ schema }}.system_accounts (
+    id bigint primary key check (id < 0),
+    name text collate "C" not null,
+    currency text collate "C" not null,
+    -- The fold: what transactions with xid < folded_xid came to.
+    balance numeric not null default 0,
+    folded_xid bigint not null default 0,
+    unique (name, currency)
+);
+
+create sequence {{ schema }}.transaction_ids as bigint;
+
+create table {{ schema }}.transactions (
+    id bigint primary key,
+    debit_account bigint not null,
+    credit_account bigint not null,
+    posted_at timestamptz not null default clock_timestamp(),
+    xid bigint not null default pg_current_xact_id()::text::bigint,
+    group_id bigint,
+    reverses bigint,
+    job_id bigint,
+    kind {{ schema }}.transaction_kind not null,
+    amount {{ schema }}.amount not null,
+    -- Balance after this transaction; null for a system account, which has no balance row.
+    debit_balance numeric,
+    credit_balance numeric,
+    currency text collate "C" not null,
+    type text not null,
+    reference_type text,
+    reference_id text,
+    correlation_id text,
+    actor text,
+    reason text,
+    check (debit_account <> credit_account)
+);
+
+-- History of one owner's account; ids grow under the account's lock, so id order is posting order.
+create index transactions_debit on {{ schema }}.transactions (debit_account, id) where debit_account > 0;
+create index transactions_credit on {{ schema }}.transactions (credit_account, id) where credit_account > 0;
+create unique index transactions_reversed_once on {{ schema }}.transactions (reverses) where reverses is not null;
+-- Rows arrive in nearly the order of their xid: a fold or an incremental run reads only the tail.
+create index transactions_xid on {{ schema }}.transactions using brin (xid) with (pages_per_range = 32);
+
+-- Personal data stands apart, so that it can be erased while the transaction stays.
+create table {{ schema }}.transaction_details (
+    transaction_id bigint primary key,
+    description text,
+    address text
+);
+
+create table {{ schema }}.idempotency_keys (
+    key text collate "C" primary key,
+    transaction_id bigint,
+    created_at timestamptz not null default clock_timestamp(),
+    -- Digest of the request; another request under the same key is an error.
+    request uuid not null,
+    -- Null only while a batch that reserved the key is still at work.
+    mode text,
+    debtor_legacy numeric,
+    debtor_ledger numeric,
+    creditor_legacy numeric,
+    creditor_ledger numeric
+);
+
+create table {{ schema }}.failures (
+    id bigint generated always as identity primary key,
+    at timestamptz not null default clock_timestamp(),
+    mapping text not null,
+    key text not null,
+    bucket text not null,
+    currency text not null,
+    operation text not null,
+    sqlstate text not null,
+    message text not null,
+    correlation_id text
+);
+
+create table {{ schema }}.jobs (
+    id bigint generated always as identity primary key,
+    kind text not null,
+    mapping text,
+    state text not null default 'running' check (state in ('running', 'paused', 'done', 'failed', 'cancelled')),
+    actor text not null,
+    reason text not null,
+    version text not null,
+    items_total bigint,
+    items_done bigint not null default 0,
+    items_failed bigint not null default 0,
+    -- The last key of the last committed batch, as text; the next batch begins behind it.
+    cursor text,
+    last_batch_seconds double precision,
+    started_at timestamptz not null default clock_timestamp(),
+    updated_at timestamptz not null default clock_timestamp(),
+    finished_at timestamptz,
+    details jsonb not null default '{}'
+);
+
+-- At most one unfinished job of a kind on a mapping: a second start resumes it.
+create unique index jobs_unfinished on {{ schema }}.jobs (kind, mapping) where state in ('running', 'paused');
+
+create table {{ schema }}.verifications (
+    id bigint generated always as identity primary key,
+    mapping text not null,
+    started_at timestamptz not null,
+    finished_at timestamptz not null default clock_timestamp(),
+    clean boolean not null,
+    full_run boolean not null,
+    accounts bigint not null,
+    missing bigint not null,
+    drift_accounts bigint not null,
+    drift_amount numeric not null,
+    currency text not null,
+    actor text not null,
+    details jsonb not null default '{}'
+);
+
+create table {{ schema }}.audit_log (
+    id bigint generated always as identity primary key,
+    at timestamptz not null default clock_timestamp(),
+    action text not null,
+    actor text not null,
+    reason text not null,
+    mapping text,
+    job_id bigint,
+    correlation_id text,
+    database_user text not null default session_user,
+    details jsonb not null default '{}'
+);
+
+-- The last good flag document, for a process that starts while the flag server is away.
+create table {{ schema }}.flag_documents (
+    singleton boolean primary key default true check (singleton),
+    stored_at timestamptz not null default clock_timestamp(),
+    document jsonb not null
+);
+
+create function {{ schema }}.refuse_change() returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    raise exception 'rows of % are never changed or removed', tg_table_name
+        using errcode = 'WM040', hint = 'Post a reversal or a correction instead.';
+end
+$$;
+
+create trigger append_only before update or delete on {{ schema }}.transactions
+for each row execute function {{ schema }}.refuse_change();
+create trigger append_only_truncate before truncate on {{ schema }}.transactions
+for each statement execute function {{ schema }}.refuse_change();
+create trigger append_only before update or delete on {{ schema }}.audit_log
+for each row execute function {{ schema }}.refuse_change();
+create trigger append_only_truncate before truncate on {{ schema }}.audit_log
+for each statement execute function {{ schema }}.refuse_change();
+alter table {{ schema }}.transactions enable always trigger append_only;
+alter table {{ schema }}.transactions enable always trigger append_only_truncate;
+alter table {{ schema }}.audit_log enable always trigger append_only;
+alter table {{ schema }}.audit_log enable always trigger append_only_truncate;
+
+-- Each transaction's two legs, for people who think in journal entries.
+create view {{ schema }}.wallet_entries as
+select
+    t.id as transaction_id,
+    e.account_id,
+    e.direction,
+    e.amount,
+    e.balance_after - e.amount as balance_before,
+    e.balance_after,
+    t.currency,
+    t.kind,
+    t.type,
+    t.posted_at,
+    t.group_id,
+    t.reverses,
+    r.id as reversed_by,
+    t.reference_type,
+    t.reference_id,
+    t.correlation_id,
+    t.actor,
+    t.reason,
+    t.job_id,
+    t.xid
+from {{ schema }}.transactions as t
+left join {{ schema }}.transactions as r on t.id = r.reverses
+cross join lateral (
+    values
+    (t.debit_account, 'debit', -t.amount, t.debit_balance),
+    (t.credit_account, 'credit', t.amount, t.credit_balance)
+) as e (account_id, direction, amount, balance_after);
+
+create view {{ schema }}.system_balances as
+select
+    s.id,
+    s.name,
+    s.currency,
+    s.balance
+    + coalesce((
+        select sum(t.amount) from {{ schema }}.transactions as t
+        where t.credit_account = s.id and t.xid >= s.folded_xid
+    ), 0)
+    - coalesce((
+        select sum(t.amount) from {{ schema }}.transactions as t
+        where t.debit_account = s.id and t.xid >= s.folded_xid
+    ), 0) as balance
+from {{ schema }}.system_accounts as s;
+
+-- Fold what every present and future snapshot agrees on: transactions below the oldest running xid.
+create function {{ schema }}.fold_system_accounts() returns bigint
+language plpgsql
+security definer
+set search_path = pg_catalog, {{ schema }}, pg_temp
+as $$
+declare
+    v_upto bigint := pg_snapshot_xmin(pg_current_snapshot())::text::bigint;
+begin
+    perform 1 from system_accounts order by id for no key update;
+    -- A logical restore gives rows their old xids in a cluster whose counter may be lower: fold anew then.
+    update system_accounts set balance = 0, folded_xid = 0 where folded_xid > v_upto;
+    update system_accounts as s
+    set
+        balance = s.balance + coalesce((
+            select sum(case when t.credit_account = s.id then t.amount else -t.amount end)
+            from transactions as t
+            where s.id in (t.debit_account, t.credit_account) and t.xid >= s.folded_xid and t.xid < v_upto
+        ), 0),
+        folded_xid = v_upto;
+    return v_upto;
+end
+$$;
+
+create function {{ schema }}.set_line(p_running boolean) returns void
+language sql
+security definer
+set search_path = pg_catalog, {{ schema }}, pg_temp
+begin atomic
+    select setval('{{ schema }}.line', case when p_running then 1 else 2 end);
+end;
+
+-- One movement as a caller asks for it: who pays (debtor), who is paid (creditor), or one of them and the
+-- outside world. Keys are text; amounts are in major units.
+create type {{ schema }}.movement as (
+    operation text,
+    debtor text,
+    creditor text,
+    bucket text,
+    currency text,
+    amount numeric,
+    dual boolean,
+    type text,
+    reference_type text,
+    reference_id text,
+    idempotency_key text,
+    request uuid,
+    correlation_id text,
+    actor text,
+    reason text,
+    reverses bigint,
+    description text,
+    address text,
+    -- Worked out in the database: the system account opposite a single side, and a reversal's refusal.
+    counter bigint,
+    group_id bigint,
+    refusal text
+);
+
+-- One owner's side of a movement, read under the locks of its legacy row and its account.
+create type {{ schema }}.side as (
+    key text,
+    legacy numeric,
+    exact boolean,
+    account bigint,
+    state {{ schema }}.account_state,
+    balance numeric,
+    -- legacy: the column alone is written; dual_write: both; ledger: the ledger alone (frozen).
+    mode text,
+    -- Id set aside for the opening or resync that has to come before the movement itself.
+    first_id bigint
+);
+
+-- What a mapping says of the column at hand, with the ids of the currency's system accounts.
+create type {{ schema }}.column_rule as (
+    mapping text,
+    bucket text,
+    currency text,
+    scale integer,
+    floor numeric,
+    minimum numeric,
+    maximum numeric,
+    opening bigint,
+    external bigint,
+    correction bigint,
+    bypass bigint,
+    transit bigint
+);
+
+-- What became of one movement. A change that is not null is still to be written to the legacy column.
+create type {{ schema }}.posting as (
+    refusal text,
+    outcome text,
+    replayed boolean,
+    mode text,
+    transaction_id bigint,
+    amount numeric,
+    debtor text,
+    debtor_change numeric,
+    debtor_legacy numeric,
+    debtor_ledger numeric,
+    debtor_account bigint,
+    creditor text,
+    creditor_change numeric,
+    creditor_legacy numeric,
+    creditor_ledger numeric,
+    creditor_account bigint,
+    mismatch boolean,
+    ordinal integer
+);

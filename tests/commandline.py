@@ -1,0 +1,130 @@
+"""The command line in tests: a folder with configuration and flags, in-process runs, and the real script."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine
+from typer.testing import CliRunner
+
+import ledger
+from walletmigrate.cli import app
+from walletmigrate.config import Settings
+from walletmigrate.flag_file import FlagFile
+from walletmigrate.starter import blank_document
+
+SCRIPT = Path(sys.executable).with_name("walletmigrate")
+REASON = ("--reason", "a test")
+
+_CONFIG = """
+observation_window = "{window}"
+
+[flags]
+{flags}
+
+[[mappings]]
+name = "users"
+table = "public.users"
+key = "id"
+traits = {{ tenant = "tenant", role = "role" }}
+
+  [[mappings.columns]]
+  bucket = "cash"
+  column = "total_coins"
+  currency = "EUR"
+  scale = 2
+"""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command printed, and its exit code."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The one JSON document on stdout."""
+        found: dict[str, Any] = json.loads(self.stdout)
+        return found
+
+
+class Project:
+    """A folder with a configuration of ``public.users`` and a flag file; ``url`` is the database's."""
+
+    def __init__(self, folder: Path, url: str, *, window: str = "0s", flags: str = 'source = "file"') -> None:
+        self.folder = folder
+        self.url = url
+        self.config = folder / "walletmigrate.toml"
+        self.config.write_text(_CONFIG.format(window=window, flags=flags), encoding="utf-8")
+        self.flag_path = folder / "flags" / "environment.json"
+        self.flag_path.parent.mkdir(exist_ok=True)
+        self.flag_path.write_text(json.dumps(blank_document()), encoding="utf-8")
+        self.flags = FlagFile(self.flag_path)
+
+    @property
+    def settings(self) -> Settings:
+        """The configuration as the command line loads it."""
+        return Settings.load(self.config, database_url=self.url)
+
+    def run(self, *words: str, url: str | None = None, env: dict[str, str] | None = None) -> Said:
+        """Run a command in this process; ``url`` "" names no database."""
+        given = self.environment(url) | (env or {})
+        done = CliRunner().invoke(app, list(words), env=given, prog_name="walletmigrate")
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return Said(done.exit_code, done.stdout, done.stderr)
+
+    def change(self, *words: str) -> Said:
+        """Run a command that changes something, with its reason; it must succeed."""
+        said = self.run(*words, *REASON)
+        assert said.exit_code == 0, said
+        return said
+
+    def start(self, *words: str, **options: Any) -> subprocess.Popen[str]:
+        """Start the real console script in a process of its own."""
+        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        environment = {**os.environ, **self.environment(None)}
+        return subprocess.Popen([str(SCRIPT), *words], env=environment, cwd=self.folder, text=True, **options)
+
+    def script(self, *words: str) -> Said:
+        """Run the real console script to its end."""
+        process = self.start(*words)
+        stdout, stderr = process.communicate(timeout=120)
+        return Said(process.returncode, stdout, stderr)
+
+    def environment(self, url: str | None) -> dict[str, str]:
+        """The variables that a command sees."""
+        return {
+            "WALLETMIGRATE_CONFIG": str(self.config),
+            "WALLETMIGRATE_DATABASE_URL": self.url if url is None else url,
+            "WALLETMIGRATE_ACTOR": "tests",
+        }
+
+
+def project_at(folder: Path, url: str, phase: str, *, rows: int = 10, window: str = "0s") -> tuple[Project, Engine]:
+    """A project whose migration has come to ``phase``, by the commands that an operator would run."""
+    engine, _ = ledger.install_users(url, rows=rows)
+    made = Project(folder, url, window=window)
+    steps = {
+        "dual_write": ("phase advance", "flags set wallet.dualWrite on --everyone", "backfill", "verify"),
+        "read_ledger": ("rollback --exercise", "phase advance"),
+        "wallet_only": ("cutover --everyone --confirm users", "phase advance"),
+        "frozen": ("freeze --confirm users",),
+    }
+    for name, commands in steps.items():
+        if phase == "legacy":
+            break
+        for words in commands:
+            made.change(*words.split())
+        if name == phase:
+            break
+    return made, engine

@@ -1,0 +1,140 @@
+"""The situations that the runbooks are for, really made: a database, a configuration and a shell at 3 a.m.
+
+A shell acts as the operators' role, so that a command that asks for more rights than they have fails here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Engine, make_url
+
+from ledger import ACT, install_users, unguarded
+from servers import Postgres
+from walletmigrate import Settings, phases
+from walletmigrate.backfill import backfill
+from walletmigrate.flag_file import FlagFile
+from walletmigrate.flag_sources import FileSource
+from walletmigrate.flags import DUAL_WRITE
+from walletmigrate.functions import relation
+from walletmigrate.starter import write_configuration
+from walletmigrate.verify import verify
+
+SECONDS = 120
+ACME = ("tenant", "acme")
+
+CONFIGURATION = """\
+observation_window = "0s"
+
+[[mappings]]
+name = "users"
+table = "public.users"
+key = "id"
+policy = "shadow"
+traits = { tenant = "tenant", role = "role" }
+
+  [[mappings.columns]]
+  bucket = "cash"
+  column = "total_coins"
+  currency = "EUR"
+  scale = 2
+"""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a block of commands ended, and what a person at the terminal saw: stdout and stderr together."""
+
+    code: int
+    seen: str
+
+
+@dataclass(frozen=True)
+class Shell:
+    """The folder with ``walletmigrate.toml`` that somebody stands in, and the environment they have."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def run(self, commands: str) -> Ran:
+        """Run one block as it would be pasted; it ends at the first command that fails."""
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", commands],
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+        return Ran(done.returncode, done.stdout)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A database of ten users, the odd ones of tenant acme, and the files that fit it."""
+
+    server: Postgres
+    engine: Engine
+    settings: Settings
+    flags: FlagFile
+    folder: Path
+
+    def shell(self) -> Shell:
+        """A shell whose database role is the operators', beside the address of the tables' owner."""
+        url = make_url(self.engine.url).set(drivername="postgresql")
+        operator = url.update_query_dict({"options": f"-crole={self.settings.roles.operator}"})
+        programs = [Path(sys.executable).parent, *filter(None, [self.server.binaries])]
+        return Shell(
+            self.folder,
+            {
+                "PATH": os.pathsep.join([*map(str, programs), os.defpath]),
+                "HOME": str(self.folder),
+                "LC_ALL": "C.UTF-8",
+                "WALLETMIGRATE_DATABASE_URL": operator.render_as_string(hide_password=False),
+                "OWNER_DATABASE_URL": url.render_as_string(hide_password=False),
+                "WALLETMIGRATE_ACTOR": "on-call:test",
+            },
+        )
+
+
+def backfilled(server: Postgres, url: str, folder: Path) -> Stage:
+    """Phase dual_write, dual-write on for everyone, every account open and none verified yet."""
+    engine, _ = install_users(url)
+    config = folder / "walletmigrate.toml"
+    write_configuration(config, CONFIGURATION)
+    settings = Settings.load(config, database_url=url)
+    stage = Stage(server, engine, settings, FlagFile(settings.flags.path), folder)
+    phases.advance(engine, settings, FileSource(settings.flags.path), ACT)
+    phases.set_flag(engine, settings, stage.flags, DUAL_WRITE, True, ACT, everyone=True)
+    backfill(engine, settings, settings.mapping(None), ACT)
+    return stage
+
+
+def cut_over(server: Postgres, url: str, folder: Path) -> Stage:
+    """Phase read_ledger; the balances of tenant acme are read from the ledger, those of globex are not."""
+    stage = backfilled(server, url, folder)
+    engine, settings = stage.engine, stage.settings
+    source = FileSource(settings.flags.path)
+    verify(engine, settings, settings.mapping(None), ACT)
+    phases.exercise(engine, settings, source, ACT)
+    phases.advance(engine, settings, source, ACT)
+    phases.cutover(engine, settings, stage.flags, ACME, ACT)
+    return stage
+
+
+def drifted(server: Postgres, url: str, folder: Path) -> Stage:
+    """As `cut_over`; then a superuser switched the fence off, changed one balance and made one user, and
+    switched it on again: user 7 has a wrong ledger balance that counts as true, and user 11 has no account.
+    """
+    stage = cut_over(server, url, folder)
+    with unguarded(stage.engine, relation(stage.settings.mapping(None))) as connection:
+        connection.exec_driver_sql("update public.users set total_coins = total_coins + 25 where id = 7")
+        connection.exec_driver_sql("insert into public.users values (11, 'acme', 'member', 40, 0)")
+    return stage

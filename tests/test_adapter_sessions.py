@@ -1,0 +1,444 @@
+"""ORM sessions: flushed before, expired after, in the caller's transaction, told after the outermost commit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from sqlalchemy import ForeignKey, select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, Session, mapped_column, registry, scoped_session, sessionmaker
+
+from adapting import Place, User, custom, place
+from ledger import execute, rows
+from walletmigrate import Movement
+from walletmigrate.errors import InsufficientFunds, UsageError
+from walletmigrate.observe import FlagsSeen
+
+D = Decimal
+
+
+@pytest.fixture
+def at(database_url: str) -> Place:
+    return place(database_url, rows=3, floor=D(0), with_promo=True)
+
+
+@pytest.fixture
+def session(at: Place) -> Iterator[Session]:
+    with Session(at.engine) as opened:
+        yield opened
+
+
+# Flush before
+
+
+def test_a_pending_change_of_the_balance_is_flushed_first(at: Place, session: Session) -> None:
+    user = session.get_one(User, 1)
+    user.total_coins = D(50)
+    assert at.adapter.credit(session, 1, 5, type="deposit").legacy_balance == 55
+    session.commit()
+    assert (at.coins(1), at.account(1)) == (55, ("mirrored", D(55)))
+    at.check()
+
+
+def test_a_new_user_is_flushed_first(at: Place, session: Session) -> None:
+    session.add(User(id=9, total_coins=D(0)))
+    assert at.adapter.open_account(session, 9)[0].ledger_balance == 0
+    assert at.adapter.credit(session, 9, 5, type="deposit").legacy_balance == 5
+    session.commit()
+    assert at.account(9) == ("mirrored", D(5))
+
+
+def test_a_pending_change_is_flushed_before_a_read(at: Place, session: Session) -> None:
+    session.get_one(User, 1).total_coins = D(7)
+    assert at.adapter.balance(session, 1).amount == 7
+
+
+def test_without_autoflush_pending_changes_are_flushed_too(at: Place) -> None:
+    with Session(at.engine, autoflush=False) as session, session.begin():
+        session.get_one(User, 1).total_coins = D(50)
+        assert at.adapter.credit(session, 1, 5, type="deposit").legacy_balance == 55
+
+
+# Expire after
+
+
+def test_a_loaded_balance_is_read_anew_after_a_posting(at: Place, session: Session) -> None:
+    one, two = session.get_one(User, 1), session.get_one(User, 2)
+    at.adapter.transfer(session, 1, 2, 30, type="gift")
+    assert [one.total_coins, two.total_coins] == [70, 130]
+
+
+def test_only_the_balances_of_the_accounts_at_hand_are_expired(at: Place, session: Session) -> None:
+    one, three = session.get_one(User, 1), session.get_one(User, 3)
+    at.adapter.credit(session, 1, 5, type="deposit")
+    assert "total_coins" not in one.__dict__
+    assert "promo" not in one.__dict__
+    assert one.__dict__["tenant"] == "acme"
+    assert three.__dict__["total_coins"] == 100
+
+
+def test_a_reversal_expires_the_balances_of_both_its_accounts(at: Place, session: Session) -> None:
+    number = at.adapter.transfer(session, 1, 2, 30, type="gift").transaction_id
+    one, two = session.get_one(User, 1), session.get_one(User, 2)
+    assert [one.total_coins, two.total_coins] == [70, 130]
+    at.adapter.reverse(session, number or 0, reason="refund")
+    assert [one.total_coins, two.total_coins] == [100, 100]
+
+
+def test_a_session_that_does_not_expire_on_commit_reads_anew_too(at: Place) -> None:
+    with Session(at.engine, expire_on_commit=False) as session:
+        user = session.get_one(User, 1)
+        at.adapter.credit(session, 1, 5, type="deposit")
+        session.commit()
+        assert user.total_coins == 105
+
+
+def test_a_flush_after_the_posting_does_not_write_an_old_balance_back(at: Place, session: Session) -> None:
+    user = session.get_one(User, 1)
+    at.adapter.credit(session, 1, 5, type="deposit")
+    user.role = "vip"
+    session.commit()
+    assert (at.coins(1), user.role) == (105, "vip")
+    at.check()
+
+
+def test_a_refused_posting_leaves_loaded_objects_and_the_session_usable(at: Place, session: Session) -> None:
+    user = session.get_one(User, 1)
+    user.role = "vip"
+    with pytest.raises(InsufficientFunds):
+        at.adapter.debit(session, 1, 500, type="booking")
+    assert user.total_coins == 100
+    at.adapter.debit(session, 1, 100, type="booking")
+    session.commit()
+    assert user.total_coins == 0
+    assert user.role == "vip"
+
+
+def test_other_classes_in_the_session_are_left_alone(at: Place, session: Session) -> None:
+    execute(at.engine, "create table notes (id bigint primary key, total_coins numeric)")
+    execute(at.engine, "insert into notes values (1, 42)")
+    other = registry()
+
+    @other.mapped
+    class Note:
+        __tablename__ = "notes"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        total_coins: Mapped[Decimal]
+
+    note = session.get_one(Note, 1)
+    at.adapter.credit(session, 1, 5, type="deposit")
+    assert note.__dict__["total_coins"] == 42
+
+
+def test_a_class_with_other_attribute_names_and_another_primary_key_is_expired(database_url: str) -> None:
+    at = custom(
+        database_url,
+        "create table users (nr bigint primary key, id text unique not null, total_coins numeric(12, 2) not null);"
+        "insert into users values (1, 'ann', 10), (2, 'bob', 10)",
+        {
+            "name": "users",
+            "table": "users",
+            "key": "id",
+            "columns": [{"bucket": "cash", "column": "total_coins", "currency": "EUR", "scale": 2}],
+        },
+    )
+    own = registry()
+
+    @own.mapped
+    class Person:
+        __tablename__ = "users"
+        nr: Mapped[int] = mapped_column(primary_key=True)
+        login: Mapped[str] = mapped_column("id")
+        coins: Mapped[Decimal] = mapped_column("total_coins")
+
+    with Session(at.engine) as session:
+        ann, bob = session.get_one(Person, 1), session.get_one(Person, 2)
+        at.adapter.credit(session, "ann", 5, type="deposit")
+        assert [ann.coins, bob.__dict__["coins"]] == [15, 10]
+
+
+def test_a_class_that_leaves_the_balance_out_is_no_hindrance(at: Place, session: Session) -> None:
+    own = registry()
+
+    @own.mapped
+    class Name:
+        __table__ = User.__table__
+        __mapper_args__: Any = {"exclude_properties": ["total_coins", "promo"]}  # noqa: RUF012 - as SQLAlchemy has it
+
+    name = session.get_one(Name, 1)
+    assert at.adapter.credit(session, 1, 5, type="deposit").legacy_balance == 105
+    assert name.__dict__["tenant"] == "acme"
+
+
+def test_a_subclass_with_a_table_of_its_own_is_expired(at: Place, session: Session) -> None:
+    execute(at.engine, "create table staff (id bigint primary key references users, desk text not null)")
+    execute(at.engine, "insert into staff values (1, 'A1')")
+    own = registry()
+
+    @own.mapped
+    class Person:
+        __tablename__ = "users"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        total_coins: Mapped[Decimal]
+
+    @own.mapped
+    class Staff(Person):
+        __tablename__ = "staff"
+        id: Mapped[int] = mapped_column(ForeignKey("users.id"), primary_key=True)
+        desk: Mapped[str]
+
+    member = session.get_one(Staff, 1)
+    at.adapter.credit(session, 1, 5, type="deposit")
+    assert member.total_coins == 105
+
+
+# The caller's transaction
+
+
+def test_nothing_is_committed_by_the_adapter(at: Place, session: Session) -> None:
+    at.adapter.credit(session, 1, 5, type="deposit")
+    at.adapter.apply(session, [Movement.credit(2, 1, type="a"), Movement.credit(3, 1, type="b")])
+    assert (at.coins(1), at.account(1), at.account(2)) == (100, None, None)
+    session.rollback()
+    assert rows(at.engine, "select * from wallet.transactions") == []
+    assert rows(at.engine, "select * from wallet.idempotency_keys") == []
+
+
+def test_a_posting_in_a_savepoint_that_is_rolled_back_did_not_happen(at: Place, session: Session) -> None:
+    user = session.get_one(User, 1)
+    at.adapter.credit(session, 1, 1, type="kept")
+    with session.begin_nested() as savepoint:
+        at.adapter.credit(session, 1, 10, type="lost")
+        savepoint.rollback()
+    assert user.total_coins == 101
+    session.commit()
+    assert at.account(1) == ("mirrored", D(101))
+    at.check()
+
+
+def test_a_bare_connection_and_its_savepoints_serve_as_well(at: Place) -> None:
+    with at.engine.begin() as connection:
+        at.adapter.credit(connection, 1, 1, type="kept")
+        with connection.begin_nested() as savepoint:
+            at.adapter.credit(connection, 1, 10, type="lost")
+            savepoint.rollback()
+    assert at.account(1) == ("mirrored", D(101))
+    at.check()
+
+
+def test_a_scoped_session_is_a_session(at: Place) -> None:
+    scoped = scoped_session(sessionmaker(at.engine))
+    user = scoped.get_one(User, 1)
+    user.total_coins = D(50)
+    assert at.adapter.credit(scoped, 1, 5, type="deposit").legacy_balance == 55
+    assert user.total_coins == 55
+    assert at.heard.posted == []
+    scoped.commit()
+    scoped.remove()
+    assert [event.committed for event in at.heard.posted] == [True]
+    assert at.adapter.balance(scoped, 1).amount == 55
+    scoped.remove()
+
+
+@pytest.mark.parametrize("target", [None, "postgresql://", object()])
+def test_what_is_neither_session_nor_connection_is_named(at: Place, target: Any) -> None:
+    with pytest.raises(UsageError, match="pass a Session or a Connection"):
+        at.adapter.credit(target, 1, 5, type="deposit")
+    with pytest.raises(UsageError, match=type(target).__name__):
+        at.adapter.balance(target, 1)
+
+
+def test_an_engine_and_an_async_session_are_refused(at: Place) -> None:
+    for target in (at.engine, AsyncSession()):
+        with pytest.raises(UsageError, match="async shell"):
+            at.adapter.credit(target, 1, 5, type="deposit")  # type: ignore[arg-type]
+
+
+# Observers
+
+
+def test_observers_are_told_only_after_the_commit(at: Place, session: Session) -> None:
+    at.adapter.credit(session, 1, 5, type="deposit")
+    assert at.heard.posted == []
+    assert at.metric("dual_write_total", operation="credit", outcome="ok") == 0
+    session.commit()
+    assert [(each.operation, each.outcome, each.mode, each.committed) for each in at.heard.posted] == [
+        ("credit", "ok", "dual_write", True)
+    ]
+    assert at.metric("dual_write_total", operation="credit", outcome="ok") == 1
+    assert at.metric("dual_write_duration_seconds_count", operation="credit", mode="dual_write") == 1
+
+
+def test_what_is_rolled_back_is_never_told(at: Place, session: Session) -> None:
+    at.adapter.credit(session, 1, 5, type="deposit")
+    session.rollback()
+    at.adapter.credit(session, 1, 7, type="deposit")
+    session.commit()
+    session.commit()
+    assert len(at.heard.posted) == 1
+
+
+def test_a_closed_session_tells_nothing(at: Place) -> None:
+    session = Session(at.engine)
+    at.adapter.credit(session, 1, 5, type="deposit")
+    session.close()
+    session.execute(select(1))
+    session.commit()
+    session.close()
+    assert at.heard.posted == []
+
+
+def test_a_savepoint_s_release_tells_nothing_yet(at: Place, session: Session) -> None:
+    with session.begin_nested():
+        at.adapter.credit(session, 1, 5, type="deposit")
+    assert at.heard.posted == []
+    session.commit()
+    assert len(at.heard.posted) == 1
+
+
+def test_rolled_back_savepoints_are_never_told(at: Place, session: Session) -> None:
+    def post(kind: str) -> None:
+        at.adapter.credit(session, 1, 1, type=kind, correlation_id=kind)
+
+    post("outer")
+    with session.begin_nested():
+        post("released")
+        with session.begin_nested() as inner:
+            post("inner, lost")
+            inner.rollback()
+        with session.begin_nested():
+            post("inner, released")
+    with session.begin_nested() as lost:
+        post("lost")
+        with session.begin_nested():
+            post("released into what is lost")
+        lost.rollback()
+    post("after")
+    assert at.heard.posted == []
+    session.commit()
+    assert [each.correlation_id for each in at.heard.posted] == ["outer", "released", "inner, released", "after"]
+    assert at.coins(1) == 104
+
+
+def test_a_savepoint_lost_by_an_exception_is_never_told(at: Place, session: Session) -> None:
+    def fails() -> None:
+        with session.begin_nested():
+            at.adapter.credit(session, 1, 1, type="lost")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    session.commit()
+    assert at.heard.posted == []
+
+
+def test_a_released_savepoint_of_a_rolled_back_transaction_is_never_told(at: Place, session: Session) -> None:
+    with session.begin_nested():
+        at.adapter.credit(session, 1, 1, type="lost")
+    session.rollback()
+    session.commit()
+    assert at.heard.posted == []
+
+
+def test_a_flush_between_posting_and_commit_changes_nothing(at: Place, session: Session) -> None:
+    at.adapter.credit(session, 1, 1, type="deposit")
+    session.add(User(id=9, total_coins=D(0)))
+    session.flush()
+    assert at.heard.posted == []
+    session.commit()
+    assert len(at.heard.posted) == 1
+
+
+def test_a_commit_that_fails_tells_nothing(at: Place, session: Session) -> None:
+    execute(at.engine, "create table later (id int, user_id bigint references users deferrable initially deferred)")
+    at.adapter.credit(session, 1, 1, type="deposit")
+    session.connection().exec_driver_sql("insert into later values (1, 404)")
+    with pytest.raises(Exception, match="foreign key"):
+        session.commit()
+    session.rollback()
+    assert at.heard.posted == []
+    assert at.coins(1) == 100
+
+
+def test_on_a_bare_connection_a_posting_is_told_at_once_as_posted(at: Place) -> None:
+    with at.engine.begin() as connection:
+        at.adapter.credit(connection, 1, 5, type="deposit")
+        assert [(each.outcome, each.committed) for each in at.heard.posted] == [("ok", False)]
+
+
+def test_a_batch_is_measured_once_and_told_movement_by_movement(at: Place, session: Session) -> None:
+    at.adapter.apply(session, [Movement.credit(1, 1, type="a"), Movement.debit(2, 1, type="b")])
+    session.commit()
+    assert [(each.operation, each.seconds is None) for each in at.heard.posted] == [("credit", False), ("debit", True)]
+
+
+@pytest.mark.parametrize("operation", ["one", "batch"])
+def test_a_refusal_is_told_at_once_and_counted(at: Place, session: Session, operation: str) -> None:
+    movement = Movement.debit(1, 500, type="booking", correlation_id="c")
+    with pytest.raises(InsufficientFunds):
+        at.adapter.apply(session, [movement] if operation == "one" else [movement, movement])
+    name = "debit" if operation == "one" else "apply"
+    assert [(each.operation, each.outcome, each.error, each.correlation_id) for each in at.heard.posted] == [
+        (name, "refused", "insufficient_funds", "c")
+    ]
+    assert at.metric("dual_write_total", operation=name, outcome="refused") == 1
+    session.rollback()
+    assert len(at.heard.posted) == 1
+
+
+def test_outcomes_are_counted_as_they_are(at: Place, session: Session) -> None:
+    at.adapter.credit(session, 1, 5, type="deposit", idempotency_key="k")
+    at.adapter.credit(session, 1, 5, type="deposit", idempotency_key="k")
+    at.flags({})
+    at.adapter.credit(session, 1, 5, type="deposit")
+    session.commit()
+    counted = {
+        outcome: at.metric("dual_write_total", operation="credit", outcome=outcome)
+        for outcome in ("ok", "replayed", "skipped", "refused", "ledger_failed")
+    }
+    assert counted == {"ok": 1, "replayed": 1, "skipped": 1, "refused": 0, "ledger_failed": 0}
+
+
+def test_the_age_of_the_flags_that_a_call_decided_by_is_told(at: Place, session: Session) -> None:
+    for gauge in ("wallet.dualWrite", "wallet.readFromLedger", "wallet.enableWithdrawals"):
+        assert at.metric("flag_age_seconds", flag=gauge) == 0
+    at.adapter.transfer(session, 1, 2, 1, type="gift")
+    at.adapter.balance(session, 1)
+    seen = [each for each in at.heard.events if isinstance(each, FlagsSeen)]
+    assert [(each.source, each.document_id) for each in seen] == [("static", "static")] * 2
+
+
+def test_one_snapshot_answers_all_questions_of_a_call(at: Place, session: Session) -> None:
+    taken = []
+    snapshot = at.source.snapshot
+
+    def counted() -> Any:
+        taken.append(1)
+        return snapshot()
+
+    at.source.snapshot = counted  # type: ignore[method-assign]
+    at.adapter.apply(session, [Movement.transfer(1, 2, 1, type="gift"), Movement.credit(3, 1, type="deposit")])
+    assert len(taken) == 1
+
+
+def test_an_observer_that_fails_does_not_fail_the_posting(at: Place) -> None:
+    def broken(_: object) -> None:
+        raise RuntimeError("no more disk")
+
+    adapter = at.another(observers=[broken, at.heard])
+    with Session(at.engine) as session:
+        assert adapter.credit(session, 1, 5, type="deposit").legacy_balance == 105
+        session.commit()
+    assert len(at.heard.posted) == 1
+    assert at.coins(1) == 105
+
+
+def test_two_adapters_on_one_session_are_both_told(at: Place, session: Session) -> None:
+    other = at.another(observers=[at.heard])
+    at.adapter.credit(session, 1, 1, type="a", correlation_id="first")
+    other.credit(session, 1, 1, type="b", correlation_id="second")
+    session.commit()
+    assert [each.correlation_id for each in at.heard.posted] == ["first", "second"]

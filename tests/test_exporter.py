@@ -1,0 +1,411 @@
+"""The exporter: what stands in a real database, as a real scrape over HTTP shows it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import psycopg
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+from psycopg import sql
+from pydantic import SecretStr
+from sqlalchemy import Engine, event, text
+from sqlalchemy.pool import NullPool
+
+from walletmigrate import connect
+from walletmigrate.config import Column, Mapping, Settings
+from walletmigrate.errors import ConfigError, UsageError
+from walletmigrate.exporter import JOB_KINDS, PHASES, STATES, DatabaseFacts, serve
+from walletmigrate.observe import METRICS
+from walletmigrate.schema import migrate, quoted
+
+Samples = dict[tuple[str, str], float]
+Execute = Callable[[str], None]
+
+SCHEMA = "wallet"
+SCOPE = {("users", "EUR"), ("shops", "USD")}
+EXPORTED = {metric.full_name for metric in METRICS.values() if metric.served_by == "exporter"}
+
+
+def install(url: str, schema: str = SCHEMA) -> None:
+    engine = connect.engine(url, application_name="walletmigrate-test", poolclass=NullPool)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"create schema {quoted(schema)}")
+        migrate(connection, schema)
+
+
+@pytest.fixture
+def ledger(database_url: str) -> str:
+    """The URL of a database with a ledger that has seen nothing yet."""
+    install(database_url)
+    return database_url
+
+
+@pytest.fixture
+def execute(database_url: str) -> Iterator[Execute]:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(sql.SQL("set search_path = {}").format(sql.Identifier(SCHEMA)))
+        yield lambda statement: void(connection.execute(statement.encode()))
+
+
+def void(_: object) -> None:
+    return None
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    made = connect.engine(database_url, application_name="walletmigrate-test", poolclass=NullPool)
+    yield made
+    made.dispose()
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def samples(collector: DatabaseFacts) -> Samples:
+    """(name, label value) → value; every exported metric has at most one label."""
+    return {
+        (sample.name, "".join(sample.labels.values())): sample.value
+        for family in collector.collect()
+        for sample in family.samples
+    }
+
+
+def of(seen: Samples, name: str) -> dict[str, float]:
+    return {label: value for (metric, label), value in seen.items() if metric == f"walletmigrate_{name}"}
+
+
+def facts(engine: Engine, schema: str = SCHEMA) -> Samples:
+    seen = samples(DatabaseFacts(engine, schema, SCOPE))
+    assert of(seen, "exporter_up") == {"": 1}
+    return seen
+
+
+def scrape(port: int) -> Samples:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        page = answer.read().decode()
+    return {
+        (sample.name, "".join(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+    }
+
+
+def settings(url: str | None) -> Settings:
+    mappings = tuple(
+        Mapping(
+            name=name,
+            table=name,
+            key="id",
+            columns=(Column(bucket="cash", column="balance", currency=currency, scale=2),),
+        )
+        for name, currency in SCOPE
+    )
+    return Settings(database_url=SecretStr(url) if url else None, mappings=mappings)
+
+
+POSTINGS = """
+insert into system_accounts (id, name, currency) values (-1, 'opening', 'EUR'), (-2, 'external', 'EUR');
+insert into accounts (mapping, key, bucket, currency, state, balance) values
+    ('users', '1', 'cash', 'EUR', 'mirrored', 12.50), ('users', '2', 'cash', 'EUR', 'mirrored', -2.25),
+    ('users', '3', 'cash', 'EUR', 'stale', 0), ('users', '4', 'cash', 'EUR', 'frozen', 0);
+insert into transactions (id, debit_account, credit_account, kind, amount, currency, type) values
+    (1, -1, 1, 'opening', 12.50, 'EUR', 'opening'), (2, 2, -2, 'posting', 2.25, 'EUR', 'booking');
+"""
+
+
+def test_a_fresh_ledger_shows_every_label_set_at_zero_and_the_phase_legacy(
+    ledger: str, engine: Engine
+) -> None:
+    seen = facts(engine)
+    assert {name for name, _ in seen} == EXPORTED
+    assert of(seen, "phase") == dict.fromkeys(PHASES, 0) | {"legacy": 1}
+    assert of(seen, "accounts") == dict.fromkeys(STATES, 0)
+    for name in ("drift_accounts", "drift_amount", "ledger_imbalance"):
+        assert of(seen, name) == {"EUR": 0, "USD": 0}
+    for name in ("job_items", "job_failed", "job_paused", "job_remaining"):
+        assert of(seen, name) == dict.fromkeys(JOB_KINDS, 0)
+    for name in ("line_stopped", "verification_last_success_timestamp_seconds"):
+        assert of(seen, name) == {"": 0}
+
+
+def test_each_phase_shows_as_the_only_one(ledger: str, engine: Engine, execute: Execute) -> None:
+    for phase in PHASES:
+        execute(f"update control set phase = '{phase}'")
+        assert of(facts(engine), "phase") == dict.fromkeys(PHASES, 0) | {phase: 1}
+
+
+def test_the_states_are_those_of_the_ledger_and_absent(ledger: str, engine: Engine) -> None:
+    with engine.connect() as connection:
+        known = connection.scalars(text("select unnest(enum_range(null::wallet.account_state))::text"))
+        assert {*known, "absent"} == set(STATES)
+
+
+def test_a_stopped_line_shows_until_it_runs_again(ledger: str, engine: Engine, execute: Execute) -> None:
+    execute("select set_line(false)")
+    assert of(facts(engine), "line_stopped") == {"": 1}
+    execute("select set_line(true)")
+    assert of(facts(engine), "line_stopped") == {"": 0}
+
+
+def test_accounts_are_counted_by_state_and_a_balanced_ledger_sums_to_zero(
+    ledger: str, engine: Engine, execute: Execute
+) -> None:
+    execute(POSTINGS)
+    seen = facts(engine)
+    assert of(seen, "accounts") == {"absent": 0, "mirrored": 2, "stale": 1, "frozen": 1, "closed": 0}
+    assert of(seen, "ledger_imbalance") == {"EUR": 0, "USD": 0}
+
+
+def test_a_balance_without_a_transaction_shows_as_an_imbalance_of_its_currency(
+    ledger: str, engine: Engine, execute: Execute
+) -> None:
+    execute(POSTINGS)
+    execute("update accounts set balance = balance + 0.01 where key = '1'")
+    assert of(facts(engine), "ledger_imbalance") == {"EUR": 0.01, "USD": 0}
+
+
+def test_all_facts_are_of_one_moment_although_postings_commit_in_between(
+    ledger: str, engine: Engine, execute: Execute
+) -> None:
+    execute(POSTINGS)
+
+    def post_behind_its_back(_connection: object, _cursor: object, statement: str, *_rest: object) -> None:
+        if "system_balances" in statement:
+            execute(
+                "update accounts set balance = balance + 1 where key = '1';"
+                "insert into transactions (id, debit_account, credit_account, kind, amount, currency, type)"
+                " values (3, -2, 1, 'posting', 1, 'EUR', 'deposit')"
+            )
+
+    event.listen(engine, "before_cursor_execute", post_behind_its_back)
+    assert of(facts(engine), "ledger_imbalance") == {"EUR": 0, "USD": 0}
+    event.remove(engine, "before_cursor_execute", post_behind_its_back)
+    execute("update accounts set balance = balance - 1 where key = '1'")  # the posting did happen
+    assert of(facts(engine), "ledger_imbalance") == {"EUR": -1, "USD": 0}
+
+
+VERIFICATION = """
+insert into verifications (mapping, currency, started_at, finished_at, clean, full_run, accounts, missing,
+    drift_accounts, drift_amount, actor)
+values ('{}', '{}', '{}', '{}', {}, {}, 9, {}, {}, {}, 'test')
+"""
+
+
+def verified(
+    mapping: str,
+    currency: str,
+    hour: int,
+    *,
+    missing: int = 0,
+    drift: tuple[int, str] = (0, "0"),
+    full: bool = True,
+) -> str:
+    at = f"2030-01-01 {hour:02}:00Z"
+    clean = not missing and not drift[0]
+    return VERIFICATION.format(mapping, currency, at, at, clean, full, missing, *drift)
+
+
+def unix(hour: int) -> float:
+    return datetime(2030, 1, 1, hour, tzinfo=UTC).timestamp()
+
+
+def test_drift_and_absent_accounts_are_those_of_each_mappings_last_full_verification(
+    ledger: str, engine: Engine, execute: Execute
+) -> None:
+    execute(verified("users", "EUR", 1, missing=50, drift=(40, "400")))
+    execute(verified("users", "EUR", 2, missing=5, drift=(4, "12.34")))
+    execute(verified("users", "EUR", 3, full=False))  # a clean sample does not clear what it did not look at
+    execute(verified("shops", "USD", 2, missing=1, drift=(1, "0.01")))
+    execute(verified("gone", "EUR", 4, missing=1000, drift=(1000, "1000")))  # no longer configured
+    seen = facts(engine)
+    assert of(seen, "drift_accounts") == {"EUR": 4, "USD": 1}
+    assert of(seen, "drift_amount") == {"EUR": 12.34, "USD": 0.01}
+    assert of(seen, "accounts")["absent"] == 6
+
+
+def test_the_last_success_is_that_of_the_mapping_that_waits_longest(
+    ledger: str, engine: Engine, execute: Execute
+) -> None:
+    name = "verification_last_success_timestamp_seconds"
+    execute(verified("users", "EUR", 1))
+    assert of(facts(engine), name) == {"": 0}, "shops was never verified"
+    execute(verified("shops", "USD", 2))
+    assert of(facts(engine), name) == {"": unix(1)}
+    execute(verified("users", "EUR", 3))
+    assert of(facts(engine), name) == {"": unix(2)}
+    execute(verified("shops", "USD", 4, drift=(1, "1")))
+    execute(verified("shops", "USD", 5, full=False))
+    assert of(facts(engine), name) == {"": unix(2)}, "neither a failure nor a sample is a success"
+
+
+def job(kind: str, mapping: str, state: str, total: str, done: int, failed: int = 0) -> str:
+    return (
+        "insert into jobs"
+        " (kind, mapping, state, actor, reason, version, items_total, items_done, items_failed)"
+        f" values ('{kind}', '{mapping}', '{state}', 'test', 'test', '0', {total}, {done}, {failed})"
+    )
+
+
+def test_jobs_show_the_newest_of_each_mapping_added_up_by_kind(
+    ledger: str, engine: Engine, execute: Execute
+) -> None:
+    execute(job("backfill", "users", "failed", "999", 999, 999))  # superseded by the next
+    execute(job("backfill", "users", "running", "100", 30, 2))
+    execute(job("backfill", "shops", "paused", "10", 4))
+    execute(job("freeze", "users", "failed", "10", 0))  # failed before any item did
+    execute(job("unfreeze", "users", "done", "7", 5))  # two rows went away meanwhile
+    execute(job("archive", "users", "running", "3", 1))
+    seen = facts(engine)
+    zero = dict.fromkeys(JOB_KINDS, 0)
+    assert of(seen, "job_items") == zero | {"backfill": 34, "unfreeze": 5, "archive": 1}
+    assert of(seen, "job_failed") == zero | {"backfill": 2, "freeze": 1, "archive": 0}
+    assert of(seen, "job_paused") == zero | {"backfill": 1, "archive": 0}
+    assert of(seen, "job_remaining") == zero | {"backfill": 74, "freeze": 10, "archive": 2}
+
+
+def test_what_remains_of_a_job_of_unknown_size_is_not_zero(
+    ledger: str, engine: Engine, execute: Execute
+) -> None:
+    execute(job("backfill", "users", "running", "null", 30))
+    assert math.isnan(of(facts(engine), "job_remaining")["backfill"])
+
+
+@pytest.mark.parametrize("schema", ["Wallet", "wallet 2", 'a"b'])
+def test_the_schemas_name_is_quoted(database_url: str, engine: Engine, schema: str) -> None:
+    install(database_url, schema)
+    assert of(facts(engine, schema), "phase")["legacy"] == 1
+
+
+def test_a_look_is_one_read_only_transaction(
+    ledger: str, engine: Engine, execute: Execute, caplog: pytest.LogCaptureFixture
+) -> None:
+    execute("alter table control rename to control_rows")
+    execute(
+        "create function intrude() returns text language sql volatile"
+        " as 'insert into wallet.control_rows (phase) values (''frozen'') returning phase'"
+    )
+    execute("create view control as select intrude() as phase")
+    assert samples(DatabaseFacts(engine, SCHEMA)) == {("walletmigrate_exporter_up", ""): 0}
+    assert "ReadOnlySqlTransaction (25006)" in caplog.text
+
+
+def test_a_storm_of_scrapes_costs_one_look_until_the_time_is_up(
+    ledger: str, engine: Engine, execute: Execute
+) -> None:
+    looks: list[object] = []
+    event.listen(engine, "begin", looks.append)
+    clock = Clock()
+    collector = DatabaseFacts(engine, SCHEMA, SCOPE, ttl=10, clock=clock)
+    phases: list[float] = []
+    threads = [
+        threading.Thread(target=lambda: phases.append(of(samples(collector), "phase")["legacy"]))
+        for _ in range(16)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (phases, len(looks)) == ([1.0] * 16, 1)
+    execute("update control set phase = 'frozen'")
+    clock.now += 9.9
+    assert of(samples(collector), "phase")["legacy"] == 1
+    clock.now += 0.1
+    assert of(samples(collector), "phase")["frozen"] == 1
+    assert len(looks) == 2
+
+
+def test_registering_does_not_touch_the_database(ledger: str, engine: Engine) -> None:
+    looks: list[object] = []
+    event.listen(engine, "begin", looks.append)
+    CollectorRegistry().register(DatabaseFacts(engine, SCHEMA))
+    assert looks == []
+
+
+def test_without_a_ledger_only_the_exporters_own_state_is_served_and_it_recovers(
+    database_url: str, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    collector = DatabaseFacts(engine, SCHEMA, SCOPE, clock=clock)
+    for _ in range(3):
+        assert samples(collector) == {("walletmigrate_exporter_up", ""): 0}
+        clock.now += 60
+    assert [record.levelno for record in caplog.records] == [logging.WARNING], "once per outage"
+    install(database_url)
+    seen = samples(collector)
+    assert of(seen, "exporter_up") == {"": 1}
+    assert {name for name, _ in seen} == EXPORTED
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def test_a_database_that_is_down_is_told_without_an_error_and_without_its_password(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    url = f"postgresql://someone:s3cret@127.0.0.1:{free_port()}/bank"
+    exporter = serve(settings(url), 0)
+    try:
+        seen = scrape(exporter.port)
+    finally:
+        exporter.close()
+    assert seen == {("walletmigrate_exporter_up", ""): 0}
+    assert "OperationalError" in caplog.text
+    assert "s3cret" not in caplog.text
+
+
+def test_serve_answers_a_scrape_over_http_and_close_frees_the_port(ledger: str, execute: Execute) -> None:
+    execute(POSTINGS)
+    exporter = serve(settings(ledger), 0)
+    try:
+        seen = scrape(exporter.port)
+        with pytest.raises(UsageError, match=f"127.0.0.1:{exporter.port}"):
+            serve(settings(ledger), exporter.port)
+    finally:
+        exporter.close()
+    exporter.wait()
+    assert {name for name, _ in seen} == EXPORTED
+    assert of(seen, "accounts")["mirrored"] == 2
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", exporter.port), timeout=5)
+
+
+def test_without_a_database_url_serve_says_how_to_set_one() -> None:
+    with pytest.raises(ConfigError, match="WALLETMIGRATE_DATABASE_URL"):
+        serve(settings(None), 0)
+
+
+def test_the_exporters_connection_is_named_and_limited(ledger: str) -> None:
+    made: list[dict[str, Any]] = []
+
+    def note(_dialect: object, _record: object, _arguments: object, parameters: dict[str, Any]) -> None:
+        made.append(parameters)
+
+    event.listen(Engine, "do_connect", note)
+    exporter = serve(settings(ledger), 0)
+    try:
+        scrape(exporter.port)
+    finally:
+        exporter.close()
+        event.remove(Engine, "do_connect", note)
+    assert [(one["application_name"], one["connect_timeout"]) for one in made] == [
+        ("walletmigrate-exporter", 3)
+    ]

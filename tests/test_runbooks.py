@@ -1,0 +1,201 @@
+"""The runbooks: every command in them is run, in a situation that was really made, and ends as they say.
+
+A runbook is read with sybil. A ``bash`` block is run; ``<!-- exit: 3 -->`` before it says how it ends, if not
+with 0; the ``output`` block after it is what a person sees. ``...`` in a line stands for any text of that line,
+alone in a line for any lines; white space counts as one blank. What a command prints must be in the runbook.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from sybil import Document, Example, Region
+from sybil.example import SybilFailure
+from sybil.parsers.markdown import CodeBlockParser
+from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer
+
+from runbook_stage import Ran, Shell, Stage, backfilled, cut_over, drifted
+from servers import Postgres
+
+FOLDER = Path(__file__).parents[1] / "runbooks"
+INDEX = FOLDER / "README.md"
+RUNBOOKS = sorted(set(FOLDER.glob("*.md")) - {INDEX})
+
+SITUATIONS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
+    "README": backfilled,
+    "balance-drift": drifted,
+    "cutover": backfilled,
+    "rollback": cut_over,
+}
+
+ALERT_SECTIONS = [
+    *("Meaning", "Impact", "Verify", "Diagnosis", "Mitigation", "Rollback"),
+    *("Confirm resolved", "Silencing", "Escalation"),
+]
+CHANGE = re.compile(r"walletmigrate (install|phase (advance|back)|cutover|rollback|backfill|stop-the-line|resume)\b")
+PROCEDURE_SECTIONS = ["Before you start", "Steps", "How to know it worked", "How to go back", "Who to call"]
+
+
+class Reader:
+    """Somebody who works through a runbook, block by block, and minds every difference."""
+
+    def __init__(self, shell: Shell) -> None:
+        self.shell = shell
+        self.ran: Ran | None = None
+        self.exit: int | None = None
+        self.blocks = 0
+
+    def work_through(self, path: Path) -> int:
+        """Run the blocks of a document in order; how many there were. Raises SybilFailure, with the line."""
+        commands, outputs = CodeBlockParser("bash", self.run), CodeBlockParser("output", self.compare)
+        for example in Document.parse(str(path), commands, outputs, self.exits):
+            example.evaluate()
+        end = self.loose_end()
+        assert end is None, f"{path.name}, at its end: {end}"
+        return self.blocks
+
+    def exits(self, document: Document) -> Iterator[Region]:
+        """The comments that announce an exit code."""
+        for found in DirectiveInHTMLCommentLexer("exit")(document):
+            yield Region(found.start, found.end, found.lexemes["arguments"], self.announce)
+
+    def announce(self, example: Example) -> str | None:
+        """Remember the exit code of the block that follows."""
+        end = self.loose_end()
+        self.exit = int(example.parsed)
+        return end
+
+    def run(self, example: Example) -> str | None:
+        """Run a block, and compare its exit code."""
+        if self.exit is None and (end := self.loose_end()):
+            return end
+        wanted, self.exit = self.exit or 0, None
+        self.blocks += 1
+        self.ran = self.shell.run(example.parsed)
+        if self.ran.code != wanted:
+            return f"exit code {self.ran.code}, not {wanted}. What was seen:\n{self.ran.seen}"
+        return None
+
+    def compare(self, example: Example) -> str | None:
+        """Compare what was seen with what the runbook shows."""
+        ran, self.ran = self.ran, None
+        if ran is None or self.exit is not None:
+            return "this output belongs to no block of commands"
+        return None if matches(example.parsed, ran.seen) else f"what was seen is another:\n{ran.seen}"
+
+    def loose_end(self) -> str | None:
+        """What the document has left unsaid so far."""
+        ran, self.ran = self.ran, None
+        if self.exit is not None:
+            return "an exit code without a block of commands"
+        if ran is not None and ran.seen.strip():
+            return f"the block before prints something, and the runbook does not show it:\n{ran.seen}"
+        return None
+
+
+def matches(shown: str, seen: str) -> bool:
+    """Whether what was seen is what a runbook shows."""
+    pattern = ""
+    for line in lines(shown):
+        parts = [re.escape(part) for part in line.split("...")]
+        pattern += r"(?:[^\n]*\n)*?" if line == "..." else "[^\n]*?".join(parts) + r"\n"
+    return re.fullmatch(pattern, "".join(line + "\n" for line in lines(seen))) is not None
+
+
+def lines(text: str) -> list[str]:
+    """The lines that are not empty, with one blank for each white space, and none around."""
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_every_command_of_a_runbook_does_what_the_runbook_says(
+    name: str, server: Postgres, database_url: str, tmp_path: Path
+) -> None:
+    stage = SITUATIONS[name](server, database_url, tmp_path)
+    assert Reader(stage.shell()).work_through(FOLDER / f"{name}.md") > 0
+
+
+def test_every_runbook_has_its_situation() -> None:
+    assert {path.stem for path in (INDEX, *RUNBOOKS)} == SITUATIONS.keys()
+
+
+def test_the_index_names_every_runbook_with_its_kind() -> None:
+    rows = re.findall(r"^\| \[([\w-]+)\]\(([\w-]+)\.md\) \| (.+?) \|", INDEX.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [(text, file) for text, file, _ in rows] == [(path.stem, path.stem) for path in RUNBOOKS]
+    assert {file: kind for _, file, kind in rows} == {path.stem: kind_of(path) for path in RUNBOOKS}
+
+
+@pytest.mark.parametrize("path", RUNBOOKS, ids=lambda path: path.stem)
+def test_a_runbook_has_the_sections_of_its_kind(path: Path) -> None:
+    kind = kind_of(path)
+    camel = "".join(word.capitalize() for word in path.stem.split("-"))
+    assert kind in ("procedure", f"alert `WalletMigrate{camel}`")
+    wanted = PROCEDURE_SECTIONS if kind == "procedure" else ALERT_SECTIONS
+    assert re.findall(r"^## (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE) == wanted
+
+
+@pytest.mark.parametrize("path", RUNBOOKS, ids=lambda path: path.stem)
+def test_whatever_a_runbook_changes_has_a_reason(path: Path) -> None:
+    blocks = re.findall(r"^```bash\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    changes = [line for block in blocks for line in block.splitlines() if CHANGE.search(line)]
+    assert changes
+    assert [line for line in changes if "--reason '" not in line and "--dry-run" not in line] == []
+
+
+FAULTS = {
+    "another exit code": ("```bash\nexit 3\n```\n", "exit code 3, not 0"),
+    "no failure where one is announced": ("<!-- exit: 3 -->\n```bash\ntrue\n```\n", "exit code 0, not 3"),
+    "a failure before the last command": ("```bash\nfalse\ntrue\n```\n", "exit code 1, not 0"),
+    "another output": ("```bash\necho one\n```\n\n```output\ntwo\n```\n", "what was seen is another:\none"),
+    "one line more": ("```bash\necho one; echo two\n```\n\n```output\none\n```\n", "what was seen is another"),
+    "one line less": ("```bash\necho one\n```\n\n```output\none\ntwo\n```\n", "what was seen is another"),
+    "a complaint on stderr": ("```bash\necho one; echo no >&2\n```\n\n```output\none\n```\n", "is another"),
+    "an output that is not shown": ("```bash\necho one\n```\n\n```bash\ntrue\n```\n", "does not show it:\none"),
+    "an output of nothing": ("```output\none\n```\n", "belongs to no block"),
+    "an exit code of nothing": ("<!-- exit: 3 -->\n\n<!-- exit: 4 -->\n```bash\nexit 4\n```\n", "an exit code without"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), FAULTS.values(), ids=FAULTS)
+def test_a_runbook_that_is_wrong_is_found_out(text: str, said: str, tmp_path: Path) -> None:
+    runbook = tmp_path / "wrong.md"
+    runbook.write_text(text, encoding="utf-8")
+    with pytest.raises(SybilFailure, match=re.escape(said)):
+        Reader(Shell(tmp_path, {"PATH": os.defpath})).work_through(runbook)
+
+
+@pytest.mark.parametrize("text", ["```bash\necho one\n```\n", "```bash\ntrue\n```\n\n<!-- exit: 3 -->\n"])
+def test_a_runbook_that_ends_too_early_is_found_out(text: str, tmp_path: Path) -> None:
+    runbook = tmp_path / "short.md"
+    runbook.write_text(text, encoding="utf-8")
+    with pytest.raises(AssertionError, match=r"short\.md, at its end"):
+        Reader(Shell(tmp_path, {"PATH": os.defpath})).work_through(runbook)
+
+
+@pytest.mark.parametrize(
+    ("shown", "seen", "same"),
+    [
+        ("job ..., done", "job 17, done", True),
+        ("job ..., done", "job 17, paused", False),
+        ("a ... c", "a b\nc", False),
+        ("first\n...\nlast", "first\nsecond\nthird\nlast", True),
+        ("first\n...\nlast", "first\nlast", True),
+        ("first\n...\nlast", "first\nsecond", False),
+        ("  wide   text", "wide text\n\n", True),
+        ("1.5", "1x5", False),
+        ("", "something", False),
+    ],
+)
+def test_three_dots_stand_for_what_differs_and_for_nothing_else(shown: str, seen: str, same: bool) -> None:
+    assert matches(shown, seen) is same
+
+
+def kind_of(path: Path) -> str:
+    """What a runbook says that it is: an alert's, by its name, or a procedure."""
+    found = re.search(r"^Kind: (alert `\w+`|procedure)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert found, f"{path.name} does not say its kind"
+    return found[1]
