@@ -41,7 +41,8 @@ def assert_whole(engine: Engine, accounts: int = ROWS) -> None:
     wrong = rows(
         engine,
         "select u.id, u.total_coins, a.balance, t.openings from users as u "
-        "left join wallet.accounts as a on a.key = u.id::text collate \"C\" and a.bucket = 'cash' and a.state = 'mirrored' "
+        'left join wallet.accounts as a on a.key = u.id::text collate "C" '
+        "and a.bucket = 'cash' and a.state = 'mirrored' "
         "left join lateral (select count(*) as openings, sum(amount) as amount from wallet.transactions "
         "where credit_account = a.id and debit_account = -1 and kind = 'opening') as t on true "
         "where a.balance is distinct from u.total_coins or t.openings <> 1",

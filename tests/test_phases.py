@@ -618,10 +618,15 @@ def test_a_step_whose_phase_was_moved_meanwhile_is_refused(stage: Stage) -> None
 
 def test_a_rollback_does_not_wait_for_a_gate_that_is_being_looked_at(stage: Stage) -> None:
     stage.to("read_ledger")
+
+    def advance() -> None:
+        with pytest.raises(PreconditionRefused):
+            stage.advance()
+
     with stage.engine.begin() as other:
         # The gate reads the whole legacy table, and hangs here.
         other.execute(text("lock table public.users in access exclusive mode"))
-        worker = threading.Thread(target=lambda: pytest.raises(PreconditionRefused, stage.advance))
+        worker = threading.Thread(target=advance)
         worker.start()
         while not ledger.scalar(stage.engine, "select exists (select from pg_locks where not granted)"):
             assert worker.is_alive()

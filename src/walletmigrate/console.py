@@ -119,9 +119,8 @@ def error_fields(error: WalletMigrateError) -> dict[str, Any]:
         return {"step": error.step, "reasons": reasons_as_json(error.reasons)}
     if isinstance(error, UnreadableInput):
         return {"file": error.file, "problems": [{"line": line, "problem": what} for line, what in error.problems]}
-    if not dataclasses.is_dataclass(error):
-        return {}
-    fields = {one.name: plain(getattr(error, one.name)) for one in dataclasses.fields(error)}
+    names = getattr(error, "__dataclass_fields__", {})
+    fields = {name: plain(getattr(error, name)) for name in names if not name.startswith("_")}
     also = list(getattr(error, "__notes__", ()))
     return {**fields, "also": also} if also else fields
 

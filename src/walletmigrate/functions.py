@@ -129,9 +129,8 @@ def make_functions(connection: Connection, settings: Settings, mapping: Mapping,
     system = make_system_accounts(connection, schema, currencies)
     names = context(schema, mapping, legacy, system)
     connection.exec_driver_sql(f"set local search_path = pg_catalog, {quoted(schema)}, pg_temp")
-    run_script(connection, render("posting", **names))
-    run_script(connection, render("mapping", **names))
-    run_script(connection, render("fence", **names))
+    for part in ("posting", "mapping", "batches", "fence"):
+        run_script(connection, render(part, **names))
     connection.execute(
         text(
             f"insert into {quoted(schema)}.mappings (name, relation, fingerprint, functions_version, definition) "

@@ -18,14 +18,14 @@ def blank_document() -> Json:
         "stop_serving_flags": False,
         "persist_trait_data": False,
     }
-    project = {
+    project: Json = {
         "id": 1,
         "name": "wallet",
         "hide_disabled_flags": False,
         "organisation": organisation,
         "segments": [],
     }
-    states = [
+    states: list[Json] = [
         {
             "feature": {"id": number, "name": flag, "type": "STANDARD"},
             "enabled": False,

@@ -32,6 +32,14 @@ begin
         if v_equal = {{ columns | length }} then
             return null;
         end if;
+        -- And the next common one: the row has no account. Above READ COMMITTED one may be there unseen.
+        if
+            old.{{ key }} = new.{{ key }}
+            and current_setting('transaction_isolation') in ('read committed', 'read uncommitted')
+            and not exists (select from accounts as a where a.mapping = '{{ mapping }}' and a.key = new.{{ key }}::text)
+        then
+            return null;
+        end if;
     end if;
     v_keys := case
         when tg_op = 'INSERT' then array[new.{{ key }}]

@@ -14,7 +14,9 @@ end
 $$;
 
 -- The database was asked to write what it then did not hold: the account is behind, and it is on record.
-create or replace function {{ schema }}.diverged(m {{ schema }}.movement, p {{ schema }}.posting, p_mapping text) returns void
+create or replace function {{ schema }}.diverged(
+    m {{ schema }}.movement, p {{ schema }}.posting, p_mapping text
+) returns void
 language plpgsql
 security definer
 set search_path = pg_catalog, {{ schema }}, pg_temp
@@ -30,16 +32,18 @@ begin
     set debtor_legacy = p.debtor_legacy, creditor_legacy = p.creditor_legacy
     where key = m.idempotency_key and request = m.request;
     insert into failures (mapping, key, bucket, currency, operation, sqlstate, message, correlation_id)
-    values (
-        p_mapping, coalesce(m.debtor, m.creditor), m.bucket, m.currency, m.operation, 'WM020',
+    select
+        p_mapping, coalesce(p.debtor, p.creditor), m.bucket, m.currency, m.operation, 'WM020',
         'legacy and ledger differ after a posting', m.correlation_id
-    );
+    where p.mode <> 'legacy';
 end
 $$;
 
 -- At REPEATABLE READ and above an account may have been opened since the snapshot: an insert finds out.
 -- The subtransaction is rolled back; a conflict with an invisible row raises 40001, as it must.
-create or replace function {{ schema }}.probe_account(p_mapping text, p_key text, p_bucket text, p_currency text) returns void
+create or replace function {{ schema }}.probe_account(
+    p_mapping text, p_key text, p_bucket text, p_currency text
+) returns void
 language plpgsql
 security definer
 set search_path = pg_catalog, {{ schema }}, pg_temp
