@@ -119,8 +119,10 @@ def test_values_that_do_not_convert_are_refused_all_at_once_with_what_to_do(data
         ),
         ("create view users as select 1::bigint id, 'a' tenant, 'b' role, 1.0 total_coins", "a view"),
         (
-            "create table users (id bigint primary key, tenant text, role text, c int, "  # noqa: ISC004
-            "total_coins numeric generated always as (c / 100.0) stored)",
+            (
+                "create table users (id bigint primary key, tenant text, role text, c int, "
+                "total_coins numeric generated always as (c / 100.0) stored)"
+            ),
             "generated",
         ),
         ("create table users (id float primary key, tenant text, role text, total_coins numeric)", "type"),

@@ -5,6 +5,7 @@ create or replace function {{ schema }}.fence_{{ mapping }}() returns trigger
 language plpgsql
 security definer
 set search_path = pg_catalog, {{ schema }}, pg_temp
+set enable_seqscan = off
 as $$
 #variable_conflict use_variable -- A column of the legacy table may have any name.
 declare
@@ -17,11 +18,12 @@ declare
 begin
     -- The common case, in one statement: every account of the row stands mirrored at what the row holds now.
     if tg_op = 'UPDATE' then
+        -- By key, not by a join: without statistics a plan may walk all accounts of the mapping.
         perform 1
-        from {{ relation }} as l
-        inner join accounts as a on a.key = l.{{ key }}::text
+        from {{ relation }} as l, accounts as a
         where
-            l.{{ key }} = new.{{ key }} and old.{{ key }} = new.{{ key }} and a.mapping = '{{ mapping }}' and a.state = 'mirrored'
+            l.{{ key }} = new.{{ key }} and old.{{ key }} = new.{{ key }}
+            and a.mapping = '{{ mapping }}' and a.key = new.{{ key }}::text and a.state = 'mirrored'
             and case
                 {% for c in columns %}
                 when a.bucket = '{{ c.bucket }}' and a.currency = '{{ c.currency }}' then a.balance = {{ c.value }}

@@ -89,6 +89,7 @@ create or replace function {{ schema }}.leg_{{ mapping }}(
 language plpgsql
 security definer
 set search_path = pg_catalog, {{ schema }}, pg_temp
+set enable_seqscan = off
 as $$
 declare
     d side;
@@ -226,6 +227,7 @@ create or replace function {{ schema }}.plain_{{ mapping }}(
 language plpgsql
 security definer
 set search_path = pg_catalog, {{ schema }}, pg_temp
+set enable_seqscan = off
 as $$
 declare
     v_after numeric := case when m.debtor is null then p_legacy + m.amount else p_legacy - m.amount end;
