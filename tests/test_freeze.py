@@ -269,16 +269,27 @@ def test_it_is_refused_without_the_fence_as_it_was_made(made: Ledger, run: Any) 
     assert states(made[0]) == {"mirrored": ROWS}
 
 
-def test_a_balance_that_the_column_cannot_hold_stops_the_unfreeze_with_its_batch_undone(
+def test_a_balance_that_the_column_cannot_hold_is_refused_while_frozen_so_that_the_way_back_stays_open(
     database_url: str,
 ) -> None:
     made = prepared(database_url, coins_type="numeric(5, 2)")
     engine = made[0]
     set_phase(engine, "frozen")
     run_freeze(made)
-    credit(made, 5, 5000)
+    with engine.begin() as connection:
+        assert post(connection, made[1], "credit", 5, 5000)["refusal"] == "overflow"
     set_phase(engine, "wallet_only")
-    with pytest.raises(JobFailed, match="numeric field overflow"):
+    assert run_unfreeze(made).changed == ROWS
+
+
+def test_a_balance_that_the_application_forbids_stops_the_unfreeze_with_its_batch_undone(made: Ledger) -> None:
+    engine, _ = made
+    set_phase(engine, "frozen")
+    run_freeze(made)
+    credit(made, 5, 5000)
+    execute(engine, "alter table users add constraint at_most check (total_coins < 1000)")
+    set_phase(engine, "wallet_only")
+    with pytest.raises(JobFailed, match="at_most"):
         run_unfreeze(made)
     assert states(engine) == {"mirrored": 3, "frozen": 7}
     with engine.begin() as connection:

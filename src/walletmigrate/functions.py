@@ -75,7 +75,7 @@ def context(schema: str, mapping: Mapping, legacy: LegacyTable, system: dict[tup
         "fingerprint": fingerprint(mapping),
         "relation": relation(mapping),
         "key": quoted(mapping.key),
-        "key_type": legacy.key_sql_type,
+        "key_type": "bigint" if legacy.key_type == "integer" else legacy.key_sql_type,
         "columns": [_column_context(column, legacy, system) for column in mapping.columns],
     }
 
@@ -85,7 +85,7 @@ def _column_context(column: Column, legacy: LegacyTable, system: dict[tuple[str,
     name = quoted(column.column)
     factor = f" * {10**column.scale}" if column.unit == "minor" and column.scale else ""
     value = value_of(column, is_float=found.is_float)
-    changed = f"({value} + p_change){factor}" if found.is_float else f"l.{name} + (p_change{factor})"
+    changed = f"({value} + <change>){factor}" if found.is_float else f"l.{name} + (<change>{factor})"
     return {
         "bucket": column.bucket,
         "currency": column.currency,

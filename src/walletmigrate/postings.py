@@ -142,6 +142,8 @@ def typed(mapping: str, error: DBAPIError) -> WalletMigrateError | None:
             return LedgerNotInstalled(mapping, "it was installed from another configuration")
         case "WM020":
             return LedgerMismatch(words)
+        case "WM022":
+            return LedgerNotInstalled(mapping, words)
         case "WM021":
             return LegacyUpdateSuppressed(words)
     return None

@@ -8,6 +8,7 @@ language plpgsql
 security definer
 set search_path = pg_catalog, {{ schema }}, pg_temp
 as $$
+#variable_conflict use_variable
 declare
     v_state account_state := case when k.phase in ('frozen', 'retired') then 'frozen' else 'mirrored' end
     from control as k;
@@ -113,6 +114,7 @@ create or replace function {{ schema }}.backfill_{{ mapping }}(p_after text, p_l
 returns table (last_key text, keys bigint, opened bigint, resynced bigint, failed bigint)
 language plpgsql
 as $$
+#variable_conflict use_variable
 declare
     v_keys {{ key_type }}[];
 begin
@@ -131,6 +133,7 @@ create or replace function {{ schema }}.freeze_{{ mapping }}(p_after text, p_lim
 returns table (last_key text, keys bigint, frozen bigint, refused bigint)
 language plpgsql
 as $$
+#variable_conflict use_variable
 declare
     v_keys {{ key_type }}[];
 begin
@@ -149,6 +152,7 @@ language plpgsql
 security definer
 set search_path = pg_catalog, {{ schema }}, pg_temp
 as $$
+#variable_conflict use_variable
 declare
     v_frozen bigint;
 begin
@@ -163,7 +167,7 @@ begin
     from {{ relation }} as l
     where
         a.mapping = '{{ mapping }}' and a.bucket = '{{ c.bucket }}' and a.currency = '{{ c.currency }}'
-        and a.key = any(p_keys::text[]) and l.{{ key }} = any(p_keys) and a.key = l.{{ key }}::text
+        and a.key = any(p_keys::text[]) and l.{{ key }} = any(p_keys) and a.key = l.{{ key }}::text collate "C"
         and a.state = 'mirrored' and a.balance = {{ c.value }};
     get diagnostics v_frozen = row_count;
     frozen := frozen + v_frozen;
@@ -180,6 +184,7 @@ create or replace function {{ schema }}.unfreeze_{{ mapping }}(p_after text, p_l
 returns table (last_key text, keys bigint, unfrozen bigint)
 language plpgsql
 as $$
+#variable_conflict use_variable
 declare
     v_keys {{ key_type }}[];
     v_now numeric;
@@ -214,6 +219,7 @@ language plpgsql
 security definer
 set search_path = pg_catalog, {{ schema }}, pg_temp
 as $$
+#variable_conflict use_variable
 begin
     perform 1 from accounts as a
     where a.mapping = '{{ mapping }}' and a.key = any(p_keys::text[])

@@ -23,7 +23,7 @@ begin
         from {{ relation }} as l, accounts as a
         where
             l.{{ key }} = new.{{ key }} and old.{{ key }} = new.{{ key }}
-            and a.mapping = '{{ mapping }}' and a.key = new.{{ key }}::text and a.state = 'mirrored'
+            and a.mapping = '{{ mapping }}' and a.key = new.{{ key }}::text collate "C" and a.state = 'mirrored'
             and case
                 {% for c in columns %}
                 when a.bucket = '{{ c.bucket }}' and a.currency = '{{ c.currency }}' then a.balance = {{ c.value }}
@@ -38,7 +38,7 @@ begin
         if
             old.{{ key }} = new.{{ key }}
             and current_setting('transaction_isolation') in ('read committed', 'read uncommitted')
-            and not exists (select from accounts as a where a.mapping = '{{ mapping }}' and a.key = new.{{ key }}::text)
+            and not exists (select from accounts as a where a.mapping = '{{ mapping }}' and a.key = new.{{ key }}::text collate "C")
         then
             return null;
         end if;
@@ -57,7 +57,7 @@ begin
         select x.id, x.state, x.balance into v_account
         from accounts as x
         where
-            x.mapping = '{{ mapping }}' and x.key = v_key::text
+            x.mapping = '{{ mapping }}' and x.key = v_key::text collate "C"
             and x.bucket = '{{ c.bucket }}' and x.currency = '{{ c.currency }}'
         for no key update;
         if not found then
@@ -104,7 +104,7 @@ begin
     update accounts as a set state = 'closed', state_at = clock_timestamp(), state_reason = 'truncate'
     where
         a.mapping = '{{ mapping }}' and a.state in ('mirrored', 'stale')
-        and not exists (select from {{ relation }} as l where l.{{ key }}::text = a.key);
+        and not exists (select from {{ relation }} as l where l.{{ key }}::text collate "C" = a.key);
     return null;
 end
 $$;

@@ -264,9 +264,11 @@ security definer
 set search_path = pg_catalog, {{ schema }}, pg_temp
 as $$
 declare
-    v_upto bigint := pg_snapshot_xmin(pg_current_snapshot())::text::bigint;
+    v_upto bigint;
 begin
     perform 1 from system_accounts order by id for no key update;
+    -- After the lock: a fold that waited for another goes on from where that one came to.
+    v_upto := pg_snapshot_xmin(pg_current_snapshot())::text::bigint;
     -- A logical restore gives rows their old xids in a cluster whose counter may be lower: fold anew then.
     update system_accounts set balance = 0, folded_xid = 0 where folded_xid > v_upto;
     update system_accounts as s
@@ -327,7 +329,9 @@ create type {{ schema }}.side as (
     -- legacy: the column alone is written; dual_write: both; ledger: the ledger alone (frozen).
     mode text,
     -- Id set aside for the opening or resync that has to come before the movement itself.
-    first_id bigint
+    first_id bigint,
+    -- Wanted in the ledger, but the legacy value is no exact amount.
+    unfit boolean
 );
 
 -- What a mapping says of the column at hand, with the ids of the currency's system accounts.

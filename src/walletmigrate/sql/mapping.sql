@@ -9,6 +9,7 @@ create or replace function {{ schema }}.side_{{ mapping }}(p_key text, p_bucket 
 returns {{ schema }}.side
 language plpgsql
 as $$
+#variable_conflict use_variable
 declare
     s side;
     v_frozen boolean;
@@ -37,7 +38,8 @@ begin
     for no key update;
     if s.state = 'frozen' then
         s.mode := 'ledger';
-    elsif not s.exact then
+    elsif s.exact is not true then
+        s.unfit := s.mode = 'dual_write';
         s.mode := 'legacy';
     elsif s.account is null then
         if s.mode = 'legacy' then
@@ -55,6 +57,7 @@ create or replace function {{ schema }}.keys_{{ mapping }}(p_after text, p_limit
 language plpgsql
 stable
 as $$
+#variable_conflict use_variable
 begin
     if p_after is null then
         return array(select l.{{ key }} from {{ relation }} as l order by l.{{ key }} limit p_limit);
@@ -72,6 +75,7 @@ $$;
 create or replace function {{ schema }}.lock_{{ mapping }}(p_keys {{ key_type }}[]) returns {{ key_type }}[]
 language plpgsql
 as $$
+#variable_conflict use_variable
 begin
     return array(
         select l.{{ key }} from {{ relation }} as l
@@ -91,6 +95,7 @@ security definer
 set search_path = pg_catalog, {{ schema }}, pg_temp
 set enable_seqscan = off
 as $$
+#variable_conflict use_variable
 declare
     d side;
     c side;
@@ -123,6 +128,10 @@ begin
     if m.creditor is not null then
         c := side_{{ mapping }}(m.creditor, m.bucket, m.currency, m.dual);
     end if;
+    if m.debtor is not null and d.key is null or m.creditor is not null and c.key is null then
+        raise exception 'row-level security hides rows of {{ relation }} from the role that owns the ledger'
+            using errcode = 'WM022', hint = 'Run: walletmigrate install';
+    end if;
     return post_movement(m, d, c, r, p_policy, p_reserved);
 end
 $$;
@@ -131,7 +140,7 @@ $$;
     if p.{{ side }}_change is not null then
         {% for c in columns %}
         {{ "if" if loop.first else "elsif" }} m.bucket = '{{ c.bucket }}' and m.currency = '{{ c.currency }}' then
-            update {{ relation }} as l set {{ c.column }} = {{ c.changed | replace("p_change", "p." ~ side ~ "_change") }}
+            update {{ relation }} as l set {{ c.column }} = {{ c.changed | replace("<change>", "p." ~ side ~ "_change") }}
             where l.{{ key }} = p.{{ side }}::{{ key_type }}
             returning {{ c.value }} into v_now;
         {% endfor %}
@@ -153,6 +162,7 @@ create or replace function {{ schema }}.move_{{ mapping }}(
 ) returns {{ schema }}.posting
 language plpgsql
 as $$
+#variable_conflict use_variable
 declare
     p {{ schema }}.posting;
     v_now numeric;
@@ -172,6 +182,10 @@ begin
             p.refusal := 'unknown_account';
             p.debtor := case when m.debtor::{{ key_type }} <> all(v_locked) then m.debtor end;
             p.creditor := m.creditor;
+            -- What was done once stays done, also when the row is gone since.
+            if m.idempotency_key is not null then
+                p := {{ schema }}.replay(m, p);
+            end if;
             return p;
         end if;
     end if;
@@ -188,65 +202,30 @@ begin
 end
 $$;
 
-{% macro write_key() %}
-        if m.idempotency_key is not null then
-            insert into idempotency_keys (
-                key, transaction_id, request, mode, debtor_legacy, debtor_ledger, creditor_legacy, creditor_ledger
-            )
-            values (
-                m.idempotency_key, v_transaction, m.request, v_mode, v_debtor,
-                case when m.dual then v_debtor end, v_creditor, case when m.dual then v_creditor end
-            )
-            on conflict do nothing;
-            if not found then
-                return null;
-            end if;
-        end if;
-{% endmacro %}
-{% macro write_plain(c) %}
-        {{ write_key() }}
-        update accounts set balance = v_after where id = v_account;
-        insert into transactions (
-            id, debit_account, credit_account, kind, type, amount, debit_balance, credit_balance, currency,
-            reference_type, reference_id, correlation_id, actor, reason
-        )
-        values (
-            v_transaction,
-            case when m.debtor is null then {{ c.external }} else v_account end,
-            case when m.debtor is null then v_account else {{ c.external }} end,
-            'posting', m.type, round(m.amount, {{ c.scale }}), v_debtor, v_creditor, '{{ c.currency }}',
-            m.reference_type, m.reference_id, m.correlation_id, m.actor, m.reason
-        );
-{% endmacro %}
 -- Nearly every posting of one side: dual-write on and the account mirrored and equal, or dual-write off and the
 -- account absent or behind. Returns null for whatever does not fit, and has then written nothing: the long way
--- decides, with the same results. The caller has locked the legacy row.
+-- decides, with the same results, and meets the same failures. The caller has locked the legacy row.
 create or replace function {{ schema }}.plain_{{ mapping }}(
-    m {{ schema }}.movement, p_policy text, p_legacy numeric
+    m {{ schema }}.movement, p_legacy numeric
 ) returns {{ schema }}.posting
 language plpgsql
 security definer
 set search_path = pg_catalog, {{ schema }}, pg_temp
 set enable_seqscan = off
 as $$
+#variable_conflict use_variable
 declare
     v_after numeric := case when m.debtor is null then p_legacy + m.amount else p_legacy - m.amount end;
-    v_mode text := case when m.dual then 'dual_write' else 'legacy' end;
+    v_debtor numeric := case when m.creditor is null then v_after end;
+    v_creditor numeric := case when m.debtor is null then v_after end;
     v_state account_state;
-    v_debtor numeric;
-    v_creditor numeric;
     v_transaction bigint;
     v_account bigint;
 begin
-    if m.debtor is null then
-        v_creditor := v_after;
-    else
-        v_debtor := v_after;
-    end if;
     {% for c in columns %}
     {{ "if" if loop.first else "elsif" }} m.bucket = '{{ c.bucket }}' and m.currency = '{{ c.currency }}' then
         if (
-            m.amount > 0 and m.amount = round(m.amount, {{ c.scale }})
+            m.amount > 0 and m.amount = round(m.amount, {{ c.scale }}) and p_legacy = round(p_legacy, {{ c.scale }})
             {% if c.floor != "null::numeric" %}
             and (m.debtor is null or v_after >= {{ c.floor }})
             {% endif %}
@@ -265,44 +244,72 @@ begin
             if v_state in ('mirrored', 'frozen') or current_setting('transaction_isolation') <> 'read committed' then
                 return null;
             end if;
-            {{ write_key() }}
-        else
-            select a.id into v_account
-            from accounts as a, control as k
+            if m.idempotency_key is not null then
+                insert into idempotency_keys (key, request, mode, debtor_legacy, creditor_legacy)
+                values (m.idempotency_key, m.request, 'legacy', v_debtor, v_creditor)
+                on conflict do nothing;
+                if not found then
+                    return null;
+                end if;
+            end if;
+            return row(
+                null, 'skipped', false, 'legacy', null, m.amount,
+                m.debtor, null, v_debtor, null, null, m.creditor, null, v_creditor, null, null, false, 0
+            )::{{ schema }}.posting;
+        end if;
+        begin
+            -- The update is the lock of the account, and asks under it for all that has to hold.
+            update accounts as a set balance = v_after
+            from control as k
             where
                 a.mapping = '{{ mapping }}' and a.key = coalesce(m.debtor, m.creditor)
                 and a.bucket = '{{ c.bucket }}' and a.currency = '{{ c.currency }}'
                 and a.state = 'mirrored' and a.balance = p_legacy
                 and k.phase <> 'legacy' and (select n.last_value from line as n) = 1
-            for no key update of a;
+            returning a.id into v_account;
             if not found then
                 return null;
             end if;
             v_transaction := nextval('transaction_ids');
-            if p_policy = 'strict' then
-                {{ write_plain(c) }}
-            else
-                begin
-                    {{ write_plain(c) }}
-                exception
-                    when serialization_failure or deadlock_detected or lock_not_available then
-                        raise;
-                    when others then
-                        return null; -- The long way meets the same failure and records it.
-                end;
+            if m.idempotency_key is not null then
+                insert into idempotency_keys (
+                    key, transaction_id, request, mode, debtor_legacy, debtor_ledger, creditor_legacy, creditor_ledger
+                )
+                values (
+                    m.idempotency_key, v_transaction, m.request, 'dual_write',
+                    v_debtor, v_debtor, v_creditor, v_creditor
+                )
+                on conflict do nothing;
+                if not found then
+                    raise exception using errcode = 'WM000'; -- takes the update back
+                end if;
             end if;
-        end if;
+            insert into transactions (
+                id, debit_account, credit_account, kind, type, amount, debit_balance, credit_balance, currency,
+                reference_type, reference_id, correlation_id, actor, reason
+            )
+            values (
+                v_transaction,
+                case when m.debtor is null then {{ c.external }} else v_account end,
+                case when m.debtor is null then v_account else {{ c.external }} end,
+                'posting', m.type, round(m.amount, {{ c.scale }}), v_debtor, v_creditor, '{{ c.currency }}',
+                m.reference_type, m.reference_id, m.correlation_id, m.actor, m.reason
+            );
+        exception
+            when serialization_failure or deadlock_detected or lock_not_available then
+                raise;
+            when others then
+                return null;
+        end;
+        return row(
+            null, 'ok', false, 'dual_write', v_transaction, m.amount,
+            m.debtor, null, v_debtor, v_debtor, case when m.creditor is null then v_account end,
+            m.creditor, null, v_creditor, v_creditor, case when m.debtor is null then v_account end,
+            false, 0
+        )::{{ schema }}.posting;
     {% endfor %}
-    else
-        return null;
     end if;
-    return row(
-        null, case when m.dual then 'ok' else 'skipped' end, false, v_mode, v_transaction, m.amount,
-        m.debtor, null, v_debtor, case when m.dual then v_debtor end, case when m.creditor is null then v_account end,
-        m.creditor, null, v_creditor, case when m.dual then v_creditor end,
-        case when m.debtor is null then v_account end,
-        false, 0
-    )::{{ schema }}.posting;
+    return null;
 end
 $$;
 
@@ -312,6 +319,7 @@ create or replace function {{ schema }}.settle_{{ mapping }}(
 )
 language plpgsql
 as $$
+#variable_conflict use_variable
 begin
     if p_policy = 'strict' and p.mode <> 'legacy' then
         raise exception 'legacy and ledger of {{ mapping }} % differ after the posting',
@@ -328,6 +336,7 @@ $$;
 create or replace function {{ schema }}.post_{{ mapping }}(p_request jsonb) returns setof {{ schema }}.posting
 language plpgsql
 as $$
+#variable_conflict use_variable
 declare
     v_movements {{ schema }}.movement[];
     v_results {{ schema }}.posting[] := '{}';
@@ -343,16 +352,16 @@ begin
     end if;
     if p_request #> '{movements,1}' is null then
         m := jsonb_populate_record(null::{{ schema }}.movement, p_request #> '{movements,0}');
-        if m.operation in ('credit', 'debit') then
+        if m.operation in ('credit', 'debit') and coalesce(m.description, m.address) is null then
             {% for c in columns %}
             {{ "if" if loop.first else "elsif" }} m.bucket = '{{ c.bucket }}' and m.currency = '{{ c.currency }}' then
                 select {{ c.value }} into v_now from {{ relation }} as l
                 where l.{{ key }} = coalesce(m.debtor, m.creditor)::{{ key_type }}
                 for no key update;
-                p := {{ schema }}.plain_{{ mapping }}(m, p_request ->> 'policy', v_now);
+                p := {{ schema }}.plain_{{ mapping }}(m, v_now);
                 if p.mode is not null then
                     v_change := case when m.debtor is null then m.amount else -m.amount end;
-                    update {{ relation }} as l set {{ c.column }} = {{ c.changed | replace("p_change", "v_change") }}
+                    update {{ relation }} as l set {{ c.column }} = {{ c.changed | replace("<change>", "v_change") }}
                     where l.{{ key }} = coalesce(m.debtor, m.creditor)::{{ key_type }}
                     returning {{ c.value }} into v_now;
                     if not found then

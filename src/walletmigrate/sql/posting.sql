@@ -179,6 +179,8 @@ $$;
 create or replace function {{ schema }}.replay(m {{ schema }}.movement, inout p {{ schema }}.posting)
 language plpgsql
 stable
+security definer
+set search_path = pg_catalog, {{ schema }}, pg_temp
 as $$
 declare
     k idempotency_keys;
@@ -238,16 +240,15 @@ begin
             m.amount = round(m.amount, r.scale) and m.amount < 'Infinity'
             and (m.amount > 0 or m.operation in ('set_balance', 'open_account') and m.amount > '-Infinity')
         ) is not true then 'invalid_amount'
-        when d.mode <> 'ledger' and d.exact is not true
-            and (p_policy = 'strict' or (abs(d.legacy) < 'Infinity') is not true)
-            or c.mode <> 'ledger' and c.exact is not true
-            and (p_policy = 'strict' or (abs(c.legacy) < 'Infinity') is not true)
+        when d.mode <> 'ledger' and (d.unfit and p_policy = 'strict' or (abs(d.legacy) < 'Infinity') is not true)
+            or c.mode <> 'ledger' and (c.unfit and p_policy = 'strict' or (abs(c.legacy) < 'Infinity') is not true)
             then 'legacy_value'
         when m.operation <> 'set_balance'
             and (case d.mode when 'ledger' then coalesce(d.balance, d.legacy) else d.legacy end) - v_amount < r.floor
             then 'insufficient_funds'
-        when d.mode <> 'ledger' and d.legacy - v_amount < r.minimum
-            or c.mode <> 'ledger' and c.legacy + v_amount > r.maximum
+        -- Also while the ledger alone is written: the column must be able to take the balance back.
+        when (case d.mode when 'ledger' then coalesce(d.balance, d.legacy) else d.legacy end) - v_amount < r.minimum
+            or (case c.mode when 'ledger' then coalesce(c.balance, c.legacy) else c.legacy end) + v_amount > r.maximum
             then 'overflow'
     end;
     if p.refusal is not null then
@@ -276,7 +277,7 @@ begin
     p := row(
         null,
         case
-            when m.dual and (not d.exact or not c.exact) then 'ledger_failed'
+            when d.unfit or c.unfit then 'ledger_failed'
             when d.mode <> 'legacy' or c.mode <> 'legacy' then 'ok'
             else 'skipped'
         end,
@@ -316,7 +317,11 @@ begin
         )
         on conflict do nothing;
         if not found then
-            return replay(m, p);
+            p := replay(m, p);
+            if p.replayed is not true and p.refusal is null then
+                raise exception 'idempotency key % was removed meanwhile', m.idempotency_key using errcode = '40001';
+            end if;
+            return p;
         end if;
     end if;
 
@@ -331,6 +336,13 @@ begin
         perform turn_stale(x.account, 'written while dual-write was off or the line stopped')
         from (values (d.account, d.mode, d.state), (c.account, c.mode, c.state)) as x (account, mode, state)
         where x.mode = 'legacy' and x.state = 'mirrored';
+    end if;
+    if d.unfit or c.unfit then
+        insert into failures (mapping, key, bucket, currency, operation, sqlstate, message, correlation_id)
+        values (
+            r.mapping, case when d.unfit then d.key else c.key end, r.bucket, r.currency, m.operation, 'WM023',
+            'the legacy column holds no exact amount', m.correlation_id
+        );
     end if;
     if p_reserved and m.idempotency_key is not null then
         update idempotency_keys
