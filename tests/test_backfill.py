@@ -377,8 +377,8 @@ def test_it_is_refused_in_phase_legacy_and_without_the_fence_all_reasons_at_once
             run(made, dry_run=dry_run)
         reasons = [(what, mend) for what, mend in caught.value.reasons]
         assert len(reasons) == 3
-        assert [mend for what, mend in reasons if "fence" in what] == ["walletmigrate install"] * 2
-        assert [mend for what, mend in reasons if "legacy" in what] == ["walletmigrate phase advance"]
+        assert [mend for what, mend in reasons if "fence" in what] == ["walletmigrate install --reason '…'"] * 2
+        assert [mend for what, mend in reasons if "legacy" in what] == ["walletmigrate phase advance --reason '…'"]
     assert scalar(engine, "select count(*) from wallet.jobs") == 0
     assert journal(engine) == []
 

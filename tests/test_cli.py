@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -209,7 +210,7 @@ def test_the_script_sends_data_to_stdout_and_the_rest_to_stderr(project: Project
     assert said.document["next"] == "dual_write"
     refused = project.script("backfill", *REASON)
     assert (refused.exit_code, refused.stdout) == (4, "")
-    assert "→ walletmigrate phase advance" in refused.stderr
+    assert "→ walletmigrate phase advance --reason '…'\n" in refused.stderr
 
 
 def test_the_script_ends_with_3_on_a_difference_and_2_on_wrong_usage(project: Project) -> None:
@@ -299,6 +300,25 @@ def test_install_reports_what_it_made_and_does_nothing_the_second_time(database_
     first = project.run("install", "--json", *REASON)
     assert (first.exit_code, first.document["fences_made"]) == (0, ["users"])
     assert project.run("install", "--json", *REASON).document["fences_made"] == []
+
+
+def test_install_says_what_comes_next_and_to_whom_it_granted(project: Project) -> None:
+    engine, shops = engine_of(project), [f"shop_{secrets.token_hex(4)}" for _ in range(2)]
+    for shop in shops:
+        ledger.execute(engine, f"create role {shop}")
+    try:
+        granted = project.change("install", "--grant-to", shops[0], "--grant-to", shops[1])
+    finally:
+        for shop in shops:
+            ledger.execute(engine, f"drop role {shop}")
+    assert granted.stdout.splitlines()[1:] == [
+        f"{shops[0]}, {shops[1]} may post: member of wallet_app",
+        "next: walletmigrate phase advance --reason '…'",
+    ]
+    project.change("phase", "advance")
+    assert project.change("install").stdout.splitlines()[1:] == ["next: walletmigrate status"]
+    refused = project.run("install", "--grant-to", "nobody at all", "--json", *REASON)
+    assert (refused.exit_code, refused.document["error"]["code"]) == (4, "precondition")
 
 
 def test_install_lists_values_that_do_not_convert_and_is_refused_until_they_are_mended(project: Project) -> None:

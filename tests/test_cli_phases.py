@@ -177,6 +177,50 @@ def test_a_drifted_account_is_found_by_verify_and_stops_the_cutover(reading: Pro
     assert "runbooks/balance-drift.md" in shown.stderr
 
 
+def test_verify_turns_stale_what_differs_and_names_what_is_behind(reading: Project) -> None:
+    engine = engine_of(reading)
+    with ledger.unguarded(engine, "public.users") as connection:
+        connection.execute(text("update public.users set total_coins = 97.50 where id in (3, 4)"))
+    assert reading.run("verify", "--mark-stale").exit_code == 2
+    wanted = reading.run("verify", "--mark-stale", "--dry-run")
+    assert wanted.exit_code == 3
+    assert "  would be turned stale: 2 accounts" in wanted.stdout
+    assert "next:" not in wanted.stderr
+    said = reading.run("verify", "--mark-stale", "--json", *REASON)
+    assert (said.exit_code, said.document["mappings"][0]["turned_stale"]) == (3, 2)
+    ledger.add_users(engine, 11, 40)
+    shown = reading.run("verify").stdout.splitlines()
+    begin = shown.index("  behind: 30 missing, 2 stale") + 1
+    assert [line.split()[0] for line in shown[begin : begin + 20]] == [*map(str, range(11, 30)), "3"]
+    assert shown[begin] == "    11 (cash, EUR): absent"
+    assert shown[begin + 19 : begin + 21] == [
+        "    3 (cash, EUR): stale",
+        "  … 32 accounts behind in all; --json lists them",
+    ]
+
+
+def test_a_flip_says_what_was_done(reading: Project) -> None:
+    def first(*words: str) -> str:
+        return reading.change(*words).stdout.splitlines()[0].partition(";")[0]
+
+    cohort = ("--cohort", "tenant=acme")
+    flag = "wallet.readFromLedger for"
+    assert first("cutover", *cohort, "--confirm", "users", "--dry-run") == f"{flag} tenant=acme would be on"
+    assert first("cutover", *cohort, "--confirm", "users") == f"{flag} tenant=acme is on"
+    assert first("rollback", *cohort, "--dry-run") == f"{flag} tenant=acme would be off"
+    assert first("rollback", *cohort) == f"{flag} tenant=acme is off"
+    remove = ("flags", "set", "wallet.readFromLedger", "remove", *cohort)
+    assert first(*remove, "--dry-run") == f"{flag} tenant=acme: override would be removed"
+    assert first(*remove) == f"{flag} tenant=acme: override removed"
+    assert first(*remove) == f"{flag} tenant=acme: nothing to change"
+    assert first("flags", "set", "wallet.readFromLedger", "on", "--everyone") == f"{flag} everyone is on"
+    assert first("flags", "set", "wallet.readFromLedger", "off", "--everyone") == f"{flag} everyone is off"
+    assert first("flags", "set", "wallet.readFromLedger", "on", "--account", "7") == f"{flag} account 7 is on"
+    percent = ("flags", "set", "wallet.dualWrite", "on", "--percent")
+    assert first(*percent, "10") == "wallet.dualWrite for 10 % is on"
+    assert first(*percent, "20") == "wallet.dualWrite for 20 % is on"
+
+
 def test_verify_gives_totals_per_tenant_and_role(reading: Project) -> None:
     document = reading.run("verify", "--json").document["mappings"][0]
     totals = {(one["trait"], one["value"]): one["legacy"] for one in document["totals"]}

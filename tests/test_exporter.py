@@ -407,5 +407,5 @@ def test_the_exporters_connection_is_named_and_limited(ledger: str) -> None:
         exporter.close()
         event.remove(Engine, "do_connect", note)
     assert [(one["application_name"], one["connect_timeout"]) for one in made] == [
-        ("walletmigrate-exporter", 3)
+        ("walletmigrate exporter", 3)
     ]

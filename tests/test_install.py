@@ -474,6 +474,56 @@ def test_a_role_that_is_no_superuser_installs_posts_and_uninstalls(managed: tupl
     assert scalar(engine, "select to_regnamespace('wallet') is null")
 
 
+def test_the_application_s_role_can_post_from_the_moment_that_the_functions_are_there(
+    managed: tuple[str, Roles], database_url: str
+) -> None:
+    url, roles = managed
+    engine = plain_engine(url)
+    execute(engine, "create table users (id bigint primary key, tenant text, role text, total_coins numeric(20, 2))")
+    execute(engine, "insert into users values (1, 'a', 'b', 100)")
+    settings = Settings(database_url=SecretStr(url), roles=roles, mappings=users_settings(url).mappings)
+    shop, late = f"{roles.app}_shop", f"{roles.app}_late"
+    engines = {}
+    for name in (shop, late):
+        execute(engine, f"create role {name} login password 'x'")
+        execute(engine, f"grant select, update on users to {name}")
+        own = make_url(url).set(username=name, password="x")
+        engines[name] = plain_engine(own.render_as_string(hide_password=False))
+
+    def mode(name: str) -> str:
+        with engines[name].begin() as connection:
+            return adapter_of(settings).credit(connection, 1, 1, type="test").mode
+
+    try:
+        assert (mode(shop), mode(late)) == ("legacy", "legacy")
+        for _ in range(2):
+            done = install(engine, settings, ACT, grant_to=[shop])
+            assert (done.granted_to, done.phase) == ((shop,), "legacy")
+            assert mode(shop) == "legacy"
+        with pytest.raises(LedgerNotInstalled):
+            mode(late)
+        execute(engine, "update wallet.control set phase = 'dual_write'")
+        assert mode(shop) == "dual_write"
+        assert install(engine, settings, ACT, grant_to=[late]).phase == "dual_write"
+        assert mode(late) == "dual_write"
+        granted = rows(engine, "select details -> 'granted_to' from wallet.audit_log where action = 'install'")
+        assert granted == [([shop],), ([shop],), ([late],)]
+    finally:
+        for name in engines:
+            execute(plain_engine(database_url), f"drop owned by {name}")
+            execute(plain_engine(database_url), f"drop role {name}")
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_role_to_grant_to_that_does_not_exist_is_refused(database_url: str, dry_run: bool) -> None:
+    engine, settings = install_users(database_url)
+    uninstall(engine, settings, ACT, drop_ledger=True)
+    with pytest.raises(PreconditionRefused, match="there is no role 'no shop'") as caught:
+        install(engine, settings, ACT, grant_to=["no shop", "nor this"], dry_run=dry_run)
+    assert len(caught.value.reasons) == 2
+    assert scalar(engine, "select to_regnamespace('wallet') is null")
+
+
 # Tables of every kind
 
 

@@ -25,7 +25,7 @@ from walletmigrate.errors import LedgerNotInstalled, UnknownTransaction, WalletM
 from walletmigrate.flags import Decision, FlagSource, Snapshot
 from walletmigrate.functions import fingerprint
 from walletmigrate.ledger import Entry, balance_at, history, touched_by
-from walletmigrate.legacy import post_legacy
+from walletmigrate.legacy import LedgerAppearedError, post_legacy
 from walletmigrate.movements import Details, Key, Movement, Prepared, Traits, prepare, transaction_number
 from walletmigrate.postings import ANSWER, Posting, failed, posted, posting, refused, typed
 from walletmigrate.reads import Balance, read_balance, told
@@ -255,7 +255,11 @@ class LegacyBalanceAdapter:
 
     def _post(self, connection: Connection, site: Site, prepared: list[Prepared]) -> list[Posting]:
         if not site.installed:
-            return post_legacy(connection, site, prepared)
+            try:
+                return post_legacy(connection, site, prepared)
+            except LedgerAppearedError:
+                self._sites.forget(connection)
+                site = self._sites.at(connection)
         snapshot = self._snapshot()
         for each in prepared:
             # If either side asks for dual-write, both get it. The caller's traits are the first account's.

@@ -14,6 +14,7 @@ from walletmigrate.comparison import Comparison, Group, snapshot
 from walletmigrate.config import Mapping, Settings
 from walletmigrate.errors import PreconditionRefused
 from walletmigrate.schema import quoted
+from walletmigrate.standing import REASON
 
 KIND: Final = "backfill"
 _DUE: Final = ("stale", "closed")
@@ -88,7 +89,7 @@ def _refuse(connection: Connection, settings: Settings, mapping: Mapping) -> Non
     phase = jobs.phase(connection, settings)
     if phase == "legacy":
         what = "the phase is legacy: the adapter would leave every account that it writes behind"
-        reasons.append((what, "walletmigrate phase advance"))
+        reasons.append((what, f"walletmigrate phase advance {REASON}"))
     if phase == "retired":
         reasons.append(("the phase is retired: there is no legacy column to open accounts from", ""))
     if reasons:

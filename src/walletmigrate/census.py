@@ -23,7 +23,8 @@ class Census:
     """The legacy rows of one balance column, by what the ledger knows of them.
 
     ``stale`` includes accounts that are closed although their row lives. ``drifted`` are among the mirrored:
-    ledger and legacy differ. ``example`` is the key of one account that is absent, stale or drifted.
+    ledger and legacy differ. ``example`` is the key of one account that is absent or stale, ``drifted_example`` of one
+    that drifted.
     """
 
     mapping: str
@@ -36,6 +37,7 @@ class Census:
     frozen: int
     drifted: int
     example: str | None
+    drifted_example: str | None
 
     @property
     def behind(self) -> int:
@@ -106,7 +108,8 @@ def _query(settings: Settings, mapping: Mapping, column: Column, value: str, whe
             count(*) filter (where a.state in ('stale', 'closed')),
             count(*) filter (where a.state = 'frozen'),
             count(*) filter (where {drifted}),
-            min({key}) filter (where a.id is null or a.state in ('stale', 'closed') or {drifted})
+            min({key}) filter (where a.id is null or a.state in ('stale', 'closed')),
+            min({key}) filter (where {drifted})
         from {functions.relation(mapping)} as l
         left join {quoted(settings.ledger_schema)}.accounts as a
             on a.mapping = :mapping and a.key = {key}

@@ -17,6 +17,7 @@ from walletmigrate.console import DIFFERENCE, INTERRUPTED, OK, REFUSED, Answer, 
 from walletmigrate.freeze import freeze as run_freeze
 from walletmigrate.freeze import unfreeze as run_unfreeze
 from walletmigrate.invocation import Run
+from walletmigrate.standing import REASON, confirmation
 from walletmigrate.verify import Verification
 from walletmigrate.verify import verify as run_verify
 
@@ -55,18 +56,23 @@ def verify(
     run: Run,
     mapping: _MAPPING = None,
     limit: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many differences to list.")] = 1000,
+    mark_stale: Annotated[
+        bool, typer.Option("--mark-stale", help="Turn accounts that differ stale; a backfill then brings them up.")
+    ] = False,
 ) -> Answer:
     """Compare every account with its legacy row, and the balances with the journal. Exit 3 on a difference."""
-    act = run.act("a full verification")
+    act = run.act(None if mark_stale else "a full verification")
     found = [
-        run_verify(run.engine, run.settings, one, act, limit=limit, dry_run=run.dry_run)
+        run_verify(run.engine, run.settings, one, act, limit=limit, dry_run=run.dry_run, mark_stale=mark_stale)
         for one in run.mappings(mapping)
     ]
     clean = all(one.clean for one in found)
     lines = [line for one in found for line in _verification_lines(one)]
-    notes = () if clean else ("see runbooks/balance-drift.md",)
+    notes = [] if clean else ["see runbooks/balance-drift.md"]
+    if mark_stale and not run.dry_run and any(one.turned_stale for one in found):
+        notes.append(f"next: walletmigrate backfill {REASON}")
     document = {"clean": clean, "mappings": [_verification(one) for one in found]}
-    return Answer(document, tuple(lines), notes, OK if clean else DIFFERENCE)
+    return Answer(document, tuple(lines), tuple(notes), OK if clean else DIFFERENCE)
 
 
 def freeze(run: Run, mapping: _MAPPING = None, batch_size: _BATCH = 1000) -> Answer:
@@ -79,7 +85,8 @@ def freeze(run: Run, mapping: _MAPPING = None, batch_size: _BATCH = 1000) -> Ans
     lines = [f"{name}: {_changed(one, 'frozen')}, {one.refused} refused{_job(one)}" for name, one in results]
     notes = []
     if refused:
-        notes.append("refused accounts are absent, stale or drifted: walletmigrate backfill, then freeze again")
+        mend = f"walletmigrate backfill {REASON}; walletmigrate freeze --confirm {confirmation(run.settings)} {REASON}"
+        notes.append(f"refused accounts are absent, stale or drifted: {mend}")
     return _jobs_answer(run, results, lines, notes, REFUSED if refused else OK, phase=plain(moved))
 
 
@@ -161,6 +168,8 @@ def _verification_lines(one: Verification) -> list[str]:
     lines += _more(len(one.totals), "totals")
     if one.missing or one.stale:
         lines.append(f"  behind: {one.missing} missing, {one.stale} stale")
+        lines += [f"    {each.key} ({each.bucket}, {each.currency}): {each.state}" for each in one.behind[:_SHOWN]]
+        lines += _more(one.missing + one.stale, "accounts behind")
     if one.drift_accounts:
         lines.append(f"  drift in {one.drift_accounts} accounts:")
         lines += [
@@ -169,6 +178,8 @@ def _verification_lines(one: Verification) -> list[str]:
             for drift in one.drift[:_SHOWN]
         ]
         lines += _more(len(one.drift), "drifted accounts")
+    if one.turned_stale is not None:
+        lines.append(f"  {'would be turned' if one.dry_run else 'turned'} stale: {one.turned_stale} accounts")
     lines += [f"  journal: account {p.key or p.account}: {p.problem}" for p in one.journal[:_SHOWN]]
     lines += [f"  guard: {guard.trigger} {guard.problem}" for guard in one.guards]
     return lines

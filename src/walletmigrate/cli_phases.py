@@ -16,7 +16,7 @@ from walletmigrate.flags import READ_FROM_LEDGER
 from walletmigrate.invocation import Run, cohort, server_steps
 from walletmigrate.phases import FlagChange, PhaseChange
 from walletmigrate.schema import quoted
-from walletmigrate.standing import require_installed, shown_time
+from walletmigrate.standing import REASON, require_installed, shown_time
 
 _TO = Annotated[str | None, typer.Option("--to", help="The phase to be in after it; being there already is fine.")]
 _COHORT = Annotated[str | None, typer.Option("--cohort", metavar="TRAIT=VALUE", help="For example tenant=acme.")]
@@ -112,19 +112,29 @@ def resume(run: Run) -> Answer:
 
 def flag_line(change: FlagChange) -> str:
     """A flag's flip in a sentence."""
-    on = "would be " if change.dry_run else "is "
     if not change.changed:
         return f"{change.flag} for {change.who}: nothing to change"
     also = f" (moved along: {', '.join(change.also)})" if change.also else ""
-    return f"{change.flag} for {change.who} {on}set{also}; default {_switch(change.after.default)}" + "".join(
+    return f"{change.flag} for {change.who}{_flipped(change)}{also}; default {_switch(change.after.default)}" + "".join(
         f", {one.value or one.segment} {_switch(one.enabled)}" for one in change.after.overrides
     )
+
+
+def _flipped(change: FlagChange) -> str:
+    """What became of the flag for those whom the change names."""
+    verb = "would be" if change.dry_run else "is"
+    if change.who == "everyone":
+        return f" {verb} {_switch(change.after.default)}"
+    made = [one for one in change.after.overrides if one not in change.before.overrides]
+    if made:
+        return f" {verb} {_switch(made[-1].enabled)}"
+    return ": override would be removed" if change.dry_run else ": override removed"
 
 
 def _exercise(run: Run) -> Answer:
     done = phases.exercise(run.engine, run.settings, run.source, run.act(), dry_run=run.dry_run)
     said = "would go" if done.dry_run else "went"
-    note = "accounts written in between may be stale: walletmigrate backfill --reason '…'"
+    note = f"accounts written in between may be stale: walletmigrate backfill {REASON}"
     return Answer(
         {"exercise": plain(done)},
         (f"{said} from {done.phase} to {done.through} and to {done.phase} again",),
@@ -145,7 +155,8 @@ def _set_line(run: Run, *, running: bool) -> Answer:
             )
     word = "runs" if running else "is stopped"
     line = f"the line {word}" + ("" if changed else " already") + (" (dry run: unchanged)" if run.dry_run else "")
-    notes = ("accounts written from now on turn stale; afterwards: walletmigrate resume, then backfill",)
+    after = f"walletmigrate resume {REASON} && walletmigrate backfill {REASON}"
+    notes = (f"accounts written from now on turn stale; afterwards: {after}",)
     return Answer(
         {"line_running": before if run.dry_run else running, "changed": changed, "dry_run": run.dry_run},
         (line,),

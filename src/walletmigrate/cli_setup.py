@@ -16,6 +16,7 @@ from walletmigrate.install import InstallResult
 from walletmigrate.install import install as install_ledger
 from walletmigrate.install import uninstall as uninstall_ledger
 from walletmigrate.invocation import Run, wait_for_the_end
+from walletmigrate.standing import REASON
 from walletmigrate.starter import write_configuration
 
 
@@ -57,15 +58,23 @@ def init(
     return Answer(document, tuple(lines))
 
 
-def install(run: Run) -> Answer:
+def install(
+    run: Run,
+    grant_to: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROLE", help="The role that the application logs in with. Can be repeated."),
+    ] = None,
+) -> Answer:
     """Make the ledger's schema, its functions, the roles and the fence. Idempotent."""
     act = run.act()
-    done = install_ledger(run.engine, run.settings, act, dry_run=run.dry_run)
+    done = install_ledger(run.engine, run.settings, act, dry_run=run.dry_run, grant_to=grant_to or ())
     document = {
         "schema": done.schema,
         "revision": done.revision,
         "mappings": done.mappings,
         "fences_made": done.fences_made,
+        "granted_to": done.granted_to,
+        "phase": done.phase,
         "dry_run": done.dry_run,
         "unconvertible": [
             {"mapping": mapping, "key": key, "column": column, "value": value}
@@ -127,10 +136,10 @@ def _install_lines(run: Run, done: InstallResult) -> list[str]:
     if done.dry_run:
         return [*_views(run), f"install can go ahead: schema {done.schema}, revision {done.revision}"]
     fences = f"made the fence of {', '.join(done.fences_made)}" if done.fences_made else "every fence stood already"
-    return [
-        f"the ledger stands in schema {done.schema}, revision {done.revision}; {fences}",
-        "next: walletmigrate phase advance --reason '…'",
-    ]
+    lines = [f"the ledger stands in schema {done.schema}, revision {done.revision}; {fences}"]
+    if done.granted_to:
+        lines.append(f"{', '.join(done.granted_to)} may post: member of {run.settings.roles.app}")
+    return [*lines, "next: walletmigrate " + (f"phase advance {REASON}" if done.phase == "legacy" else "status")]
 
 
 def _views(run: Run) -> list[str]:

@@ -306,7 +306,7 @@ def serve(settings: Settings, port: int, address: str = "127.0.0.1") -> Exporter
         )
     engine = connect.engine(
         settings.database_url,
-        application_name="walletmigrate-exporter",
+        application_name="walletmigrate exporter",
         statement_timeout_ms=STATEMENT_TIMEOUT_MS,
         connect_args={"connect_timeout": CONNECT_SECONDS},
         # One look every ten seconds: a kept connection would only go stale.

@@ -22,7 +22,7 @@ from walletmigrate.errors import (
 from walletmigrate.flag_sources import check
 from walletmigrate.flags import FlagSource
 from walletmigrate.schema import quoted
-from walletmigrate.standing import PHASES, REASON, Reason, of_mapping, show
+from walletmigrate.standing import PHASES, REASON, Reason, confirmation, of_mapping, show
 
 SHOWN = 5
 """How many single values a reason names before it says that there are more."""
@@ -45,7 +45,8 @@ def reasons(
     if to_phase == "dual_write":
         return [*_foundations(connection, settings), *_known_flags(source)]
     if to_phase == "retired":
-        return [("the legacy column cannot be retired by this release", "stay in phase frozen, or unfreeze")]
+        unfreeze = f"walletmigrate unfreeze --confirm {confirmation(settings)} {REASON}"
+        return [("the legacy column cannot be retired by this release", f"{unfreeze}  # or stay in phase frozen")]
     found = [*_guarded(connection, settings), *_line(connection, settings)]
     found += in_step(census_of_all(connection, settings) if counted is None else counted)
     found += _unfinished(connection, settings)
@@ -94,7 +95,7 @@ def _values(connection: Connection, mapping: Mapping) -> Iterator[Reason]:
         more = " and more" if len(found) > SHOWN else ""
         yield (
             f"{mapping.table} has values that are no exact amounts: {shown}{more}",
-            "walletmigrate install --dry-run (lists all of them); then update the rows",
+            "walletmigrate install --dry-run  # lists all of them; then update the rows",
         )
 
 
@@ -124,8 +125,8 @@ def in_step(counted: Sequence[Census]) -> Iterator[Reason]:
             )
         if one.drifted:
             yield (
-                f"{kind}: ledger and legacy differ in {one.drifted} accounts, for example {one.example}",
-                f"walletmigrate verify --mapping {one.mapping}; then see runbooks/balance-drift.md",
+                f"{kind}: ledger and legacy differ in {one.drifted} accounts, for example {one.drifted_example}",
+                f"walletmigrate verify --mapping {one.mapping}  # then see runbooks/balance-drift.md",
             )
 
 
@@ -137,7 +138,10 @@ def _unfinished(connection: Connection, settings: Settings) -> Iterator[Reason]:
     )
     for job in connection.execute(text(query)):
         if job.state in ("running", "paused", "failed"):
+            options = of_mapping(settings, job.mapping)
+            if job.kind == "unfreeze":
+                options += f" --confirm {job.mapping}"
             yield (
                 f"{job.kind} job {job.id} of {job.mapping} is {job.state}",
-                f"walletmigrate {job.kind}{of_mapping(settings, job.mapping)} {REASON} (goes on where it stopped)",
+                f"walletmigrate {job.kind}{options} {REASON}  # goes on where it stopped",
             )

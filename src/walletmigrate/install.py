@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from walletmigrate.config import Mapping, Roles, Settings
 from walletmigrate.errors import PreconditionRefused
 from walletmigrate.functions import relation
 from walletmigrate.schema import quoted
+from walletmigrate.standing import REASON, confirmation, show
 
 FENCE_ATTEMPTS = 20
 STALE_BATCH = 5_000
@@ -25,7 +26,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class InstallResult:
-    """What an install found and did. ``unconvertible`` are (mapping, key, column, value) that refuse it."""
+    """What an install found and did. ``unconvertible`` are (mapping, key, column, value) that refuse it.
+
+    ``phase`` is where the migration stands; ``granted_to`` are the roles that were to have the application's role.
+    """
 
     schema: str
     revision: str
@@ -33,14 +37,20 @@ class InstallResult:
     fences_made: tuple[str, ...]
     unconvertible: tuple[tuple[str, str, str, str], ...]
     dry_run: bool
+    phase: str = "legacy"
+    granted_to: tuple[str, ...] = ()
 
 
-def install(engine: Engine, settings: Settings, act: Act, *, dry_run: bool = False) -> InstallResult:
+def install(
+    engine: Engine, settings: Settings, act: Act, *, dry_run: bool = False, grant_to: Sequence[str] = ()
+) -> InstallResult:
     """Make roles, schema, functions and the fence of every mapping, in one transaction. Idempotent.
 
     One transaction, because a bucket that the functions know and the fence does not would be open to raw writes.
-    Raises PreconditionRefused while a legacy value does not convert exactly, or when the functions of a
-    mapping would change the meaning of accounts that are open.
+    ``grant_to`` are the roles that the application logs in with: they become members of ``roles.app`` in it too,
+    since a role without the right to run the functions could not post from the moment that they are there.
+    Raises PreconditionRefused while a legacy value does not convert exactly, when the functions of a mapping would
+    change the meaning of accounts that are open, or when a role of ``grant_to`` does not exist.
     """
     with engine.begin() as connection:
         tables = {mapping.name: survey.inspect_mapping(connection, mapping) for mapping in settings.mappings}
@@ -49,15 +59,24 @@ def install(engine: Engine, settings: Settings, act: Act, *, dry_run: bool = Fal
             for mapping in settings.mappings
             for key, column, value in survey.unconvertible(connection, mapping)
         )
-        _refuse(connection, settings, bad, dry_run=dry_run)
+        _refuse(connection, settings, bad, dry_run=dry_run, grant_to=grant_to)
+        phase = show(connection, settings).phase
     made: tuple[str, ...] = ()
     if not dry_run:
-        made = _with_short_locks(engine, lambda connection: _put_in(connection, settings, tables, act))
-    return InstallResult(settings.ledger_schema, schema.head(), _names(settings), made, bad, dry_run)
+        made = _with_short_locks(engine, lambda connection: _put_in(connection, settings, tables, act, grant_to))
+    return InstallResult(
+        *(settings.ledger_schema, schema.head(), _names(settings), made, bad, dry_run),
+        phase=phase,
+        granted_to=tuple(grant_to),
+    )
 
 
 def _put_in(
-    connection: Connection, settings: Settings, tables: dict[str, survey.LegacyTable], act: Act
+    connection: Connection,
+    settings: Settings,
+    tables: dict[str, survey.LegacyTable],
+    act: Act,
+    grant_to: Sequence[str],
 ) -> tuple[str, ...]:
     """Make everything, the fences last, since they lock the tables; returns the mappings whose fence was made."""
     make_roles(connection, settings.roles)
@@ -71,8 +90,11 @@ def _put_in(
         functions.make_functions(connection, settings, mapping, tables[mapping.name])
     _grant(connection, settings)
     connection.exec_driver_sql("reset role")
+    for role in grant_to:
+        _make_member(connection, settings.roles.app, role)
     made = tuple(m.name for m in settings.mappings if capture.install_fence(connection, settings, m))
-    record(connection, settings, "install", act, details={"fences": list(made), "revision": schema.head()})
+    facts = {"fences": list(made), "revision": schema.head(), "granted_to": list(grant_to)}
+    record(connection, settings, "install", act, details=facts)
     return made
 
 
@@ -149,6 +171,16 @@ def make_roles(connection: Connection, roles: Roles) -> None:
     _join(connection, roles.owner)
 
 
+def _make_member(connection: Connection, app: str, role: str) -> None:
+    """Let a role of the application use the rights of ``app``; nothing is granted that it has."""
+    query = text("select pg_has_role(:role, :app, 'usage')")
+    if not connection.scalar(query, {"role": role, "app": app}):
+        new = (connection.dialect.server_version_info or (0,)) >= (16,)
+        # Before 16 a role that is NOINHERIT has to SET ROLE.
+        options = " with inherit true" if new else ""
+        connection.exec_driver_sql(f"grant {quoted(app)} to {quoted(role)}{options}")
+
+
 def _join(connection: Connection, owner: str) -> None:
     """Let the installing role act as the owner: make what is the owner's, and put its functions into triggers."""
     new = (connection.dialect.server_version_info or (0,)) >= (16,)
@@ -164,7 +196,9 @@ def _names(settings: Settings) -> tuple[str, ...]:
     return tuple(mapping.name for mapping in settings.mappings)
 
 
-def _refuse(connection: Connection, settings: Settings, bad: tuple[Any, ...], *, dry_run: bool) -> None:
+def _refuse(
+    connection: Connection, settings: Settings, bad: tuple[Any, ...], *, dry_run: bool, grant_to: Sequence[str] = ()
+) -> None:
     reasons = [
         (
             f"{name}: {column} of {key} holds {value}, which is no exact amount",
@@ -173,6 +207,9 @@ def _refuse(connection: Connection, settings: Settings, bad: tuple[Any, ...], *,
         for name, key, column, value in bad
         if not dry_run
     ]
+    known = set(connection.scalars(text("select rolname from pg_roles"))) if grant_to else set()
+    mend = "name the role that the application logs in with, or create it first"
+    reasons += [(f"there is no role {role!r} to grant to", mend) for role in grant_to if role not in known]
     if schema.installed(connection, settings.ledger_schema):
         for mapping in settings.mappings:
             reasons += _changed_meaning(connection, settings, mapping)
@@ -195,7 +232,8 @@ def _changed_meaning(connection: Connection, settings: Settings, mapping: Mappin
     if not counted or (kept and was["table"] == now["table"] and was["key"] == now["key"]):
         return []
     what = f"{counted} accounts of mapping {mapping.name!r} were opened under another table, key, column, scale or unit"
-    mend = "put the old values back, or go back to phase legacy and run: walletmigrate uninstall --drop-ledger"
+    uninstall = f"walletmigrate uninstall --drop-ledger --confirm {confirmation(settings)} {REASON}"
+    mend = f"put the old values back, or go back to phase legacy and run: {uninstall}"
     return [(what, mend)]
 
 
@@ -205,9 +243,10 @@ def _refuse_uninstall(connection: Connection, settings: Settings) -> None:
     frozen = connection.scalar(text(f"select count(*) from {name}.accounts where state = 'frozen'"))
     reasons = []
     if phase != "legacy":
-        reasons.append((f"the phase is {phase}", "walletmigrate phase back (until legacy)"))
+        reasons.append((f"the phase is {phase}", f"walletmigrate phase back {REASON}  # until legacy"))
     if frozen:
-        reasons.append((f"{frozen} accounts are frozen: the ledger alone is true", "walletmigrate unfreeze"))
+        mend = f"walletmigrate unfreeze --confirm {confirmation(settings)} {REASON}"
+        reasons.append((f"{frozen} accounts are frozen: the ledger alone is true", mend))
     if reasons:
         raise PreconditionRefused("uninstall", reasons)
 

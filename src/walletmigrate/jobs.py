@@ -25,6 +25,7 @@ from walletmigrate.config import Settings
 from walletmigrate.errors import JobFailed, LedgerMismatch, LedgerNotInstalled, PreconditionRefused, Retryable
 from walletmigrate.functions import Installed, fingerprint, installed_mapping, relation
 from walletmigrate.schema import installed, quoted
+from walletmigrate.standing import REASON
 
 ATTEMPTS: Final = 8
 """How often a batch is tried that meets a deadlock, a lock time limit or a lost connection."""
@@ -271,11 +272,11 @@ def obstacles(connection: Connection, settings: Settings, mapping: config.Mappin
     """
     known = require_installed(connection, settings, mapping)
     found = [
-        (f"the fence is not as it was made: {problem.trigger} {problem.problem}", "walletmigrate install")
+        (f"the fence is not as it was made: {problem.trigger} {problem.problem}", f"walletmigrate install {REASON}")
         for problem in fence_problems(connection, settings, mapping)
     ]
     if known.fingerprint != fingerprint(mapping):
-        found.append(("the functions were made from another configuration", "walletmigrate install"))
+        found.append(("the functions were made from another configuration", f"walletmigrate install {REASON}"))
     return found
 
 

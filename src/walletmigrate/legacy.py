@@ -21,7 +21,11 @@ from walletmigrate.functions import relation
 from walletmigrate.movements import Prepared
 from walletmigrate.postings import Posting
 from walletmigrate.schema import quoted
-from walletmigrate.sites import Site
+from walletmigrate.sites import INSTALLED, Site
+
+
+class LedgerAppearedError(Exception):
+    """The ledger was installed since this process last looked. Nothing was written: post through it."""
 
 
 def post_legacy(connection: Connection, site: Site, movements: Sequence[Prepared]) -> list[Posting]:
@@ -73,12 +77,14 @@ def _update(
 ) -> Decimal:
     """Write one row and return its balance in major units. A ``change`` of None sets the request's amount.
 
-    What would be refused is asked in the same statement: an error of the database would end the caller's
+    The update itself asks whether the ledger has been installed meanwhile, so that no key is forgotten because
+    a process still believes in its absence. What would be refused is asked in the same statement: an error of the database would end the caller's
     transaction.
     """
     limits, value, name = site.limits(column), site.value(column), quoted(column.column)
     factor = f" * {10**column.scale}" if column.unit == "minor" and column.scale else ""
     amount = "cast(:amount as numeric)"
+    names = {"schema": site.schema, "function": f"post_{site.mapping.name}"}
     values: dict[str, Any] = {"key": key, "amount": prepared.request["amount"] if change is None else change}
     if change is None:
         if not limits.minimum <= Decimal(str(values["amount"])) <= limits.maximum:
@@ -92,11 +98,14 @@ def _update(
     row = connection.execute(
         text(
             f"update {relation(site.mapping)} as l set {name} = {assigned} "
-            f"where l.{quoted(site.mapping.key)} = cast(:key as {site.key_sql_type}) and {guard} returning {value}"
+            f"where l.{quoted(site.mapping.key)} = cast(:key as {site.key_sql_type}) and {guard} "
+            f"and not {INSTALLED} returning {value}"
         ),
-        values,
+        {**values, **names},
     ).one_or_none()
     if row is None:
+        if connection.scalar(text(f"select {INSTALLED}"), names):
+            raise LedgerAppearedError
         raise _why_not(connection, site, column, prepared, key, change)
     return Decimal(row[0])
 

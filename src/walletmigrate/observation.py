@@ -102,7 +102,7 @@ _WATCHED = {
     # Until there is a catalogue of writers, every write past the adapter is one that nobody has named.
     "accounts written past the adapter": (
         "select count(*), max(state_at) from {schema}.accounts where state_at >= :start "
-        "and mapping = any(:mappings) and state = 'stale' and state_reason like 'written past the adapter%'"
+        "and mapping = any(:mappings) and state_reason like '%written past the adapter%'"
     ),
 }
 

@@ -18,12 +18,10 @@ ABSENT_SECONDS = 5.0
 _SQL_TYPES: dict[KeyType, str] = {"integer": "bigint", "uuid": "uuid", "text": "text"}
 
 # Not to_regprocedure: it raises, and so ends the caller's transaction, where a role may not look into the schema.
-_INSTALLED = """
-select exists (
+INSTALLED = """exists (
     select from pg_proc as p inner join pg_namespace as n on n.oid = p.pronamespace
     where n.nspname = :schema and p.proname = :function
-)
-"""
+)"""
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,7 @@ class Site:
     """One mapping in one database."""
 
     mapping: Mapping
+    schema: str
     installed: bool
     legacy: LegacyTable
     seen_at: float = field(compare=False)
@@ -78,5 +77,5 @@ class Sites:
     def _look(self, connection: Connection) -> Site:
         legacy = inspect_mapping(connection, self._mapping)
         names = {"schema": self._schema, "function": f"post_{self._mapping.name}"}
-        installed = bool(connection.scalar(text(_INSTALLED), names))
-        return Site(self._mapping, installed, legacy, time.monotonic())
+        installed = bool(connection.scalar(text(f"select {INSTALLED}"), names))
+        return Site(self._mapping, self._schema, installed, legacy, time.monotonic())

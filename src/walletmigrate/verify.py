@@ -1,6 +1,7 @@
 """Whether the ledger is true: every account against its legacy row, and the ledger against itself.
 
-One read-only snapshot, so that money in flight is seen whole or not at all. Nothing is repaired.
+One read-only snapshot, so that money in flight is seen whole or not at all. Nothing is repaired; accounts that
+differ can be turned stale.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, Row, text
 
-from walletmigrate import config
+from walletmigrate import config, marking
 from walletmigrate.audit import Act, record
 from walletmigrate.capture import FenceProblem, fence_problems
 from walletmigrate.comparison import Comparison, Group, Total, snapshot
@@ -77,6 +78,7 @@ class Verification:
     ``journal_accounts`` are those with a journal problem. ``guards`` are triggers that do not stand as made.
     ``imbalance`` by currency, of the whole ledger, is zero. Totals are by currency; a frozen account's legacy
     column counts as it stands, although the ledger alone is true. ``clean``: there is nothing to report.
+    ``turned_stale``: how many accounts were turned stale afterwards, or would be (``dry_run``); None: not asked for.
     """
 
     mapping: str
@@ -99,6 +101,7 @@ class Verification:
     started_at: datetime
     seconds: float
     dry_run: bool = False
+    turned_stale: int | None = None
     groups: tuple[Group, ...] = field(default=(), repr=False)
 
 
@@ -110,8 +113,12 @@ def verify(
     *,
     limit: int = 1000,
     dry_run: bool = False,
+    mark_stale: bool = False,
 ) -> Verification:
     """Verify a mapping in full; then, unless ``dry_run``, put the result and an audit row on record.
+
+    ``mark_stale`` then turns the mirrored accounts that differ stale, if they still do: from then on they are read
+    from legacy alone, and a backfill brings them up. The result tells of the snapshot before.
 
     Raises LedgerNotInstalled, ConfigError when table and mapping do not fit, and PreconditionRefused where
     row-level security hides rows from this role. A difference is a result, not an error.
@@ -120,17 +127,22 @@ def verify(
     with snapshot(engine) as connection:
         require_installed(connection, settings, mapping)
         visibility(connection, mapping, "verify")
-        seen = _look(connection, settings, mapping, limit)
-    result = replace(seen, seconds=time.monotonic() - began, dry_run=dry_run)
+        comparison = Comparison(connection, settings, mapping, with_traits=True)
+        seen = _look(comparison, connection, settings, limit)
+        found = marking.suspects(comparison, connection) if mark_stale and seen.drift_accounts else ()
+    marked = len(found) if mark_stale else None
+    result = replace(seen, seconds=time.monotonic() - began, dry_run=dry_run, turned_stale=marked)
     if not dry_run:
         with engine.begin() as connection:
             _record(connection, settings, result, act)
-    return result
+        if found:
+            marked = marking.turn_stale(engine, settings, mapping, comparison, found, act)
+    return replace(result, turned_stale=marked)
 
 
-def _look(connection: Connection, settings: Settings, mapping: config.Mapping, limit: int) -> Verification:
+def _look(comparison: Comparison, connection: Connection, settings: Settings, limit: int) -> Verification:
+    mapping = comparison.mapping
     started_at = connection.execute(text("select clock_timestamp()")).scalar_one()
-    comparison = Comparison(connection, settings, mapping, with_traits=True)
     groups, totals = comparison.groups(connection, limit)
     behind = [group for group in groups if group.problem in BEHIND]
     wrong = [group for group in groups if group.problem not in (None, *BEHIND)]

@@ -76,7 +76,10 @@ begin
                 and {{ c.value }} = round({{ c.value }}, {{ c.scale }})
         ), mended as (
             update accounts as a
-            set balance = b.legacy, state = 'mirrored', state_at = clock_timestamp(), state_reason = 'resync'
+            set
+                    balance = b.legacy, state = 'mirrored', state_at = clock_timestamp(),
+                    -- The cause stays readable: the gates ask what was written past the adapter in the window.
+                    state_reason = concat_ws(': ', 'resync', a.state_reason)
             from behind as b
             where a.id = b.id
             returning a.id, b.balance, b.legacy
@@ -195,26 +198,27 @@ begin
     keys := coalesce(cardinality(v_keys), 0);
     v_keys := {{ schema }}.lock_{{ mapping }}(v_keys);
     unfrozen := 0;
-    for a in select * from {{ schema }}.unseal_{{ mapping }}(v_keys) loop
-        {% for c in columns %}
-        {{ "if" if loop.first else "elsif" }} a.bucket = '{{ c.bucket }}' and a.currency = '{{ c.currency }}' then
-            update {{ relation }} as l set {{ c.column }} = {{ c.assigned }}
-            where l.{{ key }} = a.key::{{ key_type }}
-            returning {{ c.value }} into v_now;
-        {% endfor %}
-        end if;
+    {% for c in columns %}
+    -- One column after the other: the fence must find the others still frozen, not mirrored and behind.
+    for a in select * from {{ schema }}.unseal_{{ mapping }}(v_keys, '{{ c.bucket }}', '{{ c.currency }}') loop
+        update {{ relation }} as l set {{ c.column }} = {{ c.assigned }}
+        where l.{{ key }} = a.key::{{ key_type }}
+        returning {{ c.value }} into v_now;
         if v_now is distinct from a.balance then
             raise exception 'legacy row % of {{ mapping }} holds % after unfreeze, the ledger %', a.key, v_now, a.balance
                 using errcode = 'WM020';
         end if;
         unfrozen := unfrozen + 1;
     end loop;
+    {% endfor %}
     return next;
 end
 $$;
 
-create or replace function {{ schema }}.unseal_{{ mapping }}(p_keys {{ key_type }}[])
-returns table (key text, bucket text, currency text, balance numeric)
+create or replace function {{ schema }}.unseal_{{ mapping }}(
+    p_keys {{ key_type }}[], p_bucket text, p_currency text
+)
+returns table (key text, balance numeric)
 language plpgsql
 security definer
 set search_path = pg_catalog, {{ schema }}, pg_temp
@@ -222,13 +226,17 @@ as $$
 #variable_conflict use_variable
 begin
     perform 1 from accounts as a
-    where a.mapping = '{{ mapping }}' and a.key = any(p_keys::text[])
+    where
+        a.mapping = '{{ mapping }}' and a.key = any(p_keys::text[])
+        and a.bucket = p_bucket and a.currency = p_currency
     order by a.id
     for no key update;
     return query
     update accounts as a
     set state = 'mirrored', state_at = clock_timestamp(), state_reason = 'unfreeze'
-    where a.mapping = '{{ mapping }}' and a.key = any(p_keys::text[]) and a.state = 'frozen'
-    returning a.key, a.bucket, a.currency, a.balance::numeric;
+    where
+        a.mapping = '{{ mapping }}' and a.key = any(p_keys::text[])
+        and a.bucket = p_bucket and a.currency = p_currency and a.state = 'frozen'
+    returning a.key, a.balance::numeric;
 end
 $$;

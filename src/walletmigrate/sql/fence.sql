@@ -73,6 +73,15 @@ begin
                     using errcode = 'WM030', hint = 'Write through the adapter, or unfreeze.';
             end if;
         elsif not v_found then
+            if (select c.relrowsecurity from pg_class as c where c.oid = '{{ relation }}'::regclass)
+                and not exists (
+                    select from pg_policy as p
+                    where p.polrelid = '{{ relation }}'::regclass and p.polname = 'walletmigrate_owner'
+                )
+            then
+                raise exception 'row-level security hides rows of {{ relation }} from the role that owns the ledger'
+                    using errcode = 'WM022', hint = 'Run: walletmigrate install';
+            end if;
             update accounts as x set state = 'closed', state_at = clock_timestamp(), state_reason = 'row gone'
             where x.id = v_account.id and x.state <> 'closed';
         elsif v_account.state in ('mirrored', 'closed') then

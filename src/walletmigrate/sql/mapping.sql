@@ -233,7 +233,7 @@ begin
         ) is not true then
             return null;
         end if;
-        if not m.dual then
+        if m.dual is not true then
             -- Above READ COMMITTED an account may be there unseen: the long way probes for it.
             select a.state into v_state
             from accounts as a

@@ -89,7 +89,10 @@ begin
         end if;
     else
         update accounts
-        set balance = s.legacy, state = 'mirrored', state_at = clock_timestamp(), state_reason = 'resync'
+        set
+            balance = s.legacy, state = 'mirrored', state_at = clock_timestamp(),
+            -- The cause stays readable: the gates ask what was written past the adapter in the window.
+            state_reason = concat_ws(': ', 'resync', state_reason)
         where id = s.account;
     end if;
     if v_behind <> 0 then
@@ -325,6 +328,10 @@ begin
         end if;
     end if;
 
+    if p.mode <> 'legacy' and 'legacy' in (d.mode, c.mode) then
+        -- Half a transfer: its other half comes as the resync of the other account, from `bypass`.
+        m.group_id := p.transaction_id;
+    end if;
     if p.mode <> 'legacy' then
         if p_policy = 'strict' or 'ledger' in (d.mode, c.mode) then
             perform write_ledger(m, d, c, r, p);
