@@ -103,9 +103,7 @@ def number(
     for query in _queries(targets, instant=True):
         panel.with_target(query)
     if words:
-        results = {
-            value: ValueMappingResult(text=text, color=color) for value, (text, color) in words.items()
-        }
+        results = {value: ValueMappingResult(text=text, color=color) for value, (text, color) in words.items()}
         panel.mappings([ValueMap(options=results)])
     text = BigValueTextMode.NAME if names_only else BigValueTextMode.AUTO
     return (
@@ -304,9 +302,7 @@ def build() -> str:
     board = (
         dashboard.Dashboard("walletmigrate")
         .uid("walletmigrate")
-        .description(
-            "A balance column on its way to a double-entry ledger: state, writes, reads, jobs, drift."
-        )
+        .description("A balance column on its way to a double-entry ledger: state, writes, reads, jobs, drift.")
         .tags(["walletmigrate"])
         .readonly()
         .time("now-6h", "now")

@@ -130,9 +130,7 @@ def test_a_good_file_gives_every_value(written: Written, tmp_path: Path) -> None
     assert users.columns[1].unit == "minor"
 
 
-def test_the_flag_file_lies_beside_the_file_even_when_it_is_not_named(
-    written: Written, tmp_path: Path
-) -> None:
+def test_the_flag_file_lies_beside_the_file_even_when_it_is_not_named(written: Written, tmp_path: Path) -> None:
     settings = Settings.load(written(GOOD.replace('path = "flags/environment.json"\n', "")))
     assert settings.flags.path == tmp_path / "flags/environment.json"
 
@@ -166,9 +164,7 @@ def test_the_file_is_found_by_its_variable_and_else_in_the_current_folder(
     assert Settings.load(file).mapping("users").key == "id"
 
 
-def test_secrets_come_from_the_environment_and_never_show(
-    written: Written, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_secrets_come_from_the_environment_and_never_show(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WALLETMIGRATE_DATABASE_URL", "postgresql://app:hunter2@localhost/shop")
     monkeypatch.setenv("WALLETMIGRATE_FLAGSMITH_KEY", "ser.hunter3")
     settings = Settings.load(written(GOOD))
@@ -303,9 +299,7 @@ def test_a_wrong_value_is_refused_with_its_file_its_line_and_the_fix(
         ("  scale = 2\n", "[[mappings.columns]]"),
     ],
 )
-def test_a_missing_key_is_reported_at_the_header_of_its_table(
-    refusal: Refusal, missing: str, header: str
-) -> None:
+def test_a_missing_key_is_reported_at_the_header_of_its_table(refusal: Refusal, missing: str, header: str) -> None:
     error = refusal(missing, "")
     key = missing.split(maxsplit=1)[0]
     assert error.message == f"{key!r} is missing."
@@ -356,13 +350,9 @@ def test_several_problems_are_counted_and_all_are_told(refusal: Refusal) -> None
     assert "compare_share" in error.__notes__[1]
 
 
-def test_an_error_from_the_environment_names_the_variable(
-    written: Written, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_from_the_environment_names_the_variable(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WALLETMIGRATE_FLAGS__POLL_SECONDS", "soon")
-    with pytest.raises(
-        ConfigError, match=r"^WALLETMIGRATE_FLAGS__POLL_SECONDS in the environment: "
-    ) as raised:
+    with pytest.raises(ConfigError, match=r"^WALLETMIGRATE_FLAGS__POLL_SECONDS in the environment: ") as raised:
         Settings.load(written(GOOD))
     assert (raised.value.file, raised.value.line) == (None, None)
     monkeypatch.setenv("WALLETMIGRATE_FLAGS__POLL_SECONDS", "5")

@@ -119,9 +119,7 @@ def test_an_expression_names_only_metrics_and_labels_that_exist(expression: str)
     assert names
     assert names <= SERIES.keys()
     known = {label for name in names for label in SERIES[name].labels} | {"le"}
-    grouped = {
-        label.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(",")
-    }
+    grouped = {label.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(",")}
     selected = set(re.findall(r"[{,]\s*(\w+)\s*(?:=~|!~|!=|=)", expression))
     assert grouped | selected <= known
 
@@ -138,9 +136,7 @@ def test_a_counter_is_only_looked_at_as_a_rate_over_grafanas_own_interval(expres
 def test_prometheus_can_read_every_expression(tmp_path: Path) -> None:
     promtool = os.environ.get("PROMTOOL") or shutil.which("promtool")
     if promtool is None:
-        pytest.skip(
-            "promtool is not on the PATH and PROMTOOL does not name it; Debian's package prometheus has it"
-        )
+        pytest.skip("promtool is not on the PATH and PROMTOOL does not name it; Debian's package prometheus has it")
     expressions = [str(case.values[0]).replace("$__rate_interval", "5m") for case in EXPRESSIONS]
     rules = [{"record": f"panel:{place}", "expr": text} for place, text in enumerate(expressions)]
     file = tmp_path / "rules.yml"

@@ -128,9 +128,7 @@ insert into transactions (id, debit_account, credit_account, kind, amount, curre
 """
 
 
-def test_a_fresh_ledger_shows_every_label_set_at_zero_and_the_phase_legacy(
-    ledger: str, engine: Engine
-) -> None:
+def test_a_fresh_ledger_shows_every_label_set_at_zero_and_the_phase_legacy(ledger: str, engine: Engine) -> None:
     seen = facts(engine)
     assert {name for name, _ in seen} == EXPORTED
     assert of(seen, "phase") == dict.fromkeys(PHASES, 0) | {"legacy": 1}
@@ -261,9 +259,7 @@ def job(kind: str, mapping: str, state: str, total: str, done: int, failed: int 
     )
 
 
-def test_jobs_show_the_newest_of_each_mapping_added_up_by_kind(
-    ledger: str, engine: Engine, execute: Execute
-) -> None:
+def test_jobs_show_the_newest_of_each_mapping_added_up_by_kind(ledger: str, engine: Engine, execute: Execute) -> None:
     execute(job("backfill", "users", "failed", "999", 999, 999))  # superseded by the next
     execute(job("backfill", "users", "running", "100", 30, 2))
     execute(job("backfill", "shops", "paused", "10", 4))
@@ -278,9 +274,7 @@ def test_jobs_show_the_newest_of_each_mapping_added_up_by_kind(
     assert of(seen, "job_remaining") == zero | {"backfill": 74, "freeze": 10, "archive": 2}
 
 
-def test_what_remains_of_a_job_of_unknown_size_is_not_zero(
-    ledger: str, engine: Engine, execute: Execute
-) -> None:
+def test_what_remains_of_a_job_of_unknown_size_is_not_zero(ledger: str, engine: Engine, execute: Execute) -> None:
     execute(job("backfill", "users", "running", "null", 30))
     assert math.isnan(of(facts(engine), "job_remaining")["backfill"])
 
@@ -304,17 +298,14 @@ def test_a_look_is_one_read_only_transaction(
     assert "ReadOnlySqlTransaction (25006)" in caplog.text
 
 
-def test_a_storm_of_scrapes_costs_one_look_until_the_time_is_up(
-    ledger: str, engine: Engine, execute: Execute
-) -> None:
+def test_a_storm_of_scrapes_costs_one_look_until_the_time_is_up(ledger: str, engine: Engine, execute: Execute) -> None:
     looks: list[object] = []
     event.listen(engine, "begin", looks.append)
     clock = Clock()
     collector = DatabaseFacts(engine, SCHEMA, SCOPE, ttl=10, clock=clock)
     phases: list[float] = []
     threads = [
-        threading.Thread(target=lambda: phases.append(of(samples(collector), "phase")["legacy"]))
-        for _ in range(16)
+        threading.Thread(target=lambda: phases.append(of(samples(collector), "phase")["legacy"])) for _ in range(16)
     ]
     for thread in threads:
         thread.start()
@@ -406,6 +397,4 @@ def test_the_exporters_connection_is_named_and_limited(ledger: str) -> None:
     finally:
         exporter.close()
         event.remove(Engine, "do_connect", note)
-    assert [(one["application_name"], one["connect_timeout"]) for one in made] == [
-        ("walletmigrate exporter", 3)
-    ]
+    assert [(one["application_name"], one["connect_timeout"]) for one in made] == [("walletmigrate exporter", 3)]

@@ -189,9 +189,7 @@ def test_a_percentage_that_was_ended_and_set_again_picks_the_same_accounts(file:
 
 def test_a_percentage_of_a_trait_takes_its_values_whole(file: FlagFile) -> None:
     file.set(DUAL_WRITE, True, percent=50, percent_of="tenant")
-    tenants = {
-        name: {official(file, DUAL_WRITE, str(key), tenant=name) for key in range(5)} for name in "abcdefgh"
-    }
+    tenants = {name: {official(file, DUAL_WRITE, str(key), tenant=name) for key in range(5)} for name in "abcdefgh"}
     assert all(len(answers) == 1 for answers in tenants.values())
     assert set.union(*tenants.values()) == {True, False}
     with pytest.raises(UsageError, match="splits by tenant"):
@@ -270,9 +268,7 @@ def test_removing_an_override_gives_back_what_everyone_has(file: FlagFile) -> No
     for flag in (DUAL_WRITE, READ_FROM_LEDGER):
         file.set(flag, True, trait=("tenant", "acme"))
         file.set(flag, True, account="42")
-    assert file.remove(DUAL_WRITE, trait=("tenant", "acme")).after.overrides == (
-        Override("", "account", "42", True),
-    )
+    assert file.remove(DUAL_WRITE, trait=("tenant", "acme")).after.overrides == (Override("", "account", "42", True),)
     assert file.remove(DUAL_WRITE, account="42").after == FlagState(DUAL_WRITE, False)
     assert not official(file, DUAL_WRITE, "42", tenant="acme")
     assert official(file, READ_FROM_LEDGER, "43", tenant="acme")
@@ -282,9 +278,7 @@ def test_removing_an_override_gives_back_what_everyone_has(file: FlagFile) -> No
     assert (left["project"]["segments"], left["identity_overrides"]) == ([], [])
 
 
-@pytest.mark.parametrize(
-    "way", [{"trait": ("tenant", "acme")}, {"percent": True}, {"account": "42"}], ids=str
-)
+@pytest.mark.parametrize("way", [{"trait": ("tenant", "acme")}, {"percent": True}, {"account": "42"}], ids=str)
 def test_removing_what_is_not_there_changes_nothing(file: FlagFile, way: dict[str, Any]) -> None:
     text = file.path.read_bytes()
     assert not file.remove(DUAL_WRITE, **way).changed
@@ -331,9 +325,7 @@ def test_a_request_that_makes_no_sense_leaves_the_file_as_it_was(file: FlagFile,
     assert os.listdir(file.path.parent) == [file.path.name]
 
 
-@pytest.mark.parametrize(
-    "account", ["7", "a,b", "[1]", "Zoë Łuk", "6f1c1f0e-7c5e-4b55-9f3f-0a2f1f6f3a11", " x"]
-)
+@pytest.mark.parametrize("account", ["7", "a,b", "[1]", "Zoë Łuk", "6f1c1f0e-7c5e-4b55-9f3f-0a2f1f6f3a11", " x"])
 def test_any_text_can_be_an_accounts_key(file: FlagFile, account: str) -> None:
     file.set(DUAL_WRITE, True, account=account)
     assert official(file, DUAL_WRITE, account)
@@ -410,9 +402,7 @@ def test_validate_names_what_flagsmith_takes_without_a_word(file: FlagFile) -> N
 
 
 def test_what_the_file_says_besides_is_kept(file: FlagFile) -> None:
-    content = document(
-        names=(*ALL_FLAGS, "new.checkout"), identities=[identity("9", state("new.checkout", True))]
-    )
+    content = document(names=(*ALL_FLAGS, "new.checkout"), identities=[identity("9", state("new.checkout", True))])
     content["own"] = {"note": "Zoë"}
     put(file, content)
     file.set(DUAL_WRITE, True, trait=("tenant", "acme"))

@@ -159,9 +159,7 @@ def test_refresh_looks_at_once(path: Path) -> None:
     assert source.refresh().decide("42", {}) == ON
 
 
-@pytest.mark.parametrize(
-    "broken", [b"", b"{", body(document())[:-20], b"[1]", body(document(names=ALL_FLAGS[:2]))]
-)
+@pytest.mark.parametrize("broken", [b"", b"{", body(document())[:-20], b"[1]", body(document(names=ALL_FLAGS[:2]))])
 def test_a_broken_file_leaves_the_last_good_document_in_force(path: Path, broken: bytes) -> None:
     notices: list[FlagNotice] = []
     clock = Clock()
@@ -228,9 +226,7 @@ def test_an_unchanged_file_is_not_read_again(path: Path) -> None:
     source = FileSource(path, check_seconds=0)
     path.write_bytes(body(document(segments=[tenant(1, "ajax", DUAL_WRITE)])))
     os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
-    assert (
-        wanted(source, tenant="ajax") == OFF
-    )  # nothing that a look at the file's data would show has changed
+    assert wanted(source, tenant="ajax") == OFF  # nothing that a look at the file's data would show has changed
     source.refresh()
     assert wanted(source, tenant="ajax") == WRITING
 
@@ -454,9 +450,7 @@ def test_a_hanging_server_is_given_up_after_the_time_out(flagsmith: FlagServer, 
 
 def test_a_server_that_drips_its_answer_is_given_up_too(flagsmith: FlagServer, make: Make) -> None:
     flagsmith.drip = True
-    source = make(
-        flagsmith.url, timeout_seconds=0.3
-    )  # each byte comes in time, all of them would take a minute
+    source = make(flagsmith.url, timeout_seconds=0.3)  # each byte comes in time, all of them would take a minute
     source.refresh()
     assert "did not end in time" in problem(source)
 
@@ -480,9 +474,7 @@ def test_a_server_that_is_down_at_the_start_means_off_until_it_is_up(closed_port
     assert caught.value.exit_code == 5
 
 
-def test_an_outage_leaves_the_last_good_document_in_force_and_its_age_grows(
-    flagsmith: FlagServer, make: Make
-) -> None:
+def test_an_outage_leaves_the_last_good_document_in_force_and_its_age_grows(flagsmith: FlagServer, make: Make) -> None:
     notices: list[FlagNotice] = []
     clock = Clock()
     flagsmith.answer = body(document(*ALL_FLAGS))
@@ -581,9 +573,7 @@ def test_the_thread_goes_on_after_an_outage(flagsmith: FlagServer, make: Make) -
     assert wanted(source) == ON
 
 
-def test_readers_never_see_flags_that_no_document_had_while_documents_swap(
-    flagsmith: FlagServer, make: Make
-) -> None:
+def test_readers_never_see_flags_that_no_document_had_while_documents_swap(flagsmith: FlagServer, make: Make) -> None:
     source = make(flagsmith.url)
     source.refresh()
     answers = [body(document(segments=[tenant(1, "acme", *flags)])) for flags in ((), ALL_FLAGS)]
@@ -677,9 +667,7 @@ def test_a_source_closed_before_its_first_use_never_polls(flagsmith: FlagServer,
     assert flagsmith.requests == []
 
 
-def test_a_source_that_nobody_closed_is_collected_and_its_thread_ends(
-    flagsmith: FlagServer, make: Make
-) -> None:
+def test_a_source_that_nobody_closed_is_collected_and_its_thread_ends(flagsmith: FlagServer, make: Make) -> None:
     source = make(flagsmith.url, poll_seconds=0.01)
     assert source.wait(PATIENCE)
     thread = source._thread
@@ -690,9 +678,7 @@ def test_a_source_that_nobody_closed_is_collected_and_its_thread_ends(
     assert not thread.is_alive()
 
 
-def test_during_an_outage_a_new_process_takes_the_last_good_document_it_is_given(
-    closed_port: str, make: Make
-) -> None:
+def test_during_an_outage_a_new_process_takes_the_last_good_document_it_is_given(closed_port: str, make: Make) -> None:
     asked: list[int] = []
 
     def fallback() -> Json:
@@ -713,9 +699,7 @@ def test_during_an_outage_a_new_process_takes_the_last_good_document_it_is_given
         check(source)
 
 
-def test_a_document_that_came_from_the_fallback_is_not_remembered_again(
-    flagsmith: FlagServer, make: Make
-) -> None:
+def test_a_document_that_came_from_the_fallback_is_not_remembered_again(flagsmith: FlagServer, make: Make) -> None:
     kept: list[Json] = []
     source = make(flagsmith.url, fallback=document, remember=kept.append)
     assert not source.refresh().decide("42", {}).dual_write
@@ -753,9 +737,7 @@ def test_a_fallback_is_asked_in_the_thread_and_makes_nobody_wait(closed_port: st
     [None, {}, document(names=ALL_FLAGS[:1]), {"set": {1}}],
     ids=["none", "hollow", "incomplete", "no json"],
 )
-def test_without_a_good_document_anywhere_everything_is_off(
-    closed_port: str, make: Make, kept: Json | None
-) -> None:
+def test_without_a_good_document_anywhere_everything_is_off(closed_port: str, make: Make, kept: Json | None) -> None:
     source = make(closed_port, fallback=lambda: kept)
     assert source.refresh().decide("42", {}) == OFF
     assert source.snapshot().document_id == NO_DOCUMENT

@@ -97,9 +97,7 @@ def test_a_percentage_of_a_trait_takes_tenants_whole() -> None:
 
 def test_reading_without_writing_counts_as_off_and_is_told_once_per_document() -> None:
     notices: list[FlagNotice] = []
-    found = made(
-        document(READ_FROM_LEDGER, ENABLE_WITHDRAWALS, segments=[tenant(1, "a", DUAL_WRITE)]), notices
-    )
+    found = made(document(READ_FROM_LEDGER, ENABLE_WITHDRAWALS, segments=[tenant(1, "a", DUAL_WRITE)]), notices)
     barrier = threading.Barrier(8)
 
     def ask(number: int) -> None:
@@ -223,9 +221,7 @@ def test_a_condition_on_anything_else_is_evaluated_each_time() -> None:
 
 def test_what_the_engine_cannot_evaluate_counts_as_off_and_is_told_once() -> None:
     notices: list[FlagNotice] = []
-    found = made(
-        document(segments=[segment(1, "REGEX", "tenant", "(", [state(DUAL_WRITE, True, 0)])]), notices
-    )
+    found = made(document(segments=[segment(1, "REGEX", "tenant", "(", [state(DUAL_WRITE, True, 0)])]), notices)
     assert {found.decide("42", {"tenant": name}) for name in "abc"} == {OFF}
     assert [notice.kind for notice in notices] == ["evaluation_failed"]
 
@@ -260,9 +256,7 @@ def _without(*path: str) -> bytes:
 
 
 def _with_enabled(value: object, where: str) -> bytes:
-    content = document(
-        segments=[tenant(1, "acme", DUAL_WRITE)], identities=[identity("4", state(DUAL_WRITE, True))]
-    )
+    content = document(segments=[tenant(1, "acme", DUAL_WRITE)], identities=[identity("4", state(DUAL_WRITE, True))])
     places = {
         "default": content["feature_states"],
         "segment": content["project"]["segments"][0]["feature_states"],

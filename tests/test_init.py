@@ -41,9 +41,7 @@ def mapped(*columns: dict[str, Any], **fields: Any) -> Mapping:
 
 
 def limits(connection: Connection, sql_type: str, **fields: Any) -> tuple[Decimal, Decimal]:
-    run(
-        connection, f"drop table if exists users; create table users (id int primary key, balance {sql_type})"
-    )
+    run(connection, f"drop table if exists users; create table users (id int primary key, balance {sql_type})")
     column = inspect_mapping(connection, mapped(balance(**fields))).columns[0]
     return column.minimum, column.maximum
 
@@ -57,9 +55,7 @@ def loaded(tmp_path: Path, rendered: str) -> Settings:
 # The proposal
 
 
-def test_a_table_of_users_is_proposed_with_its_columns_and_traits(
-    connection: Connection, tmp_path: Path
-) -> None:
+def test_a_table_of_users_is_proposed_with_its_columns_and_traits(connection: Connection, tmp_path: Path) -> None:
     run(
         connection,
         "create table users (id bigint primary key, tenant_id int, role text, email text, login_count int, "
@@ -81,9 +77,7 @@ def test_a_table_of_users_is_proposed_with_its_columns_and_traits(
     assert "SET THIS" in render([found], facts(connection))
 
 
-def test_mixed_case_names_are_proposed_as_the_catalog_spells_them(
-    connection: Connection, tmp_path: Path
-) -> None:
+def test_mixed_case_names_are_proposed_as_the_catalog_spells_them(connection: Connection, tmp_path: Path) -> None:
     run(
         connection,
         'create table "AppUser" ("userId" uuid primary key, "tenantId" text, "walletBalance" numeric(10,3))',
@@ -120,9 +114,7 @@ def test_the_scale_of_an_undeclared_column_comes_from_its_rows(connection: Conne
     assert columns["credits"].notes == ()
 
 
-def test_columns_that_would_share_a_bucket_get_one_of_their_own(
-    connection: Connection, tmp_path: Path
-) -> None:
+def test_columns_that_would_share_a_bucket_get_one_of_their_own(connection: Connection, tmp_path: Path) -> None:
     run(
         connection,
         "create table wallets (id int primary key, balance int, cash int, balance_usd int, balance_eur int, "
@@ -139,9 +131,7 @@ def test_columns_that_would_share_a_bucket_get_one_of_their_own(
     assert len(loaded(tmp_path, render([found], facts(connection))).mapping().columns) == 5
 
 
-def test_the_likeliest_table_is_active_and_the_others_are_comments(
-    connection: Connection, tmp_path: Path
-) -> None:
+def test_the_likeliest_table_is_active_and_the_others_are_comments(connection: Connection, tmp_path: Path) -> None:
     run(
         connection,
         "create table gifts (id int primary key, points int);"
@@ -188,9 +178,7 @@ def test_a_named_table_is_proposed_alone(connection: Connection) -> None:
         ("notes", "its numeric columns: stars, weight"),
     ],
 )
-def test_a_named_table_that_cannot_be_proposed_says_why(
-    connection: Connection, table: str, says: str
-) -> None:
+def test_a_named_table_that_cannot_be_proposed_says_why(connection: Connection, table: str, says: str) -> None:
     run(
         connection,
         "create table users (id int primary key, balance int);"
@@ -254,9 +242,7 @@ def test_a_mapping_is_inspected_with_key_columns_and_traits(connection: Connecti
         "null, bonus double precision)",
     )
     bonus = balance(bucket="promo", column="bonus")
-    found = inspect_mapping(
-        connection, mapped(balance(), bonus, traits={"tenant": "tenant", "level": "level"})
-    )
+    found = inspect_mapping(connection, mapped(balance(), bonus, traits={"tenant": "tenant", "level": "level"}))
     assert (found.schema, found.table) == ("public", "users")
     assert (found.key_type, found.key_sql_type) == ("uuid", "uuid")
     assert (found.has_rls, found.partitioned) == (False, False)
@@ -304,9 +290,7 @@ def test_the_kind_of_key_is_read_from_its_type(
         ("id int, b int, balance numeric, primary key (id, b), unique (id)", "id"),
     ],
 )
-def test_a_key_that_is_unique_and_not_null_is_enough(
-    connection: Connection, definition: str, key: str
-) -> None:
+def test_a_key_that_is_unique_and_not_null_is_enough(connection: Connection, definition: str, key: str) -> None:
     run(connection, f"create table users ({definition})")
     assert inspect_mapping(connection, mapped(key=key)).key_type == "integer"
 
@@ -445,9 +429,7 @@ def test_the_fix_of_an_integer_column_names_the_minor_unit(connection: Connectio
     inspect_mapping(connection, mapped(balance(scale=0)))
 
 
-def test_an_error_of_the_catalog_names_the_line_of_the_setting(
-    connection: Connection, tmp_path: Path
-) -> None:
+def test_an_error_of_the_catalog_names_the_line_of_the_setting(connection: Connection, tmp_path: Path) -> None:
     run(connection, 'create table users (id int primary key, "totalCoins" int, tenant text)')
     settings = loaded(
         tmp_path,
@@ -494,9 +476,7 @@ def stored(connection: Connection, sql_type: str, value: Decimal) -> Decimal:
 
 
 @pytest.mark.parametrize("sql_type", ["smallint", "int", "bigint", "numeric(5,2)", "numeric(9,4)"])
-def test_a_column_keeps_its_outermost_balances_and_overflows_beyond(
-    connection: Connection, sql_type: str
-) -> None:
+def test_a_column_keeps_its_outermost_balances_and_overflows_beyond(connection: Connection, sql_type: str) -> None:
     scale = 0 if sql_type.endswith("int") else 2
     low, high = limits(connection, sql_type, scale=scale)
     assert (stored(connection, sql_type, low), stored(connection, sql_type, high)) == (low, high)
@@ -592,8 +572,7 @@ def test_a_sum_of_many_float_postings_still_converts(connection: Connection) -> 
         total += 0.1 if step % 3 else 1234.56
     run(
         connection,
-        "create table users (id int primary key, balance double precision);"
-        f"insert into users values (1, {total!r})",
+        f"create table users (id int primary key, balance double precision);insert into users values (1, {total!r})",
     )
     assert round(total, 2) != total
     assert listed(connection) == []

@@ -350,9 +350,7 @@ def test_the_log_says_what_is_known_and_warns_of_what_is_wrong(
 
 
 @pytest.mark.parametrize("event", [POSTED, READ, MISMATCH])
-def test_keys_amounts_and_balances_are_logged_only_if_asked_for(
-    caplog: pytest.LogCaptureFixture, event: Event
-) -> None:
+def test_keys_amounts_and_balances_are_logged_only_if_asked_for(caplog: pytest.LogCaptureFixture, event: Event) -> None:
     silent = logged(caplog, LogObserver(), event)
     caplog.clear()
     open_line = logged(caplog, LogObserver(log_values=True), event)
@@ -376,9 +374,7 @@ observer = LogObserver()
 observer(Posted("credit", "dual_write", "ok", 0.1, "users", "cash", "EUR", 1, "c-1", True))
 observer(Mismatch("write", "users", "cash", "EUR", "c-1"))
 """
-    ran = subprocess.run(
-        [sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True
-    )
+    ran = subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True)
     assert ran.stdout == ""
     (line,) = ran.stderr.splitlines()
     assert json.loads(line)["event"] == "wallet.mismatch"

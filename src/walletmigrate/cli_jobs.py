@@ -98,7 +98,7 @@ def unfreeze(run: Run, mapping: _MAPPING = None, batch_size: _BATCH = 1000) -> A
     results = _over(run, mapping, run_unfreeze, batch_size)
     left = sum(one.refused for _, one in results)
     lines = [f"{name}: {_changed(one, 'unfrozen')}{_job(one)}" for name, one in results]
-    notes = [f"{left} accounts stay frozen: their legacy rows are gone"] if left else []
+    notes = [f"{left} accounts stay frozen: run unfreeze again; what then stays has no legacy row"] if left else []
     return _jobs_answer(run, results, lines, notes, OK, phase=plain(moved))
 
 

@@ -82,9 +82,7 @@ _KEYS: dict[KeyType, str] = {
 }
 
 _QUANTA = tuple(Decimal(1).scaleb(-scale) for scale in range(MAX_SCALE + 1))
-_EXACT = Context(
-    prec=MAX_INTEGER_DIGITS + MAX_SCALE, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[Inexact, InvalidOperation]
-)
+_EXACT = Context(prec=MAX_INTEGER_DIGITS + MAX_SCALE, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[Inexact, InvalidOperation])
 _SHORT = Context(prec=6, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[])
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
@@ -151,9 +149,7 @@ class Mapping(_Model):
     def _table_is_a_name(cls, table: str) -> str:
         parts = table.split(".")
         if len(parts) > 2 or not all(SQL_NAME.fullmatch(part) and len(part.encode()) <= 63 for part in parts):
-            raise wrong(
-                f"{table!r} is not the name of a table", 'write schema and table, for example "public.users"'
-            )
+            raise wrong(f"{table!r} is not the name of a table", 'write schema and table, for example "public.users"')
         return table
 
     @field_validator("columns")
@@ -243,9 +239,7 @@ class Roles(_Model):
     @classmethod
     def _roles_differ(cls, role: str, info: ValidationInfo) -> str:
         if role in info.data.values():
-            raise wrong(
-                f"role {role!r} stands for two roles", "give owner, app, operator and auditor a role each"
-            )
+            raise wrong(f"role {role!r} stands for two roles", "give owner, app, operator and auditor a role each")
         return role
 
 
@@ -307,9 +301,7 @@ class Settings(BaseSettings):
     @classmethod
     def _schema_is_free(cls, schema: str) -> str:
         if schema.startswith("pg_") or schema in ("information_schema", "public"):
-            raise wrong(
-                f"schema {schema!r} belongs to PostgreSQL or the application", 'write schema = "wallet"'
-            )
+            raise wrong(f"schema {schema!r} belongs to PostgreSQL or the application", 'write schema = "wallet"')
         return schema
 
     @field_validator("database_url")
@@ -330,9 +322,7 @@ class Settings(BaseSettings):
         columns: dict[tuple[str, str, str], str] = {}
         for index, mapping in enumerate(mappings):
             if mapping.name in names:
-                raise wrong(
-                    f"two mappings are named {mapping.name!r}", "give one another name", index, "name"
-                )
+                raise wrong(f"two mappings are named {mapping.name!r}", "give one another name", index, "name")
             names.add(mapping.name)
             for at, column in enumerate(mapping.columns):
                 place = (mapping.schema_name, mapping.table_name, column.column)
@@ -401,9 +391,7 @@ def _quantized(value: Decimal, scale: int) -> Decimal:
     return result or result.copy_abs()
 
 
-def exact(
-    amount: Decimal | int, column: Column, *, allow_negative: bool = False, allow_zero: bool = False
-) -> Decimal:
+def exact(amount: Decimal | int, column: Column, *, allow_negative: bool = False, allow_zero: bool = False) -> Decimal:
     """``amount`` (major units) as a Decimal with exactly the column's decimals.
 
     Positive amounts only, unless allowed otherwise (targets of set_balance). Zeros after the last decimal do

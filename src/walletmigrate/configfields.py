@@ -74,9 +74,7 @@ def _duration(value: object) -> object:
         return value
     match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
     if not match:
-        raise wrong(
-            "not a duration", 'write a number and s, m, h or d, for example observation_window = "7d"'
-        )
+        raise wrong("not a duration", 'write a number and s, m, h or d, for example observation_window = "7d"')
     return timedelta(**{_UNITS[match[2]]: int(match[1])})
 
 
@@ -84,22 +82,14 @@ def _exact_floor(value: object) -> object:
     if isinstance(value, bool | float):
         raise wrong("a floor must be exact, so it cannot be a float or a boolean", f'write floor = "{value}"')
     if isinstance(value, str) and not re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?", value.strip()):
-        raise wrong(
-            f"{value!r} is not an amount", 'write digits in major units, for example floor = "-50.00"'
-        )
+        raise wrong(f"{value!r} is not an amount", 'write digits in major units, for example floor = "-50.00"')
     return value
 
 
-LedgerName = Annotated[
-    str, _spelt(r"[a-z][a-z0-9_]{0,39}", "a small letter, then up to 39 of a-z, 0-9 and _")
-]
-BucketName = Annotated[
-    str, _spelt(r"[a-z][a-z0-9_]{0,30}", "a small letter, then up to 30 of a-z, 0-9 and _")
-]
+LedgerName = Annotated[str, _spelt(r"[a-z][a-z0-9_]{0,39}", "a small letter, then up to 39 of a-z, 0-9 and _")]
+BucketName = Annotated[str, _spelt(r"[a-z][a-z0-9_]{0,30}", "a small letter, then up to 30 of a-z, 0-9 and _")]
 CurrencyName = Annotated[str, _spelt(r"[A-Z][A-Z0-9]{1,11}", "2 to 12 of A-Z and 0-9, a letter first")]
-RoleName = Annotated[
-    str, _spelt(r"[a-z_][a-z0-9_]{0,62}", "a small letter or _, then up to 62 of a-z, 0-9 and _")
-]
+RoleName = Annotated[str, _spelt(r"[a-z_][a-z0-9_]{0,62}", "a small letter or _, then up to 62 of a-z, 0-9 and _")]
 TraitName = Annotated[
     str, _spelt(r"[A-Za-z_][A-Za-z0-9_.-]{0,62}", "a letter, then up to 62 of letters, digits, _ . -")
 ]

@@ -153,9 +153,7 @@ def unreadable_variable() -> ConfigError:
     given = {name.upper(): value for name, value in os.environ.items() if value}
     tables = [ENVIRONMENT_PREFIX + table for table in ("FLAGS", "ROLES", "MAPPINGS")]
     names = [name for name in tables if name in given and not _is_json(given[name])]
-    return ConfigError(
-        f"{' and '.join(names)} in the environment must be valid JSON.", fix="write JSON, or unset it."
-    )
+    return ConfigError(f"{' and '.join(names)} in the environment must be valid JSON.", fix="write JSON, or unset it.")
 
 
 def _is_json(value: str) -> bool:
@@ -176,9 +174,7 @@ _PHRASES = {
 }
 
 
-def config_error(
-    found: Mapping[str, Any], origin: Origin, given: Mapping[str, Any], known: Known
-) -> ConfigError:
+def config_error(found: Mapping[str, Any], origin: Origin, given: Mapping[str, Any], known: Known) -> ConfigError:
     """One of pydantic's errors as ours: what is wrong, where, and the fix."""
     context = found.get("ctx", {})
     loc: Place = (*found["loc"], *context.get("path", ()))
@@ -209,11 +205,7 @@ def _message(kind: str, key: str, text: str) -> str:
 def _unknown_key(place: Place, known: Known) -> tuple[str, str]:
     table = tuple(part for part in place[:-1] if isinstance(part, str))
     name = str(place[-1])
-    where = (
-        f" in {'[[' + '.'.join(table) + ']]' if table[0] == 'mappings' else '[' + table[0] + ']'}"
-        if table
-        else ""
-    )
+    where = f" in {'[[' + '.'.join(table) + ']]' if table[0] == 'mappings' else '[' + table[0] + ']'}" if table else ""
     here = [key for key in known.get(table, ()) if key not in _SECRET_KEYS]
     near = difflib.get_close_matches(name.lower(), here, n=1)
     fix = f"did you mean {near[0]!r}?" if near else f"delete it; the keys here are {', '.join(here)}."
@@ -243,9 +235,7 @@ class Lines:
     """The line of every table, key and array item of a TOML text that is known to parse: path → line."""
 
     _BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
-    _STRING = re.compile(
-        r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'', re.DOTALL
-    )
+    _STRING = re.compile(r'"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'', re.DOTALL)
     _BARE = re.compile(r"[A-Za-z0-9_-]+")
     _SCALAR = re.compile(r"[^,\]}#\n]+")
 

@@ -99,8 +99,7 @@ def engine(
         options["isolation_level"] = isolation_level
     made = sqlalchemy.create_engine(parsed(url), connect_args=arguments, **options)
     limits = (
-        f"set local lock_timeout = {int(lock_timeout_ms)}; "
-        f"set local statement_timeout = {int(statement_timeout_ms)}"
+        f"set local lock_timeout = {int(lock_timeout_ms)}; set local statement_timeout = {int(statement_timeout_ms)}"
     )
 
     @event.listens_for(made, "begin")
@@ -135,9 +134,7 @@ def scratch_database(server: str | SecretStr | URL | Engine, template: str | Non
     url = server.url if isinstance(server, Engine) else parsed(server)
     name = f"walletmigrate_{secrets.token_hex(6)}"
     source = "template1" if template is None else template.replace('"', '""')
-    admin = engine(
-        url, application_name="walletmigrate-scratch", isolation_level="AUTOCOMMIT", poolclass=NullPool
-    )
+    admin = engine(url, application_name="walletmigrate-scratch", isolation_level="AUTOCOMMIT", poolclass=NullPool)
     try:
         reachable(admin)
         with admin.connect() as connection:

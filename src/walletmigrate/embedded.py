@@ -207,9 +207,7 @@ class Server:
     def drop_database(self, name: str) -> None:
         """Drop a database if it exists, with whatever is connected to it."""
         with psycopg.connect(self.url, autocommit=True) as connection:
-            connection.execute(
-                sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name))
-            )
+            connection.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
 
     def stop(self) -> None:
         """Shut the server down (open transactions are rolled back) and remove its data; once is enough."""

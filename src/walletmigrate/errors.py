@@ -352,7 +352,8 @@ class LedgerNotInstalled(WalletMigrateError):
     exit_code = 4
 
     def __str__(self) -> str:
-        return f"mapping {self.mapping!r}: {self.detail}. Run `walletmigrate install`, then retry the transaction."
+        mend = "Retry the transaction; if it is refused again, run `walletmigrate install`."
+        return f"mapping {self.mapping!r}: {self.detail}. {mend}"
 
 
 @dataclass(eq=False)

@@ -80,9 +80,7 @@ def read_facts(connection: sa.Connection, schema: str, scope: Collection[tuple[s
     line = _table(schema, "line", "last_value")
     states, imbalance = _balances(connection, schema)
     drift = _drift(connection, schema, scope)
-    currencies = sorted(
-        {currency for _, currency in scope} | imbalance.keys() | {row.currency for row in drift}
-    )
+    currencies = sorted({currency for _, currency in scope} | imbalance.keys() | {row.currency for row in drift})
     return Facts(
         phase=connection.scalar(sa.select(control.c.phase)) or "",
         line_stopped=connection.scalar(sa.select(line.c.last_value)) == LINE_STOPPED,
@@ -117,9 +115,7 @@ def _balances(connection: sa.Connection, schema: str) -> tuple[dict[str, int], d
     return dict(states), dict(sums)
 
 
-def _full_runs(
-    schema: str, scope: Collection[tuple[str, str]]
-) -> tuple[sa.TableClause, sa.ColumnElement[bool]]:
+def _full_runs(schema: str, scope: Collection[tuple[str, str]]) -> tuple[sa.TableClause, sa.ColumnElement[bool]]:
     """The verifications, and the condition for those that count."""
     runs = _table(
         schema,
@@ -158,9 +154,7 @@ def _last_success(connection: sa.Connection, schema: str, scope: Collection[tupl
 
 
 def _jobs(connection: sa.Connection, schema: str) -> dict[str, JobFacts]:
-    jobs = _table(
-        schema, "jobs", "id", "kind", "mapping", "state", "items_total", "items_done", "items_failed"
-    )
+    jobs = _table(schema, "jobs", "id", "kind", "mapping", "state", "items_total", "items_done", "items_failed")
     newest = sa.select(sa.func.max(jobs.c.id)).group_by(jobs.c.kind, jobs.c.mapping)
     facts = {kind: JobFacts() for kind in JOB_KINDS}
     for job in connection.execute(sa.select(jobs).where(jobs.c.id.in_(newest))):
@@ -258,9 +252,7 @@ class DatabaseFacts(Collector):
     def _look(self) -> Facts | None:
         try:
             with self._engine.connect() as plain:
-                connection = plain.execution_options(
-                    isolation_level="REPEATABLE READ", postgresql_readonly=True
-                )
+                connection = plain.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
                 return read_facts(connection, self._schema, self._scope)
         except SQLAlchemyError as error:
             if self._looked_at is None or self._facts is not None:  # said once per outage, not per look
@@ -301,9 +293,7 @@ def serve(settings: Settings, port: int, address: str = "127.0.0.1") -> Exporter
     Raises ConfigError without a usable database URL, UsageError when the address cannot be listened on.
     """
     if settings.database_url is None:
-        raise ConfigError(
-            "no database URL is set", fix="set WALLETMIGRATE_DATABASE_URL or pass --database-url"
-        )
+        raise ConfigError("no database URL is set", fix="set WALLETMIGRATE_DATABASE_URL or pass --database-url")
     engine = connect.engine(
         settings.database_url,
         application_name="walletmigrate exporter",

@@ -74,9 +74,7 @@ def set_percent(content: Json, flag: str, enabled: bool, percent: int, of: str |
     path = IDENTIFIER if of is None else _checked_text("trait", of)
     segment = _percent_segment(content, path)
     if segment is None:
-        segment = _new_segment(
-            content, f"percent-of-{of or 'accounts'}", "PERCENTAGE_SPLIT", path, str(percent)
-        )
+        segment = _new_segment(content, f"percent-of-{of or 'accounts'}", "PERCENTAGE_SPLIT", path, str(percent))
     _, _, standing = _shape(segment)
     inside = [state["feature"]["name"] for state in segment.get("feature_states") or ()]
     if standing not in (str(percent), f"{percent}.0"):
@@ -217,9 +215,7 @@ def doubts(content: Json) -> Iterator[str]:
     for number in (number for number, count in ids.items() if count > 1):
         yield f"{ids[number]} segments have the id {number}; only the last one counts. Give each its own."
     splits = [s for s in _segments(content) if _shape(s)[0] == "percent" and s.get("feature_states")]
-    ours = [
-        s["name"] for s in splits if any(_is(state, f) for state in s["feature_states"] for f in ALL_FLAGS)
-    ]
+    ours = [s["name"] for s in splits if any(_is(state, f) for state in s["feature_states"] for f in ALL_FLAGS)]
     if len(ours) > 1:
         yield f"the percentages {', '.join(ours)} pick different accounts. Use one for all flags."
     yield from _reads_without_writes(content)
@@ -304,9 +300,7 @@ def _checked_trait(trait: tuple[str, str]) -> tuple[str, str]:
 
 def _checked_text(what: str, text: str) -> str:
     if not text or text.startswith("$.") or text != text.strip() or not text.isprintable():
-        raise UsageError(
-            f"{what} {text!r}: write it without spaces around it, printable, and not as a path ($.…)"
-        )
+        raise UsageError(f"{what} {text!r}: write it without spaces around it, printable, and not as a path ($.…)")
     return text
 
 

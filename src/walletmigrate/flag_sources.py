@@ -123,9 +123,7 @@ class DocumentSource:
     def _fail(self, failure: Failure) -> None:
         before, self.failure = self.failure, failure
         if str(before) != str(failure):  # once per fault: an outage would otherwise fill the log
-            tell(
-                self._report, FlagNotice("source_problem", self.name, self._current.document_id, str(failure))
-            )
+            tell(self._report, FlagNotice("source_problem", self.name, self._current.document_id, str(failure)))
 
 
 def check(source: FlagSource) -> None:

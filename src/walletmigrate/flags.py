@@ -331,9 +331,7 @@ def _check_switches(content: Json, source: str) -> None:
     for state in _ours(list(all_states(content))):
         if not isinstance(state["enabled"], bool):
             name = state["feature"]["name"]
-            raise FlagDocumentInvalid(
-                source, f"'enabled' of {name} is {state['enabled']!r}, not true or false"
-            )
+            raise FlagDocumentInvalid(source, f"'enabled' of {name} is {state['enabled']!r}, not true or false")
 
 
 def _near_names(content: Json, missing: tuple[str, ...]) -> str:

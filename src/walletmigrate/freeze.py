@@ -157,10 +157,10 @@ def _refuse(kind: Kind, connection: Connection, settings: Settings, mapping: Map
     phase = jobs.phase(connection, settings)
     if kind == "freeze" and phase != "frozen" and not dry_run:
         what = f"the phase is {phase}: accounts are frozen only in phase frozen"
-        reasons.append((what, "walletmigrate freeze (it moves the phase first)"))
+        reasons.append((what, f"walletmigrate freeze --confirm {mapping.name} --reason '…'  # moves the phase first"))
     if kind == "unfreeze" and phase == "frozen" and not dry_run:
         what = "the phase is frozen: an account that appears now would be frozen again"
-        reasons.append((what, "walletmigrate unfreeze (it moves the phase first)"))
+        reasons.append((what, f"walletmigrate unfreeze --confirm {mapping.name} --reason '…'  # moves the phase first"))
     if phase == "retired":
         reasons.append(("the phase is retired: there is no legacy column", ""))
     if reasons:

@@ -162,13 +162,16 @@ def mapping_functions(connection: Connection, schema: str, mapping: str) -> list
     return list(rows.scalars())
 
 
-def installed_mapping(connection: Connection, schema: str, mapping: str) -> Installed | None:
-    """What the database knows of a mapping, None when it was never installed."""
+def installed_mapping(connection: Connection, schema: str, mapping: str, *, removed: bool = False) -> Installed | None:
+    """What the database knows of a mapping, None when it is not installed.
+
+    ``removed`` also finds one that was uninstalled: its accounts may still be there, and what they mean.
+    """
     row = connection.execute(
         text(
             "select name, fingerprint, functions_version, definition, fence "
-            f"from {quoted(schema)}.mappings where name = :name"
+            f"from {quoted(schema)}.mappings where name = :name and (fingerprint <> '' or :removed)"
         ),
-        {"name": mapping},
+        {"name": mapping, "removed": removed},
     ).one_or_none()
     return None if row is None else Installed(*row)

@@ -54,6 +54,8 @@ def reasons(
     found += observation.observed(connection, settings)
     if to_phase == "wallet_only":
         return [*found, *observation.read_by_everyone(connection, settings, source)]
+    if to_phase == "frozen":
+        found += _way_back(connection, settings)
     return [*found, *observation.exercised(connection, settings)]
 
 
@@ -97,6 +99,26 @@ def _values(connection: Connection, mapping: Mapping) -> Iterator[Reason]:
             f"{mapping.table} has values that are no exact amounts: {shown}{more}",
             "walletmigrate install --dry-run  # lists all of them; then update the rows",
         )
+
+
+def _way_back(connection: Connection, settings: Settings) -> Iterator[Reason]:
+    """While frozen only a floor keeps a balance from what the application's CHECK would refuse at the unfreeze."""
+    for mapping in settings.mappings:
+        free = [column.column for column in mapping.columns if column.floor is None]
+        rows = connection.execute(
+            text(
+                "select c.conname, a.attname from pg_constraint as c inner join pg_attribute as a "
+                "on a.attrelid = c.conrelid and a.attnum = any(c.conkey) where c.contype = 'c' "
+                "and c.conrelid = cast(:relation as regclass) and a.attname = any(:free) order by 1, 2"
+            ),
+            {"relation": functions.relation(mapping), "free": free},
+        )
+        for constraint, column in rows:
+            what = f"{mapping.table} checks {column} by constraint {constraint}, and the column has no floor"
+            yield (
+                f"{what}: a balance that the ledger allows while frozen could not be written back",
+                f"set a floor for {column!r} in the configuration; then: walletmigrate install {REASON}",
+            )
 
 
 def _known_flags(source: FlagSource) -> Iterator[Reason]:

@@ -144,8 +144,12 @@ def _drop(connection: Connection, settings: Settings, mapping: Mapping) -> None:
     capture.remove_triggers(connection, settings, mapping)
     for signature in functions.mapping_functions(connection, settings.ledger_schema, mapping.name):
         connection.exec_driver_sql(f"drop function {signature}")
+    # The row stays, without a fingerprint: a later install must not change the meaning of the accounts that stay.
     connection.execute(
-        text(f"delete from {quoted(settings.ledger_schema)}.mappings where name = :name"), {"name": mapping.name}
+        text(
+            f"update {quoted(settings.ledger_schema)}.mappings set fingerprint = '', fence = '{{}}' where name = :name"
+        ),
+        {"name": mapping.name},
     )
 
 
@@ -219,7 +223,7 @@ def _refuse(
 
 def _changed_meaning(connection: Connection, settings: Settings, mapping: Mapping) -> list[tuple[str, str]]:
     """A column, scale or unit that open accounts were opened under must not change beneath them."""
-    stands = functions.installed_mapping(connection, settings.ledger_schema, mapping.name)
+    stands = functions.installed_mapping(connection, settings.ledger_schema, mapping.name, removed=True)
     if stands is None or stands.fingerprint == functions.fingerprint(mapping):
         return []
     counted = connection.scalar(

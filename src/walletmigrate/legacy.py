@@ -78,7 +78,8 @@ def _update(
     """Write one row and return its balance in major units. A ``change`` of None sets the request's amount.
 
     The update itself asks whether the ledger has been installed meanwhile, so that no key is forgotten because
-    a process still believes in its absence. What would be refused is asked in the same statement: an error of the database would end the caller's
+    a process still believes in its absence. What would be refused is asked in the same statement: an error of
+    the database would end the caller's
     transaction.
     """
     limits, value, name = site.limits(column), site.value(column), quoted(column.column)

@@ -247,9 +247,7 @@ class PrometheusObserver:
         seconds = Histogram(timing.full_name, timing.help, timing.labels, registry=registry, buckets=BUCKETS)
         flag_age = METRICS["flag_age_seconds"]
         # The worst of the processes that live: one that lost its flag server must not hide behind the others.
-        age = Gauge(
-            flag_age.full_name, flag_age.help, flag_age.labels, registry=registry, multiprocess_mode="livemax"
-        )
+        age = Gauge(flag_age.full_name, flag_age.help, flag_age.labels, registry=registry, multiprocess_mode="livemax")
         self._writes = {pair: writes.labels(*pair) for pair in product(OPERATIONS, OUTCOMES)}
         self._seconds = {pair: seconds.labels(*pair) for pair in product(OPERATIONS, MODES)}
         self._reads = {source: reads.labels(source) for source in SOURCES}

@@ -105,7 +105,9 @@ def advance(
             raise PreconditionRefused("a further phase", [("retired is the last phase", "")])
         found = reasons(connection, settings, source, target)
         if to not in (None, target):
-            found.insert(0, (f"the phase is {state.phase}: one step at a time", "walletmigrate phase advance"))
+            found.insert(
+                0, (f"the phase is {state.phase}: one step at a time", f"walletmigrate phase advance {REASON}")
+            )
         if target == "frozen":
             freeze = f"walletmigrate freeze --confirm {confirmation(settings)} {REASON}"
             found.append(("accounts are frozen one by one, by a job of its own", freeze))

@@ -38,9 +38,7 @@ _NO_BALANCE = _set(
 )
 _PROMO = _set("promo promotional bonus gift voucher free reward rewards points")
 _MINOR = _set("cents cent minor pence kopecks")
-_TRAITS = _set(
-    "tenant org organisation organization company role plan tier region country market brand segment"
-)
+_TRAITS = _set("tenant org organisation organization company role plan tier region country market brand segment")
 _OWNERS = _set("user users account accounts wallet wallets customer customers member members player players")
 _CURRENCIES = _set(
     "EUR USD GBP CHF JPY CNY INR AUD CAD NZD SEK NOK DKK PLN CZK HUF RON BGN TRY BRL MXN ARS CLP COP ZAR KES "
@@ -148,9 +146,7 @@ def survey(connection: Connection, table: str | None = None) -> list[Candidate]:
         for columns in tables.values()
         if (balances := [row for row in columns if _is_balance(row)]) and _key(columns)
     ]
-    return sorted(
-        found, key=lambda one: (not _words(one.table) & _OWNERS, -len(one.traits), -one.rows, one.table)
-    )
+    return sorted(found, key=lambda one: (not _words(one.table) & _OWNERS, -len(one.traits), -one.rows, one.table))
 
 
 def questions(candidates: Sequence[Candidate]) -> tuple[str, ...]:
@@ -160,9 +156,7 @@ def questions(candidates: Sequence[Candidate]) -> tuple[str, ...]:
         for column in candidate.columns:
             place = f"{candidate.schema}.{candidate.table}.{column.column}"
             if column.currency == PLACEHOLDER_CURRENCY:
-                asked.append(
-                    f"Set the currency of {place}: {PLACEHOLDER_CURRENCY} stands for one that is not known."
-                )
+                asked.append(f"Set the currency of {place}: {PLACEHOLDER_CURRENCY} stands for one that is not known.")
             asked += [f"{place}: {note}" for note in column.notes]
     return tuple(asked)
 
@@ -173,19 +167,11 @@ def render(candidates: Sequence[Candidate], about: DatabaseFacts) -> str:
     Raises UsageError when there is no candidate.
     """
     if not candidates:
-        raise UsageError(
-            "no table looks as if it held balances. Name one: `walletmigrate init --table schema.table`"
-        )
-    parts = [
-        _HEAD.format(
-            database=_one_line(about.database), version=about.server_version, schema=about.ledger_schema
-        )
-    ]
+        raise UsageError("no table looks as if it held balances. Name one: `walletmigrate init --table schema.table`")
+    parts = [_HEAD.format(database=_one_line(about.database), version=about.server_version, schema=about.ledger_schema)]
     parts.append(_mapping_text(candidates[0]))
     if candidates[1:]:
-        parts.append(
-            "# Other tables that look as if they held balances. Remove the # to migrate one of them too.\n"
-        )
+        parts.append("# Other tables that look as if they held balances. Remove the # to migrate one of them too.\n")
         parts += [_commented(_mapping_text(candidate)) for candidate in candidates[1:]]
     return "\n".join(parts)
 
@@ -293,8 +279,7 @@ def _suitable(name: str, columns: list[Row[Any]]) -> list[Row[Any]]:
     if not balances:
         numbers = ", ".join(row.column for row in columns if _is_number(row) and not row.key) or "none"
         raise UsageError(
-            f"no column of {name} is named like a balance; its numeric columns: {numbers}. "
-            "Write the mapping by hand"
+            f"no column of {name} is named like a balance; its numeric columns: {numbers}. Write the mapping by hand"
         )
     return balances
 
@@ -358,9 +343,7 @@ def _column(
 ) -> CandidateColumn:
     decimals, has_null, has_special = sample or (None, False, False)
     words = _words(row.column)
-    currency = next(
-        (word.upper() for word in sorted(words) if word.upper() in _CURRENCIES), PLACEHOLDER_CURRENCY
-    )
+    currency = next((word.upper() for word in sorted(words) if word.upper() in _CURRENCIES), PLACEHOLDER_CURRENCY)
     bucket = _bucket(row.column, {one.bucket for one in before if one.currency == currency})
     minor = bool(words & _MINOR)
     notes = []
@@ -368,9 +351,7 @@ def _column(
     if row.base in FLOAT_DIGITS:
         notes.append("A floating-point column: it is read as rounded to the scale. Check the scale.")
     elif row.base == "numeric" and row.typmod < 4 and not minor:
-        notes.append(
-            "The column is declared without a scale: this one is from a sample of the rows. Check it."
-        )
+        notes.append("The column is declared without a scale: this one is from a sample of the rows. Check it.")
     if has_null:
         notes.append("Some values are NULL. `walletmigrate install --dry-run` lists them.")
     if has_special:
