@@ -5,7 +5,6 @@ create or replace function {{ schema }}.fence_{{ mapping }}() returns trigger
 language plpgsql
 security definer
 set search_path = pg_catalog, {{ schema }}, pg_temp
-set enable_seqscan = off
 as $$
 #variable_conflict use_variable -- A column of the legacy table may have any name.
 declare

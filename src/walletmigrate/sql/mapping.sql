@@ -93,7 +93,6 @@ create or replace function {{ schema }}.leg_{{ mapping }}(
 language plpgsql
 security definer
 set search_path = pg_catalog, {{ schema }}, pg_temp
-set enable_seqscan = off
 as $$
 #variable_conflict use_variable
 declare
@@ -211,7 +210,6 @@ create or replace function {{ schema }}.plain_{{ mapping }}(
 language plpgsql
 security definer
 set search_path = pg_catalog, {{ schema }}, pg_temp
-set enable_seqscan = off
 as $$
 #variable_conflict use_variable
 declare
