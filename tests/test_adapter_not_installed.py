@@ -200,7 +200,7 @@ def test_the_ledger_may_come_go_and_come_back_under_a_running_adapter(database_u
     at.check()
     set_phase(at.engine, "legacy")
     uninstall(at.engine, at.settings, ACT)
-    with pytest.raises(LedgerNotInstalled, match="retry the transaction"):
+    with pytest.raises(LedgerNotInstalled, match="Retry the transaction"):
         credit()
     assert credit() == "legacy"
     install(at.engine, at.settings, ACT)
