@@ -138,7 +138,7 @@ def test_the_flags_may_be_off_and_the_ledger_leg_may_fail_for_that_role_too(app:
         "select * from wallet.freeze_users(null, 10)",
         "select * from wallet.seal_users(array[1]::bigint[])",
         "select * from wallet.unfreeze_users(null, 10)",
-        "select * from wallet.unseal_users(array[1]::bigint[])",
+        "select * from wallet.unseal_users(array[1]::bigint[], 'cash', 'EUR')",
         "select wallet.write_ledger(null, null, null, null, null)",
         "select wallet.bring_up(null, null, null)",
         "alter table wallet.accounts disable trigger all",
