@@ -16,7 +16,7 @@ from walletmigrate.config import Settings
 from walletmigrate.errors import WalletMigrateError
 from walletmigrate.flag_file import FlagFile
 from walletmigrate.flag_sources import FileSource
-from walletmigrate.flags import ALL_FLAGS, DUAL_WRITE, Json
+from walletmigrate.flags import DUAL_WRITE
 from walletmigrate.freeze import FreezeResult, freeze, unfreeze
 from walletmigrate.install import install
 from walletmigrate.rehearsal_crew import Crew
@@ -194,31 +194,3 @@ def _moved(found: FreezeResult, how: str) -> str:
 
 def _act(reason: str) -> Act:
     return Act("rehearsal", reason)
-
-
-def all_flags_off() -> Json:
-    """The flag document that the rehearsal begins with, in Flagsmith's format."""
-    states: list[Json] = [
-        {
-            "feature": {"id": number, "name": name, "type": "STANDARD"},
-            "enabled": False,
-            "feature_state_value": None,
-            "django_id": number,
-            "featurestate_uuid": f"00000000-0000-4000-8000-{number:012d}",
-            "feature_segment": None,
-            "multivariate_feature_state_values": [],
-        }
-        for number, name in enumerate(ALL_FLAGS, 1)
-    ]
-    organisation = {"id": 1, "name": "rehearsal", "feature_analytics": False}
-    project: Json = {"id": 1, "name": "rehearsal", "organisation": organisation, "segments": []}
-    project["hide_disabled_flags"] = False
-    return {
-        "id": 1,
-        "api_key": "rehearsal",
-        "name": "rehearsal",
-        "updated_at": "2026-01-01T00:00:00+00:00",
-        "project": project,
-        "feature_states": states,
-        "identity_overrides": [],
-    }

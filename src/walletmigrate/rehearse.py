@@ -39,9 +39,10 @@ from walletmigrate.rehearsal_report import (
     write_balances,
 )
 from walletmigrate.rehearsal_stages import Walk, legs_of
-from walletmigrate.rehearsal_steps import Migration, all_flags_off
+from walletmigrate.rehearsal_steps import Migration
 from walletmigrate.rehearsal_worker import Assignment
 from walletmigrate.schema import quoted
+from walletmigrate.starter import blank_document
 from walletmigrate.traffic import Traffic, Transaction
 
 __all__ = ["MOST_WORKERS", "Report", "rehearse", "rehearse_traffic"]
@@ -237,7 +238,7 @@ class _Rehearsal:
 def _settings(roles: Roles, folder: Path) -> Settings:
     """Everything is given here, so that the environment of the user's own migration has no say."""
     flag_file = folder / "environment.json"
-    flag_file.write_text(json.dumps(all_flags_off(), indent=2) + "\n", encoding="utf-8")
+    flag_file.write_text(json.dumps(blank_document(), indent=2) + "\n", encoding="utf-8")
     balance = Column(bucket="cash", column="balance", currency=CURRENCY, scale=2)
     mapping = Mapping(
         name="accounts", table="public.accounts", key="id", traits={"tenant": "tenant"}, columns=(balance,)
