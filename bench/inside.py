@@ -6,7 +6,6 @@ a fresh idempotency key into its text.
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import tempfile
@@ -20,9 +19,8 @@ from sqlalchemy import Engine, text
 from stage import AMOUNT, BARE, USERS, Scale
 
 from walletmigrate.embedded import Server
-from walletmigrate.functions import fingerprint
 from walletmigrate.movements import Movement, prepare
-from walletmigrate.postings import ANSWER
+from walletmigrate.postings import Calls
 
 ROWS = 100_000
 CLIENTS = 16
@@ -115,11 +113,11 @@ def _posting_script(policy: str) -> str:
         _ACCOUNT, AMOUNT, type="deposit", reference=("deposit", _ACCOUNT), idempotency_key=_TOKEN
     )
     request = prepare(movement, mapping, "integer", "0123456789abcdef" * 2).request
-    document = {"fingerprint": fingerprint(mapping), "policy": policy, "movements": [{**request, "dual": True}]}
-    # A blank behind each colon: pgbench takes a colon and a word for one of its variables.
-    words = json.dumps(document, separators=(",", ": "))
+    calls = Calls(settings.ledger_schema, mapping)
+    words = ", ".join(f"'{each}'" for each in calls.plain({**request, "dual": True}))
+    words = words.replace(f"'{_ACCOUNT}'", ":id")
     words = words.replace(str(_ACCOUNT), "'||:id||'").replace(_TOKEN, "'||gen_random_uuid()||'")
-    return f"\\set id random(1, {ROWS})\nselect {ANSWER} from wallet.post_users(('{words}')::jsonb);\n"
+    return f"\\set id random(1, {ROWS})\nselect wallet.plain_users({words});\n"
 
 
 def _pgbench(server: Server, url: str, script: Path, seconds: int) -> Run:

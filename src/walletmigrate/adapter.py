@@ -6,7 +6,6 @@ trip, in the caller's transaction. It never commits.
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,13 +22,11 @@ from walletmigrate import observe
 from walletmigrate.config import Mapping, Settings, key_text
 from walletmigrate.errors import LedgerNotInstalled, UnknownTransaction, WalletMigrateError
 from walletmigrate.flags import Decision, FlagSource, Snapshot
-from walletmigrate.functions import fingerprint
 from walletmigrate.ledger import Entry, balance_at, history, touched_by
 from walletmigrate.legacy import LedgerAppearedError, post_legacy
 from walletmigrate.movements import Details, Key, Movement, Prepared, Traits, prepare, transaction_number
-from walletmigrate.postings import ANSWER, Posting, failed, posted, posting, refused, typed
+from walletmigrate.postings import Calls, Posting, failed, posted, posting, refused, typed
 from walletmigrate.reads import Balance, read_balance, told
-from walletmigrate.schema import quoted
 from walletmigrate.sessions import Target, connection_of, expire, listen, tell_when_committed
 from walletmigrate.sites import Site, Sites
 from walletmigrate.sources import source_of
@@ -62,10 +59,7 @@ class LegacyBalanceAdapter:
         self._sites = Sites(settings.ledger_schema, self.mapping)
         self._traits = TraitCache(self.mapping)
         self._reload = reload
-        self._fingerprint = fingerprint(self.mapping)
-        self._call = (
-            f"select {ANSWER} from {quoted(settings.ledger_schema)}.post_{self.mapping.name}(cast(%s as jsonb))"
-        )
+        self._calls = Calls(settings.ledger_schema, self.mapping)
         listen()
 
     @classmethod
@@ -268,12 +262,7 @@ class LegacyBalanceAdapter:
                 for place, key in enumerate(each.keys)
             ]
             each.request["dual"] = any(decision.dual_write for decision in asked)
-        request = {
-            "fingerprint": self._fingerprint,
-            "policy": self.mapping.policy,
-            "movements": [each.request for each in prepared],
-        }
-        rows = connection.exec_driver_sql(self._call, (json.dumps(request, separators=(",", ":")),)).all()
+        rows = self._calls.post(connection, prepared)
         if rows[0].refusal is not None:
             raise refused(self.mapping.name, site.legacy, prepared, rows[0])
         return [posting(prepared[row.ordinal], row) for row in rows]

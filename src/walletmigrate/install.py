@@ -290,7 +290,7 @@ def _grant(connection: Connection, settings: Settings) -> None:
     connection.exec_driver_sql(f"grant insert, update on {name}.flag_documents to {app}, {operator}")
     connection.exec_driver_sql(f"grant insert on {name}.jobs, {name}.audit_log, {name}.verifications to {operator}")
     connection.exec_driver_sql(f"grant update on {name}.jobs, {name}.control to {operator}")
-    shared = ["turn_stale", "diverged", "resolve", "replay", "enter_batch"]
+    shared = ["turn_stale", "diverged", "resolve", "replay", "enter_batch", "labelled"]
     own = ["post", "keys", "lock", "leg", "plain", "settle", "move"]
     jobs = ["backfill", "open", "freeze", "seal", "unfreeze", "unseal"]
     for signature, function in _signatures(connection, settings.ledger_schema):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Literal
 
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from walletmigrate import observe
-from walletmigrate.config import Column
+from walletmigrate.config import Column, Mapping
 from walletmigrate.errors import (
     AmountOverflow,
     IdempotencyKeyReused,
@@ -26,16 +28,26 @@ from walletmigrate.errors import (
     UnknownTransaction,
     WalletMigrateError,
 )
-from walletmigrate.movements import Key, Movement, Operation, Prepared
+from walletmigrate.functions import fingerprint
+from walletmigrate.movements import Key, Movement, Operation, Prepared, Request
+from walletmigrate.schema import quoted
 from walletmigrate.survey import LegacyTable
 
 Mode = Literal["legacy", "dual_write", "ledger"]
 Outcome = Literal["ok", "ledger_failed", "skipped", "replayed"]
 
-ANSWER = (
-    "refusal, outcome, replayed, mode, transaction_id, amount, debtor, debtor_legacy, debtor_ledger, "
-    "creditor, creditor_legacy, creditor_ledger, mismatch, ordinal"
+_PLAIN = frozenset({"credit", "debit"})
+_LABEL = (
+    "type",
+    "reference_type",
+    "reference_id",
+    "idempotency_key",
+    "request",
+    "correlation_id",
+    "actor",
+    "reason",
 )
+"""What stands in a label behind mapping, key, bucket, currency, change and dual."""
 
 _GONE = frozenset({"42883", "3F000", "42P01"})  # no such function, schema, table
 
@@ -66,7 +78,103 @@ class Posting:
     payee_ledger_balance: Decimal | None = None
 
 
-def posting(prepared: Prepared, row: Any) -> Posting:
+@dataclass(slots=True)
+class Row:
+    """What the database says of one movement; see the type ``posting`` in ledger.sql."""
+
+    mode: Mode = "legacy"
+    outcome: Outcome = "skipped"
+    transaction_id: int | None = None
+    refusal: str | None = None
+    replayed: bool = False
+    mismatch: bool = False
+    ordinal: int = 0
+    debtor: str | None = None
+    debtor_legacy: Decimal | None = None
+    debtor_ledger: Decimal | None = None
+    creditor: str | None = None
+    creditor_legacy: Decimal | None = None
+    creditor_ledger: Decimal | None = None
+
+
+_ROW = tuple(each.name for each in fields(Row))
+_BALANCES = frozenset({"debtor_legacy", "debtor_ledger", "creditor_legacy", "creditor_ledger"})
+
+
+class Calls:
+    """The two functions of a mapping that post: one for a credit or a debit, one for everything else."""
+
+    def __init__(self, schema: str, mapping: Mapping) -> None:
+        self._mapping = mapping.name
+        self._policy = mapping.policy
+        self._fingerprint = fingerprint(mapping)
+        self._plain = f"select {quoted(schema)}.plain_{mapping.name}(%s, %s, %s, %s, %s, %s, %s)"
+        self._post = f"select to_jsonb(p)::text from {quoted(schema)}.post_{mapping.name}(cast(%s as jsonb)) as p"
+
+    def post(self, connection: Connection, prepared: Sequence[Prepared]) -> list[Row]:
+        """One round trip. Each request says in ``dual`` whether dual-write is asked for."""
+        request = prepared[0].request
+        if (
+            len(prepared) == 1
+            and request["operation"] in _PLAIN
+            and request["description"] is request["address"] is None
+        ):
+            return [_plain_row(connection.exec_driver_sql(self._plain, self.plain(request)).scalar_one(), request)]
+        rows = connection.exec_driver_sql(self._post, (self.request(prepared),)).scalars()
+        return [_row(document) for document in rows]
+
+    def plain(self, request: Request) -> tuple[str, ...]:
+        """The arguments of the function for a credit or a debit, its label last."""
+        debtor, amount = request["debtor"], str(request["amount"])
+        key, change = (request["creditor"], amount) if debtor is None else (debtor, f"-{amount}")
+        column = (str(request["bucket"]), str(request["currency"]))
+        label = _array(
+            (self._mapping, key, *column, change, "t" if request["dual"] else "f", *(request.get(n) for n in _LABEL))
+        )
+        return (self._fingerprint, self._policy, str(key), *column, change, label)
+
+    def request(self, prepared: Sequence[Prepared]) -> str:
+        """The argument of the function for everything else, as JSON."""
+        movements = [each.request for each in prepared]
+        document = {"fingerprint": self._fingerprint, "policy": self._policy, "movements": movements}
+        return json.dumps(document, separators=(",", ":"))
+
+
+def _array(values: Iterable[object]) -> str:
+    """The values as PostgreSQL writes an array of text."""
+    return "{" + ",".join("NULL" if v is None else '"' + _escaped(str(v)) + '"' for v in values) + "}"
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _plain_row(answer: str, request: Request) -> Row:
+    if answer.startswith("{"):
+        return _row(answer)
+    _, *transaction, balance = answer.split(" ")
+    now, row = Decimal(balance), Row()
+    if transaction:
+        row.mode, row.outcome, row.transaction_id = "dual_write", "ok", int(transaction[0])
+    ledger = now if transaction else None
+    if request["debtor"] is None:
+        row.creditor_legacy, row.creditor_ledger = now, ledger
+    else:
+        row.debtor_legacy, row.debtor_ledger = now, ledger
+    return row
+
+
+def _row(answer: str) -> Row:
+    document = json.loads(answer, parse_float=Decimal)
+    row = Row()
+    for name in _ROW:
+        value = document[name]
+        if value is not None:
+            setattr(row, name, Decimal(value) if name in _BALANCES else value)
+    return row
+
+
+def posting(prepared: Prepared, row: Row) -> Posting:
     """The result for one row of the answer."""
     movement, column = prepared.movement, prepared.column
     two = row.debtor_legacy is not None or row.debtor_ledger is not None
@@ -89,7 +197,7 @@ def posting(prepared: Prepared, row: Any) -> Posting:
     )
 
 
-def refused(mapping: str, legacy: LegacyTable, prepared: Sequence[Prepared], row: Any) -> PostingRefused:
+def refused(mapping: str, legacy: LegacyTable, prepared: Sequence[Prepared], row: Row) -> PostingRefused:
     """The error for a refusal. Nothing was written, the caller's transaction is usable."""
     asked = prepared[row.ordinal]
     movement, column, number = asked.movement, asked.column, asked.movement.transaction_id or 0
@@ -100,9 +208,11 @@ def refused(mapping: str, legacy: LegacyTable, prepared: Sequence[Prepared], row
         key = movement.key if paying or movement.payee is None else movement.payee
     amount = Decimal(str(asked.request["amount"]))
     after = amount if movement.operation == "set_balance" else (balance or 0) + (-amount if paying else amount)
-    errors: dict[str, PostingRefused] = {
+    errors: dict[str | None, PostingRefused] = {
         "unknown_account": UnknownAccount(mapping, key),
-        "insufficient_funds": InsufficientFunds(mapping, key, balance, amount, column.floor or Decimal(0)),
+        "insufficient_funds": InsufficientFunds(
+            mapping, key, balance or Decimal(0), amount, column.floor or Decimal(0)
+        ),
         "overflow": AmountOverflow(mapping, key, after, column.column),
         "key_reused": IdempotencyKeyReused(str(asked.request.get("idempotency_key"))),
         "legacy_value": LegacyValueInvalid(mapping, key, column.column),
@@ -112,14 +222,14 @@ def refused(mapping: str, legacy: LegacyTable, prepared: Sequence[Prepared], row
     return errors.get(row.refusal, InvalidAmount(movement.amount, f"refused by the database ({row.refusal})"))
 
 
-def _payer_refused(legacy: LegacyTable, prepared: Prepared, row: Any) -> bool:
+def _payer_refused(legacy: LegacyTable, prepared: Prepared, row: Row) -> bool:
     """Whether it was the paying side that was refused."""
     if row.refusal == "unknown_account" or row.debtor is None or row.creditor is None:
         return row.debtor is not None
     if row.refusal == "legacy_value":
         return not _is_exact(row.debtor_legacy, prepared.column)
     amount, limits = Decimal(str(prepared.request["amount"])), legacy.column(prepared.column.column)
-    return bool(row.refusal != "overflow" or row.debtor_legacy - amount < limits.minimum)
+    return row.refusal != "overflow" or (row.debtor_legacy or 0) - amount < limits.minimum
 
 
 def _is_exact(balance: Decimal | None, column: Column) -> bool:

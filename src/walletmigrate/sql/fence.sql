@@ -1,5 +1,6 @@
--- The fence of one mapping. It needs no marker to be right: because the ledger is posted first, it only asks
--- whether the ledger equals the legacy row as it is now, whoever wrote.
+-- The fence of one mapping. It needs no marker to be right: it asks whether the ledger equals the legacy row as it
+-- is now, whoever wrote. Where plain_ labelled the update, it writes the ledger itself, from the row's own old and new
+-- balance: a label that was forged is a posting by whoever may post, and no wrong balance.
 
 create or replace function {{ schema }}.fence_{{ mapping }}() returns trigger
 language plpgsql
@@ -14,7 +15,105 @@ declare
     v_equal bigint;
     v_now numeric[];
     v_account record;
+    v_label text[];
+    v_before numeric;
+    v_after numeric;
+    v_change numeric;
+    v_id bigint;
+    v_transaction bigint;
+    v_state account_state;
 begin
+    if tg_op = 'UPDATE' and current_setting('walletmigrate.posting', true) like '{"%' then
+        v_label := current_setting('walletmigrate.posting');
+        if v_label[1] = '{{ mapping }}' and v_label[2] = new.{{ key }}::text and old.{{ key }} = new.{{ key }} then
+            {% for c in columns %}
+            {{ "if" if loop.first else "elsif" }} v_label[3] = '{{ c.bucket }}' and v_label[4] = '{{ c.currency }}' then
+                v_before := {{ c.before }};
+                v_after := {{ c.after }};
+                v_change := v_after - v_before;
+                if (
+                    v_change = v_label[5]::numeric and v_change <> 0
+                    and v_before = round(v_before, {{ c.scale }}) and v_after = round(v_after, {{ c.scale }})
+                    {% if c.floor != "null::numeric" %}
+                    and (v_change > 0 or v_after >= {{ c.floor }})
+                    {% endif %}
+                    {% for other in columns if other.bucket != c.bucket or other.currency != c.currency %}
+                    and old.{{ other.column }} is not distinct from new.{{ other.column }}
+                    {% endfor %}
+                ) is not true then
+                    raise exception using errcode = 'WM000'; -- the long way decides
+                end if;
+                if
+                    v_label[6] = 't' and pg_sequence_last_value('{{ schema }}.line'::regclass) = 1
+                    and pg_sequence_last_value('{{ schema }}.ceiling'::regclass) = 2
+                then
+                    -- The update is the lock of the account, and asks under it for all that has to hold.
+                    update accounts as a set balance = v_after
+                    where
+                        a.mapping = '{{ mapping }}' and a.key = v_label[2]
+                        and a.bucket = '{{ c.bucket }}' and a.currency = '{{ c.currency }}'
+                        and a.state = 'mirrored' and a.balance = v_before
+                    returning a.id into v_id;
+                    if not found then
+                        raise exception using errcode = 'WM000';
+                    end if;
+                    v_transaction := nextval('transaction_ids');
+                    if v_label[10] is not null then
+                        insert into idempotency_keys (
+                            key, transaction_id, request, mode,
+                            debtor_legacy, debtor_ledger, creditor_legacy, creditor_ledger
+                        )
+                        values (
+                            v_label[10], v_transaction, v_label[11]::uuid, 'dual_write',
+                            case when v_change < 0 then v_after end, case when v_change < 0 then v_after end,
+                            case when v_change > 0 then v_after end, case when v_change > 0 then v_after end
+                        )
+                        on conflict do nothing;
+                        if not found then
+                            raise exception using errcode = 'WM000';
+                        end if;
+                    end if;
+                    insert into transactions (
+                        id, debit_account, credit_account, kind, type, amount, debit_balance, credit_balance, currency,
+                        reference_type, reference_id, correlation_id, actor, reason
+                    )
+                    values (
+                        v_transaction,
+                        case when v_change < 0 then v_id else {{ c.external }} end,
+                        case when v_change < 0 then {{ c.external }} else v_id end,
+                        'posting', v_label[7], round(abs(v_change), {{ c.scale }}),
+                        case when v_change < 0 then v_after end, case when v_change > 0 then v_after end,
+                        '{{ c.currency }}', v_label[8], v_label[9], v_label[12], v_label[13], v_label[14]
+                    );
+                    perform set_config('walletmigrate.posting', 'dual_write ' || v_transaction, true);
+                    return null;
+                end if;
+                select a.state into v_state from accounts as a
+                where
+                    a.mapping = '{{ mapping }}' and a.key = v_label[2]
+                    and a.bucket = '{{ c.bucket }}' and a.currency = '{{ c.currency }}'
+                for no key update;
+                -- Above READ COMMITTED an account may be there unseen: the long way probes for it.
+                if v_state <> 'stale' or current_setting('transaction_isolation') <> 'read committed' then
+                    raise exception using errcode = 'WM000';
+                end if;
+                if v_label[10] is not null then
+                    insert into idempotency_keys (key, request, mode, debtor_legacy, creditor_legacy)
+                    values (
+                        v_label[10], v_label[11]::uuid, 'legacy',
+                        case when v_change < 0 then v_after end, case when v_change > 0 then v_after end
+                    )
+                    on conflict do nothing;
+                    if not found then
+                        raise exception using errcode = 'WM000';
+                    end if;
+                end if;
+                perform set_config('walletmigrate.posting', 'legacy', true);
+                return null;
+            {% endfor %}
+            end if;
+        end if;
+    end if;
     -- The common case, in one statement: every account of the row stands mirrored at what the row holds now.
     if tg_op = 'UPDATE' then
         -- By key, not by a join: without statistics a plan may walk all accounts of the mapping.

@@ -33,6 +33,12 @@ insert into {{ schema }}.control default values;
 
 -- 1 = the line runs, 2 = it is stopped. A sequence, because its value is seen at once even by old snapshots.
 create sequence {{ schema }}.line as smallint minvalue 1 maxvalue 2 start 1;
+select setval('{{ schema }}.line', 1);
+
+-- What the phase lets flags ask for: 1 = nothing (legacy), 2 = dual-write. It follows the phase; a posting asks it, because
+-- a sequence costs 1 µs where a row costs 10 (measured with 16 clients).
+create sequence {{ schema }}.ceiling as smallint minvalue 1 maxvalue 2 start 1;
+select setval('{{ schema }}.ceiling', 1);
 
 create table {{ schema }}.accounts (
     id bigint generated always as identity primary key,
@@ -196,6 +202,22 @@ begin
         using errcode = 'WM040', hint = 'Post a reversal or a correction instead.';
 end
 $$;
+
+-- At the commit of the step: a sequence has no rollback.
+create function {{ schema }}.follow_phase() returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    perform setval('{{ schema }}.ceiling', case new.phase when 'legacy' then 1 else 2 end);
+    return null;
+end
+$$;
+
+create constraint trigger ceiling after insert or update on {{ schema }}.control
+deferrable initially deferred
+for each row execute function {{ schema }}.follow_phase();
 
 create trigger append_only before update or delete on {{ schema }}.transactions
 for each row execute function {{ schema }}.refuse_change();

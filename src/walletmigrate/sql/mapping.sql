@@ -201,116 +201,6 @@ begin
 end
 $$;
 
--- Nearly every posting of one side: dual-write on and the account mirrored and equal, or dual-write off and the
--- account absent or behind. Returns null for whatever does not fit, and has then written nothing: the long way
--- decides, with the same results, and meets the same failures. The caller has locked the legacy row.
-create or replace function {{ schema }}.plain_{{ mapping }}(
-    m {{ schema }}.movement, p_legacy numeric
-) returns {{ schema }}.posting
-language plpgsql
-security definer
-set search_path = pg_catalog, {{ schema }}, pg_temp
-as $$
-#variable_conflict use_variable
-declare
-    v_after numeric := case when m.debtor is null then p_legacy + m.amount else p_legacy - m.amount end;
-    v_debtor numeric := case when m.creditor is null then v_after end;
-    v_creditor numeric := case when m.debtor is null then v_after end;
-    v_state account_state;
-    v_transaction bigint;
-    v_account bigint;
-begin
-    {% for c in columns %}
-    {{ "if" if loop.first else "elsif" }} m.bucket = '{{ c.bucket }}' and m.currency = '{{ c.currency }}' then
-        if (
-            m.amount > 0 and m.amount = round(m.amount, {{ c.scale }}) and p_legacy = round(p_legacy, {{ c.scale }})
-            {% if c.floor != "null::numeric" %}
-            and (m.debtor is null or v_after >= {{ c.floor }})
-            {% endif %}
-            and v_after between {{ c.minimum }} and {{ c.maximum }}
-        ) is not true then
-            return null;
-        end if;
-        if m.dual is not true then
-            -- Above READ COMMITTED an account may be there unseen: the long way probes for it.
-            select a.state into v_state
-            from accounts as a
-            where
-                a.mapping = '{{ mapping }}' and a.key = coalesce(m.debtor, m.creditor)
-                and a.bucket = '{{ c.bucket }}' and a.currency = '{{ c.currency }}'
-            for no key update;
-            if v_state in ('mirrored', 'frozen') or current_setting('transaction_isolation') <> 'read committed' then
-                return null;
-            end if;
-            if m.idempotency_key is not null then
-                insert into idempotency_keys (key, request, mode, debtor_legacy, creditor_legacy)
-                values (m.idempotency_key, m.request, 'legacy', v_debtor, v_creditor)
-                on conflict do nothing;
-                if not found then
-                    return null;
-                end if;
-            end if;
-            return row(
-                null, 'skipped', false, 'legacy', null, m.amount,
-                m.debtor, null, v_debtor, null, null, m.creditor, null, v_creditor, null, null, false, 0
-            )::{{ schema }}.posting;
-        end if;
-        begin
-            -- The update is the lock of the account, and asks under it for all that has to hold.
-            update accounts as a set balance = v_after
-            from control as k
-            where
-                a.mapping = '{{ mapping }}' and a.key = coalesce(m.debtor, m.creditor)
-                and a.bucket = '{{ c.bucket }}' and a.currency = '{{ c.currency }}'
-                and a.state = 'mirrored' and a.balance = p_legacy
-                and k.phase <> 'legacy' and (select n.last_value from line as n) = 1
-            returning a.id into v_account;
-            if not found then
-                return null;
-            end if;
-            v_transaction := nextval('transaction_ids');
-            if m.idempotency_key is not null then
-                insert into idempotency_keys (
-                    key, transaction_id, request, mode, debtor_legacy, debtor_ledger, creditor_legacy, creditor_ledger
-                )
-                values (
-                    m.idempotency_key, v_transaction, m.request, 'dual_write',
-                    v_debtor, v_debtor, v_creditor, v_creditor
-                )
-                on conflict do nothing;
-                if not found then
-                    raise exception using errcode = 'WM000'; -- takes the update back
-                end if;
-            end if;
-            insert into transactions (
-                id, debit_account, credit_account, kind, type, amount, debit_balance, credit_balance, currency,
-                reference_type, reference_id, correlation_id, actor, reason
-            )
-            values (
-                v_transaction,
-                case when m.debtor is null then {{ c.external }} else v_account end,
-                case when m.debtor is null then v_account else {{ c.external }} end,
-                'posting', m.type, round(m.amount, {{ c.scale }}), v_debtor, v_creditor, '{{ c.currency }}',
-                m.reference_type, m.reference_id, m.correlation_id, m.actor, m.reason
-            );
-        exception
-            when serialization_failure or deadlock_detected or lock_not_available then
-                raise;
-            when others then
-                return null;
-        end;
-        return row(
-            null, 'ok', false, 'dual_write', v_transaction, m.amount,
-            m.debtor, null, v_debtor, v_debtor, case when m.creditor is null then v_account end,
-            m.creditor, null, v_creditor, v_creditor, case when m.debtor is null then v_account end,
-            false, 0
-        )::{{ schema }}.posting;
-    {% endfor %}
-    end if;
-    return null;
-end
-$$;
-
 -- What follows the legacy write: nothing when both sides hold the same, else the policy decides.
 create or replace function {{ schema }}.settle_{{ mapping }}(
     m {{ schema }}.movement, p_policy text, inout p {{ schema }}.posting
@@ -329,7 +219,51 @@ begin
 end
 $$;
 
--- The adapter's one round trip. p_request: {"fingerprint", "policy", "movements": [movement, …]}.
+-- The adapter's one round trip for a credit or a debit, and nearly always three statements: the legacy row is updated
+-- under a label, and the fence, which fires on it, writes the ledger from the row itself (see fence.sql). What does
+-- not fit takes itself back and goes the long way, which decides, with the same results, and meets the same failures.
+-- p_label: the array that the fence reads. Returns "<mode> [<transaction> ]<balance>", or the long way's row as JSON.
+create or replace function {{ schema }}.plain_{{ mapping }}(
+    p_fingerprint text, p_policy text, p_key {{ key_type }}, p_bucket text, p_currency text, p_change numeric,
+    p_label text
+) returns text
+language plpgsql
+as $$
+#variable_conflict use_variable
+declare
+    v_now numeric;
+    v_done text;
+begin
+    if p_fingerprint is distinct from '{{ fingerprint }}' then
+        raise exception 'mapping {{ mapping }} was installed from another configuration'
+            using errcode = 'WM010', hint = 'Run: walletmigrate install';
+    end if;
+    begin
+        perform set_config('walletmigrate.posting', p_label, true);
+        {% for c in columns %}
+        {{ "if" if loop.first else "elsif" }} p_bucket = '{{ c.bucket }}' and p_currency = '{{ c.currency }}' then
+            update {{ relation }} as l set {{ c.column }} = {{ c.changed | replace("<change>", "p_change") }}
+            where l.{{ key }} = p_key
+            returning {{ c.value }} into v_now;
+        {% endfor %}
+        end if;
+        v_done := current_setting('walletmigrate.posting');
+        if v_done = p_label then
+            raise exception using errcode = 'WM000'; -- the fence had nothing to fire on
+        end if;
+        perform set_config('walletmigrate.posting', '', true);
+        return v_done || ' ' || v_now;
+    exception
+        when serialization_failure or deadlock_detected or lock_not_available then
+            raise;
+        when others then
+            null; -- all taken back, the label too
+    end;
+    return to_jsonb({{ schema }}.move_{{ mapping }}({{ schema }}.labelled(p_label::text[]), p_policy, false))::text;
+end
+$$;
+
+-- The adapter's one round trip for everything else. p_request: {"fingerprint", "policy", "movements": [movement, …]}.
 -- A refusal comes back as a row and has written nothing, so the caller's transaction stays usable.
 create or replace function {{ schema }}.post_{{ mapping }}(p_request jsonb) returns setof {{ schema }}.posting
 language plpgsql
@@ -339,8 +273,6 @@ declare
     v_movements {{ schema }}.movement[];
     v_results {{ schema }}.posting[] := '{}';
     v_keys {{ key_type }}[] := '{}';
-    v_now numeric;
-    v_change numeric;
     m {{ schema }}.movement;
     p {{ schema }}.posting;
 begin
@@ -350,33 +282,6 @@ begin
     end if;
     if p_request #> '{movements,1}' is null then
         m := jsonb_populate_record(null::{{ schema }}.movement, p_request #> '{movements,0}');
-        if m.operation in ('credit', 'debit') and coalesce(m.description, m.address) is null then
-            {% for c in columns %}
-            {{ "if" if loop.first else "elsif" }} m.bucket = '{{ c.bucket }}' and m.currency = '{{ c.currency }}' then
-                select {{ c.value }} into v_now from {{ relation }} as l
-                where l.{{ key }} = coalesce(m.debtor, m.creditor)::{{ key_type }}
-                for no key update;
-                p := {{ schema }}.plain_{{ mapping }}(m, v_now);
-                if p.mode is not null then
-                    v_change := case when m.debtor is null then m.amount else -m.amount end;
-                    update {{ relation }} as l set {{ c.column }} = {{ c.changed | replace("<change>", "v_change") }}
-                    where l.{{ key }} = coalesce(m.debtor, m.creditor)::{{ key_type }}
-                    returning {{ c.value }} into v_now;
-                    if not found then
-                        raise exception 'the update of {{ mapping }} % wrote no row', coalesce(m.debtor, m.creditor)
-                            using errcode = 'WM021', hint = 'A trigger or a policy of the application suppressed it.';
-                    end if;
-                    if v_now is distinct from coalesce(p.debtor_legacy, p.creditor_legacy) then
-                        p.debtor_legacy := case when m.creditor is null then v_now end;
-                        p.creditor_legacy := case when m.debtor is null then v_now end;
-                        p := {{ schema }}.settle_{{ mapping }}(m, p_request ->> 'policy', p);
-                    end if;
-                    return next p;
-                    return;
-                end if;
-            {% endfor %}
-            end if;
-        end if;
         if m.operation = 'reverse' then
             m := {{ schema }}.resolve('{{ mapping }}', m);
         end if;

@@ -64,6 +64,37 @@ begin
 end
 $$;
 
+-- The movement that a label stands for: a credit or a debit of one side.
+create or replace function {{ schema }}.labelled(p_label text[]) returns {{ schema }}.movement
+language plpgsql
+stable
+as $$
+declare
+    m {{ schema }}.movement;
+begin
+    m.amount := abs(p_label[5]::numeric);
+    if p_label[5]::numeric < 0 then
+        m.operation := 'debit';
+        m.debtor := p_label[2];
+    else
+        m.operation := 'credit';
+        m.creditor := p_label[2];
+    end if;
+    m.bucket := p_label[3];
+    m.currency := p_label[4];
+    m.dual := p_label[6]::boolean;
+    m.type := p_label[7];
+    m.reference_type := p_label[8];
+    m.reference_id := p_label[9];
+    m.idempotency_key := p_label[10];
+    m.request := p_label[11];
+    m.correlation_id := p_label[12];
+    m.actor := p_label[13];
+    m.reason := p_label[14];
+    return m;
+end
+$$;
+
 -- Bring an absent, stale or closed account to its legacy balance. Returns its id.
 create or replace function {{ schema }}.bring_up(
     s {{ schema }}.side, m {{ schema }}.movement, r {{ schema }}.column_rule
