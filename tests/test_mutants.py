@@ -97,7 +97,7 @@ def a_truncate_with_a_snapshot_older_than_the_opening(engine: Engine, settings: 
     old.commit()
 
 
-ACCOUNT_LOCKS = Mutant(("fence_users", "side_users", "plain_users"), r"for no key update( of \w+)?", "")
+ACCOUNT_LOCKS = Mutant(("fence_users", "side_users"), r"for no key update( of \w+)?", "")
 PROBE = Mutant(("probe_account",), r"in \('read committed', 'read uncommitted'\)", "is not null")
 STALE_WHEN_OFF = Mutant(("turn_stale",), "id = p_account", "id = p_account and p_reason not like 'written while%'")
 TRUNCATE_AT_OLD_SNAPSHOT = Mutant(

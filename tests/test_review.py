@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from decimal import Decimal
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine
 
 from invariants import assert_sound
 from ledger import ACT, execute, install_users, post, rows, scalar, set_phase, users_settings
@@ -14,7 +13,6 @@ from walletmigrate import LegacyBalanceAdapter, StaticSource, connect, gates
 from walletmigrate.backfill import backfill
 from walletmigrate.errors import PreconditionRefused
 from walletmigrate.freeze import freeze, unfreeze
-from walletmigrate.functions import fingerprint
 from walletmigrate.install import install, uninstall
 
 
@@ -93,17 +91,3 @@ def test_row_level_security_that_came_later_never_closes_a_live_account(database
         connection.rollback()
     assert scalar(engine, "select state::text from wallet.accounts where key = '1'") == "mirrored"
     assert_sound(engine, settings)
-
-
-def test_a_movement_that_does_not_say_dual_is_legacy_alone_on_both_ways(database_url: str) -> None:
-    engine, settings = install_users(database_url, phase="dual_write")
-    for description in (None, "said at length"):
-        movement = {"operation": "credit", "creditor": "1", "bucket": "cash", "currency": "EUR", "amount": "1"}
-        request = {
-            "fingerprint": fingerprint(settings.mapping(None)),
-            "policy": "shadow",
-            "movements": [{**movement, "type": "test", "description": description}],
-        }
-        with engine.begin() as connection:
-            statement = text("select mode from wallet.post_users(cast(:r as jsonb))")
-            assert connection.execute(statement, {"r": json.dumps(request)}).scalar_one() == "legacy"

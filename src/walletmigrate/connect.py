@@ -97,7 +97,8 @@ def engine(
     }
     if isolation_level is not None:
         options["isolation_level"] = isolation_level
-    made = sqlalchemy.create_engine(parsed(url), connect_args=arguments, **options)
+    # No hstore here: to look for it costs each engine a round trip in a savepoint, which an interrupt can meet.
+    made = sqlalchemy.create_engine(parsed(url), connect_args=arguments, use_native_hstore=False, **options)
     limits = (
         f"set local lock_timeout = {int(lock_timeout_ms)}; set local statement_timeout = {int(statement_timeout_ms)}"
     )

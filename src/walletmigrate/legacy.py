@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, Row, TextClause, text
 
 from walletmigrate.config import Column
 from walletmigrate.errors import (
@@ -22,6 +23,12 @@ from walletmigrate.movements import Prepared
 from walletmigrate.postings import Posting
 from walletmigrate.schema import quoted
 from walletmigrate.sites import INSTALLED, Site
+
+
+@lru_cache(maxsize=256)
+def _statement(sql: str) -> TextClause:
+    """SQLAlchemy looks for the parameters in a text each time that one is made."""
+    return text(sql)
 
 
 class LedgerAppearedError(Exception):
@@ -97,7 +104,7 @@ def _update(
         low = limits.minimum if column.floor is None else max(limits.minimum, column.floor)
         values["limit"] = low if change < 0 else limits.maximum
     row = connection.execute(
-        text(
+        _statement(
             f"update {relation(site.mapping)} as l set {name} = {assigned} "
             f"where l.{quoted(site.mapping.key)} = cast(:key as {site.key_sql_type}) and {guard} "
             f"and not {INSTALLED} returning {value}"
@@ -105,7 +112,7 @@ def _update(
         {**values, **names},
     ).one_or_none()
     if row is None:
-        if connection.scalar(text(f"select {INSTALLED}"), names):
+        if connection.scalar(_statement(f"select {INSTALLED}"), names):
             raise LedgerAppearedError
         raise _why_not(connection, site, column, prepared, key, change)
     return Decimal(row[0])
@@ -123,7 +130,7 @@ def _look(
 
 def _read(connection: Connection, site: Site, column: Column, key: str) -> Row[Any] | None:
     return connection.execute(
-        text(
+        _statement(
             f"select {site.value(column)} from {relation(site.mapping)} as l "
             f"where l.{quoted(site.mapping.key)} = cast(:key as {site.key_sql_type})"
         ),

@@ -1,6 +1,8 @@
+-- sqlfluff:exclude_rules:references.keywords,references.from,structure.column_order,layout.long_lines
+-- (long lines are not checked here: sqlfluff adds up what the loops render; no line has more than 120 characters)
 -- The fence of one mapping. It needs no marker to be right: it asks whether the ledger equals the legacy row as it
--- is now, whoever wrote. Where plain_ labelled the update, it writes the ledger itself, from the row's own old and new
--- balance: a label that was forged is a posting by whoever may post, and no wrong balance.
+-- is now, whoever wrote. Where plain_ labelled the update, it writes the ledger itself, from the row's own old and
+-- new balance: a label that was forged is a posting by whoever may post, and no wrong balance.
 
 create or replace function {{ schema }}.fence_{{ mapping }}() returns trigger
 language plpgsql
@@ -16,7 +18,6 @@ declare
     v_now numeric[];
     v_account record;
     v_label text[];
-    v_before numeric;
     v_after numeric;
     v_change numeric;
     v_id bigint;
@@ -27,13 +28,13 @@ begin
         v_label := current_setting('walletmigrate.posting');
         if v_label[1] = '{{ mapping }}' and v_label[2] = new.{{ key }}::text and old.{{ key }} = new.{{ key }} then
             {% for c in columns %}
-            {{ "if" if loop.first else "elsif" }} v_label[3] = '{{ c.bucket }}' and v_label[4] = '{{ c.currency }}' then
-                v_before := {{ c.before }};
+            {{ "if" if loop.first else "elsif" }}
+                v_label[3] = '{{ c.bucket }}' and v_label[4] = '{{ c.currency }}'
+            then
                 v_after := {{ c.after }};
-                v_change := v_after - v_before;
+                v_change := v_after - {{ c.before }};
                 if (
-                    v_change = v_label[5]::numeric and v_change <> 0
-                    and v_before = round(v_before, {{ c.scale }}) and v_after = round(v_after, {{ c.scale }})
+                    v_change = v_label[5]::numeric and v_change <> 0 and v_after = round(v_after, {{ c.scale }})
                     {% if c.floor != "null::numeric" %}
                     and (v_change > 0 or v_after >= {{ c.floor }})
                     {% endif %}
@@ -41,7 +42,8 @@ begin
                     and old.{{ other.column }} is not distinct from new.{{ other.column }}
                     {% endfor %}
                 ) is not true then
-                    raise exception using errcode = 'WM000'; -- the long way decides
+                    -- In plain_ the long way decides then; whoever else set the label gets the error.
+                    raise exception 'the label stands for another write' using errcode = 'WM000';
                 end if;
                 if
                     v_label[6] = 't' and pg_sequence_last_value('{{ schema }}.line'::regclass) = 1
@@ -52,39 +54,33 @@ begin
                     where
                         a.mapping = '{{ mapping }}' and a.key = v_label[2]
                         and a.bucket = '{{ c.bucket }}' and a.currency = '{{ c.currency }}'
-                        and a.state = 'mirrored' and a.balance = v_before
-                    returning a.id into v_id;
+                        and a.state = 'mirrored' and a.balance = {{ c.before }}
+                    returning a.id, nextval('transaction_ids') into v_id, v_transaction;
                     if not found then
-                        raise exception using errcode = 'WM000';
+                        raise exception 'the account stands otherwise' using errcode = 'WM000';
                     end if;
-                    v_transaction := nextval('transaction_ids');
                     if v_label[10] is not null then
-                        insert into idempotency_keys (
-                            key, transaction_id, request, mode,
-                            debtor_legacy, debtor_ledger, creditor_legacy, creditor_ledger
-                        )
-                        values (
-                            v_label[10], v_transaction, v_label[11]::uuid, 'dual_write',
-                            case when v_change < 0 then v_after end, case when v_change < 0 then v_after end,
-                            case when v_change > 0 then v_after end, case when v_change > 0 then v_after end
-                        )
+                        insert into idempotency_keys (key, transaction_id, request, mode)
+                        values (v_label[10], v_transaction, v_label[11]::uuid, 'dual_write')
                         on conflict do nothing;
                         if not found then
-                            raise exception using errcode = 'WM000';
+                            raise exception 'the account stands otherwise' using errcode = 'WM000';
                         end if;
                     end if;
-                    insert into transactions (
-                        id, debit_account, credit_account, kind, type, amount, debit_balance, credit_balance, currency,
-                        reference_type, reference_id, correlation_id, actor, reason
-                    )
-                    values (
-                        v_transaction,
-                        case when v_change < 0 then v_id else {{ c.external }} end,
-                        case when v_change < 0 then {{ c.external }} else v_id end,
-                        'posting', v_label[7], round(abs(v_change), {{ c.scale }}),
-                        case when v_change < 0 then v_after end, case when v_change > 0 then v_after end,
-                        '{{ c.currency }}', v_label[8], v_label[9], v_label[12], v_label[13], v_label[14]
-                    );
+                    {% for debit, credit in (("v_id", c.external), (c.external, "v_id")) %}
+                    {{ "if v_change < 0 then" if loop.first else "else" }}
+                        insert into transactions (
+                            id, debit_account, credit_account, kind, type, amount,
+                            {{ "debit_balance" if loop.first else "credit_balance" }}, currency,
+                            reference_type, reference_id, correlation_id, actor, reason
+                        )
+                        values (
+                            v_transaction, {{ debit }}, {{ credit }}, 'posting', v_label[7],
+                            round({{ "-" if loop.first }}v_change, {{ c.scale }}), v_after, '{{ c.currency }}',
+                            v_label[8], v_label[9], v_label[12], v_label[13], v_label[14]
+                        );
+                    {% endfor %}
+                    end if;
                     perform set_config('walletmigrate.posting', 'dual_write ' || v_transaction, true);
                     return null;
                 end if;
@@ -95,17 +91,18 @@ begin
                 for no key update;
                 -- Above READ COMMITTED an account may be there unseen: the long way probes for it.
                 if v_state <> 'stale' or current_setting('transaction_isolation') <> 'read committed' then
-                    raise exception using errcode = 'WM000';
+                    raise exception 'the account stands otherwise' using errcode = 'WM000';
                 end if;
                 if v_label[10] is not null then
-                    insert into idempotency_keys (key, request, mode, debtor_legacy, creditor_legacy)
+                    insert into idempotency_keys (key, request, mode, balances)
                     values (
                         v_label[10], v_label[11]::uuid, 'legacy',
-                        case when v_change < 0 then v_after end, case when v_change > 0 then v_after end
+                        case when v_change < 0 then array[v_after, null, null, null]
+                        else array[null, null, v_after, null] end
                     )
                     on conflict do nothing;
                     if not found then
-                        raise exception using errcode = 'WM000';
+                        raise exception 'the account stands otherwise' using errcode = 'WM000';
                     end if;
                 end if;
                 perform set_config('walletmigrate.posting', 'legacy', true);
@@ -136,7 +133,9 @@ begin
         if
             old.{{ key }} = new.{{ key }}
             and current_setting('transaction_isolation') in ('read committed', 'read uncommitted')
-            and not exists (select from accounts as a where a.mapping = '{{ mapping }}' and a.key = new.{{ key }}::text collate "C")
+            and not exists (
+                select from accounts as a where a.mapping = '{{ mapping }}' and a.key = new.{{ key }}::text collate "C"
+            )
         then
             return null;
         end if;

@@ -29,7 +29,7 @@ begin
         a.mapping = p_mapping and a.key in (p.debtor, p.creditor)
         and a.bucket = m.bucket and a.currency = m.currency;
     update idempotency_keys
-    set debtor_legacy = p.debtor_legacy, creditor_legacy = p.creditor_legacy
+    set balances = array[p.debtor_legacy, p.debtor_ledger, p.creditor_legacy, p.creditor_ledger]
     where key = m.idempotency_key and request = m.request;
     insert into failures (mapping, key, bucket, currency, operation, sqlstate, message, correlation_id)
     select
@@ -235,10 +235,16 @@ begin
     p.outcome := 'replayed';
     p.mode := k.mode;
     p.transaction_id := k.transaction_id;
-    p.debtor_legacy := k.debtor_legacy;
-    p.debtor_ledger := k.debtor_ledger;
-    p.creditor_legacy := k.creditor_legacy;
-    p.creditor_ledger := k.creditor_ledger;
+    p.debtor_legacy := k.balances[1];
+    p.debtor_ledger := k.balances[2];
+    p.creditor_legacy := k.balances[3];
+    p.creditor_ledger := k.balances[4];
+    if k.balances is null then
+        select t.debit_balance, t.debit_balance, t.credit_balance, t.credit_balance
+        into p.debtor_legacy, p.debtor_ledger, p.creditor_legacy, p.creditor_ledger
+        from transactions as t
+        where t.id = k.transaction_id;
+    end if;
 end
 $$;
 
@@ -343,11 +349,11 @@ begin
 
     if m.idempotency_key is not null and not p_reserved then
         insert into idempotency_keys (
-            key, transaction_id, request, mode, debtor_legacy, debtor_ledger, creditor_legacy, creditor_ledger
+            key, transaction_id, request, mode, balances
         )
         values (
-            m.idempotency_key, p.transaction_id, m.request, p.mode,
-            p.debtor_legacy, p.debtor_ledger, p.creditor_legacy, p.creditor_ledger
+            m.idempotency_key, p.transaction_id, m.request, p.mode::posting_mode,
+            array[p.debtor_legacy, p.debtor_ledger, p.creditor_legacy, p.creditor_ledger]
         )
         on conflict do nothing;
         if not found then
@@ -385,9 +391,8 @@ begin
     if p_reserved and m.idempotency_key is not null then
         update idempotency_keys
         set
-            transaction_id = p.transaction_id, mode = p.mode,
-            debtor_legacy = p.debtor_legacy, debtor_ledger = p.debtor_ledger,
-            creditor_legacy = p.creditor_legacy, creditor_ledger = p.creditor_ledger
+            transaction_id = p.transaction_id, mode = p.mode::posting_mode,
+            balances = array[p.debtor_legacy, p.debtor_ledger, p.creditor_legacy, p.creditor_ledger]
         where key = m.idempotency_key;
     end if;
     return p;
@@ -421,7 +426,7 @@ exception
         perform turn_stale(p.debtor_account, 'a ledger leg failed');
         perform turn_stale(p.creditor_account, 'a ledger leg failed');
         update idempotency_keys
-        set transaction_id = null, mode = 'legacy', debtor_ledger = null, creditor_ledger = null
+        set transaction_id = null, mode = 'legacy', balances = array[p.debtor_legacy, null, p.creditor_legacy, null]
         where key = m.idempotency_key;
         insert into failures (mapping, key, bucket, currency, operation, sqlstate, message, correlation_id)
         values (

@@ -1,0 +1,180 @@
+"""The label: an update that carries one is posted by the fence, and no label makes a balance wrong."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from invariants import assert_sound
+from ledger import execute, install_users, post, rows, scalar
+from walletmigrate import LegacyBalanceAdapter, StaticSource
+from walletmigrate.flags import DUAL_WRITE
+from walletmigrate.movements import Movement, prepare
+from walletmigrate.postings import Calls
+
+ADD_ONE = "update users set total_coins = total_coins + 1 where id = 1"
+
+
+@pytest.fixture
+def world(database_url: str) -> Place:
+    return Place(database_url)
+
+
+class Place:
+    """Ten users, the first with an account, and an adapter that asks for dual-write."""
+
+    def __init__(self, url: str) -> None:
+        self.engine, self.settings = install_users(url, phase="dual_write", floor=Decimal(0))
+        self.adapter = LegacyBalanceAdapter(self.settings, StaticSource({DUAL_WRITE: True}))
+        with self.engine.begin() as connection:
+            post(connection, self.settings, "open_account", 1, 0)
+
+    def label(self, amount: int, *, key: int = 1, dual: bool | None = True, idempotency_key: str | None = None) -> str:
+        mapping = self.settings.mapping(None)
+        movement = Movement.credit(key, amount, type="forged", idempotency_key=idempotency_key)
+        request = prepare(movement, mapping, "integer", "of nobody").request
+        return Calls("wallet", mapping).plain({**request, "dual": dual})[-1]
+
+    def state(self) -> tuple[object, ...]:
+        query = (
+            "select a.state::text, a.balance, u.total_coins from wallet.accounts as a "
+            "inner join users as u on u.id::text = a.key where u.id = 1"
+        )
+        (found,) = rows(self.engine, query)
+        return found
+
+
+def write(world: Place, label: str, *statements: str) -> None:
+    """One transaction of somebody who sets the label by himself."""
+    with world.engine.begin() as connection:
+        connection.execute(text("select set_config('walletmigrate.posting', :label, true)"), {"label": label})
+        for statement in statements:
+            connection.execute(text(statement))
+
+
+def test_a_forged_label_that_fits_is_a_posting_and_no_wrong_balance(world: Place) -> None:
+    write(world, world.label(1), ADD_ONE)
+    assert world.state() == ("mirrored", 101, 101)
+    assert scalar(world.engine, "select type from wallet.transactions order by id desc limit 1") == "forged"
+    assert_sound(world.engine, world.settings)
+
+
+@pytest.mark.parametrize("dual", [True, False, None])
+def test_a_forged_label_that_does_not_fit_fails_the_write(world: Place, dual: bool | None) -> None:
+    with pytest.raises(DBAPIError) as raised:
+        write(world, world.label(2, dual=dual), ADD_ONE)
+    assert getattr(raised.value.orig, "sqlstate", "") == "WM000"
+    assert world.state() == ("mirrored", 100, 100)
+
+
+@pytest.mark.parametrize("dual", [False, None])
+def test_a_label_that_does_not_ask_for_dual_write_does_not_leave_a_mirrored_account_behind(
+    world: Place, dual: bool | None
+) -> None:
+    with pytest.raises(DBAPIError):
+        write(world, world.label(1, dual=dual), ADD_ONE)
+    assert world.state() == ("mirrored", 100, 100)
+
+
+def test_a_label_that_is_no_array_fails_the_write(world: Place) -> None:
+    with pytest.raises(DBAPIError):
+        write(world, '{"users', ADD_ONE)
+    assert world.state() == ("mirrored", 100, 100)
+
+
+def test_a_label_for_another_row_does_not_hide_a_raw_write(world: Place) -> None:
+    write(world, world.label(1, key=2), ADD_ONE)
+    assert world.state() == ("stale", 100, 101)
+
+
+def test_a_label_is_used_once(world: Place) -> None:
+    write(world, world.label(1), ADD_ONE, ADD_ONE)
+    assert world.state() == ("stale", 101, 102)
+
+
+def test_a_label_does_not_move_money_twice_under_one_key(world: Place) -> None:
+    write(world, world.label(1, idempotency_key="once"), ADD_ONE)
+    with pytest.raises(DBAPIError):
+        write(world, world.label(1, idempotency_key="once"), ADD_ONE)
+    assert world.state() == ("mirrored", 101, 101)
+
+
+def test_a_label_does_not_reach_below_the_floor(world: Place) -> None:
+    label = world.label(101).replace('"101"', '"-101"')
+    with pytest.raises(DBAPIError):
+        write(world, label, "update users set total_coins = total_coins - 101 where id = 1")
+    assert world.state() == ("mirrored", 100, 100)
+
+
+def test_no_label_is_left_behind_a_posting_that_went_either_way(world: Place) -> None:
+    with world.engine.begin() as connection:
+        assert world.adapter.credit(connection, 1, 5, type="test").transaction_id
+        assert connection.scalar(text("select current_setting('walletmigrate.posting', true)")) == ""
+        assert world.adapter.credit(connection, 2, 5, type="test").transaction_id  # opens: the long way
+        assert connection.scalar(text("select current_setting('walletmigrate.posting', true)")) == ""
+        connection.execute(text(ADD_ONE))
+    assert world.state() == ("stale", 105, 106)
+
+
+def test_an_error_of_an_application_s_trigger_reaches_the_caller_and_nothing_is_written(world: Place) -> None:
+    execute(
+        world.engine,
+        "create function closed() returns trigger language plpgsql as "
+        "$$ begin raise exception 'closed on Sundays' using errcode = 'AP001'; end $$",
+    )
+    execute(world.engine, "create trigger closed after update on users for each row execute function closed()")
+    with world.engine.begin() as connection:
+        with pytest.raises(DBAPIError) as raised, connection.begin_nested():
+            world.adapter.credit(connection, 1, 5, type="test", idempotency_key="k")
+        assert getattr(raised.value.orig, "sqlstate", "") == "AP001"
+        assert connection.scalar(text("select current_setting('walletmigrate.posting', true)")) in ("", None)
+    assert world.state() == ("mirrored", 100, 100)
+    assert rows(world.engine, "select key from wallet.idempotency_keys") == []
+
+
+@pytest.mark.parametrize("words", ['"', "\\", '{a,"b"}', "NULL", "a\nb", '\\\\"', "ünï", "%s :x $1"])
+def test_every_text_comes_into_the_ledger_as_it_was_said(world: Place, words: str) -> None:
+    with world.engine.begin() as connection:
+        world.adapter.credit(
+            connection,
+            1,
+            5,
+            type=words,
+            reference=(words, words),
+            idempotency_key=words,
+            correlation_id=words,
+            actor=words,
+            reason=words,
+        )
+    query = (
+        "select type, reference_type, reference_id, correlation_id, actor, reason, "
+        "(select key from wallet.idempotency_keys) from wallet.transactions order by id desc limit 1"
+    )
+    assert rows(world.engine, query) == [(words,) * 7]
+
+
+def test_the_ceiling_follows_the_phase_when_its_step_commits_and_not_before(world: Place) -> None:
+    ceiling = "select last_value from wallet.ceiling"
+    assert scalar(world.engine, ceiling) == 2
+    with world.engine.connect() as connection:
+        connection.execute(text("update wallet.control set phase = 'legacy'"))
+        assert scalar(world.engine, ceiling) == 2
+        connection.rollback()
+    assert scalar(world.engine, ceiling) == 2
+    execute(world.engine, "update wallet.control set phase = 'legacy'")
+    assert scalar(world.engine, ceiling) == 1
+    with world.engine.begin() as connection:
+        assert world.adapter.credit(connection, 1, 5, type="test").mode == "legacy"
+    assert world.state() == ("stale", 100, 105)
+
+
+def test_a_stopped_line_holds_the_short_way_too_at_the_next_statement_of_an_old_snapshot(world: Place) -> None:
+    with world.engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+        connection.execute(text("select 1 from users limit 1"))
+        execute(world.engine, "select wallet.set_line(false)")
+        assert world.adapter.credit(connection, 1, 5, type="test").mode == "legacy"
+        connection.commit()
+    assert world.state() == ("stale", 100, 105)
