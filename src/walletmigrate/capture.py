@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, Engine, Row, text
+from sqlalchemy.exc import OperationalError
 
 from walletmigrate.config import Mapping, Settings
 from walletmigrate.functions import relation
 from walletmigrate.schema import quoted
+
+FENCE_ATTEMPTS = 20
+STALE_BATCH = 5_000
+"""Accounts turned stale in one statement."""
+
+T = TypeVar("T")
 
 EVENTS = ("insert", "delete", "update", "truncate")
 
@@ -97,6 +104,44 @@ def remove_triggers(connection: Connection, settings: Settings, mapping: Mapping
             connection.exec_driver_sql(f"drop trigger {trigger} on {target}")
 
 
+def turn_stale(
+    connection: Connection, settings: Settings, mapping: Mapping, reason: str, *, skip_locked: bool = False
+) -> bool:
+    """Turn a batch of mirrored accounts stale, locked by id; whether there may be more.
+
+    ``skip_locked`` leaves out what a posting in flight has locked: who does not hold the legacy row, as a posting
+    does, could deadlock with it.
+    """
+    accounts = f"{quoted(settings.ledger_schema)}.accounts"
+    done = connection.execute(
+        text(
+            f"with batch as materialized (select id from {accounts} where mapping = :name and state = 'mirrored' "
+            f"order by id limit :limit for no key update {'skip locked' if skip_locked else ''}) "
+            f"update {accounts} as a set state = 'stale', state_at = clock_timestamp(), state_reason = :reason "
+            "from batch where a.id = batch.id"
+        ),
+        {"name": mapping.name, "limit": STALE_BATCH, "reason": reason},
+    ).rowcount
+    return done == STALE_BATCH
+
+
+def with_short_locks(engine: Engine, work: Callable[[Connection], T]) -> T:
+    """Do ``work`` in a transaction that waits for a lock only shortly, many times over.
+
+    A fence needs one short lock on the legacy table; who waits for it blocks all the traffic behind.
+    """
+    for attempt in range(FENCE_ATTEMPTS):
+        try:
+            with engine.begin() as connection:
+                connection.exec_driver_sql("set local lock_timeout = '500ms'")
+                return work(connection)
+        except OperationalError as error:
+            locked = getattr(error.orig, "sqlstate", "") == "55P03"
+            if not locked or attempt == FENCE_ATTEMPTS - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
 def _name(mapping: Mapping, event: str) -> str:
     """At most 63 characters for every mapping's name; two mappings of one table have a fence each."""
     return f"walletmigrate_{mapping.name}_{event}"
@@ -132,8 +177,8 @@ def _relations(connection: Connection, mapping: Mapping) -> list[str]:
     rows = connection.execute(
         text(
             "select format('%I.%I', n.nspname, c.relname) from pg_class c "
-            "join pg_namespace n on n.oid = c.relnamespace where c.oid = cast(:t as regclass) "
-            "or c.oid in (select relid from pg_partition_tree(cast(:t as regclass))) order by c.oid"
+            "join pg_namespace n on n.oid = c.relnamespace where c.oid = to_regclass(:t) "
+            "or c.oid in (select relid from pg_partition_tree(to_regclass(:t))) order by c.oid"
         ),
         {"t": relation(mapping)},
     )

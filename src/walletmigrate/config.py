@@ -227,6 +227,13 @@ class FlagSettings(_Model):
         return url if url.endswith("/") else url + "/"
 
 
+class CaptureSettings(_Model):
+    """What the catalogue of writes past the adapter keeps. A query's raw text may hold personal data, so it is off."""
+
+    raw_queries: bool = False
+    retention: Duration = timedelta(days=30)
+
+
 class Roles(_Model):
     """Names of the database roles. All four differ: the owner's rights must not reach the application."""
 
@@ -282,6 +289,7 @@ class Settings(BaseSettings):
     observation_window: Duration = timedelta(days=7)
     compare_share: Share = 1.0
     flags: FlagSettings = FlagSettings()
+    capture: CaptureSettings = CaptureSettings()
     roles: Roles = Roles()
     mappings: tuple[Mapping, ...] = ()
 
@@ -379,6 +387,7 @@ class Settings(BaseSettings):
 _KNOWN = {
     (): tuple("schema" if name == "ledger_schema" else name for name in Settings.model_fields),
     ("flags",): tuple(FlagSettings.model_fields),
+    ("capture",): tuple(CaptureSettings.model_fields),
     ("roles",): tuple(Roles.model_fields),
     ("mappings",): tuple(Mapping.model_fields),
     ("mappings", "columns"): tuple(Column.model_fields),

@@ -357,6 +357,23 @@ class LedgerNotInstalled(WalletMigrateError):
 
 
 @dataclass(eq=False)
+class LegacyTableAltered(WalletMigrateError):
+    """The functions of the mapping no longer fit the legacy table or the ledger. Nothing was written."""
+
+    mapping: str
+    detail: str
+
+    code = "legacy_altered"
+    exit_code = 4
+
+    def __str__(self) -> str:
+        mend = (
+            "Put it back, or change the configuration and run `walletmigrate install`; `walletmigrate doctor` checks."
+        )
+        return f"mapping {self.mapping!r}: the legacy table was altered since the install ({self.detail}). {mend}"
+
+
+@dataclass(eq=False)
 class Retryable(WalletMigrateError):
     """A serialization failure, deadlock or lock time-out inside a job that ran out of attempts."""
 

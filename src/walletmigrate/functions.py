@@ -67,7 +67,15 @@ def value_of(column: Column, *, is_float: bool, alias: str = "l") -> str:
     return f"round({value}, {column.scale})" if is_float else value
 
 
-def context(schema: str, mapping: Mapping, legacy: LegacyTable, system: dict[tuple[str, str], int]) -> dict[str, Any]:
+def context(
+    schema: str,
+    mapping: Mapping,
+    legacy: LegacyTable,
+    system: dict[tuple[str, str], int],
+    *,
+    mode: str = "stale",
+    raw_queries: bool = False,
+) -> dict[str, Any]:
     """Everything the templates of a mapping ask for, quoted where it is a name."""
     return {
         "schema": quoted(schema),
@@ -77,6 +85,8 @@ def context(schema: str, mapping: Mapping, legacy: LegacyTable, system: dict[tup
         "key": quoted(mapping.key),
         "key_type": "bigint" if legacy.key_type == "integer" else legacy.key_sql_type,
         "columns": [_column_context(column, legacy, system) for column in mapping.columns],
+        "capture_mode": mode,
+        "raw_queries": "true" if raw_queries else "false",
     }
 
 
@@ -90,6 +100,7 @@ def _column_context(column: Column, legacy: LegacyTable, system: dict[tuple[str,
         "bucket": column.bucket,
         "currency": column.currency,
         "column": name,
+        "name": column.column.replace("'", "''"),
         "scale": column.scale,
         "value": value,
         "before": value_of(column, is_float=found.is_float, alias="old"),
@@ -105,6 +116,12 @@ def _column_context(column: Column, legacy: LegacyTable, system: dict[tuple[str,
 
 def _literal(value: Decimal | None) -> str:
     return "null::numeric" if value is None else f"'{value:f}'::numeric"
+
+
+def legacy_facts(legacy: LegacyTable) -> dict[str, Any]:
+    """What of the legacy table is compiled into the functions: altered since, they no longer fit."""
+    types = {column.name: f"{column.sql_type}, {column.minimum} to {column.maximum}" for column in legacy.columns}
+    return {"key_type": legacy.key_type, "types": types}
 
 
 def make_system_accounts(connection: Connection, schema: str, currencies: list[str]) -> dict[tuple[str, str], int]:
@@ -129,9 +146,16 @@ def make_functions(connection: Connection, settings: Settings, mapping: Mapping,
     schema = settings.ledger_schema
     currencies = list(dict.fromkeys(column.currency for column in mapping.columns))
     system = make_system_accounts(connection, schema, currencies)
-    names = context(schema, mapping, legacy, system)
+    names = context(
+        schema,
+        mapping,
+        legacy,
+        system,
+        mode=_capture_mode(connection, schema, mapping),
+        raw_queries=settings.capture.raw_queries,
+    )
     connection.exec_driver_sql(f"set local search_path = pg_catalog, {quoted(schema)}, pg_temp")
-    for part in ("posting", "mapping", "batches", "fence"):
+    for part in ("posting", "capture", "mapping", "batches", "fence"):
         run_script(connection, render(part, **names))
     connection.execute(
         text(
@@ -145,9 +169,15 @@ def make_functions(connection: Connection, settings: Settings, mapping: Mapping,
             "relation": relation(mapping),
             "fingerprint": fingerprint(mapping),
             "version": FUNCTIONS_VERSION,
-            "definition": json.dumps({**definition(mapping), "key_type": legacy.key_type}),
+            "definition": json.dumps({**definition(mapping), **legacy_facts(legacy)}),
         },
     )
+
+
+def _capture_mode(connection: Connection, schema: str, mapping: Mapping) -> str:
+    """What the fence is to do to a mirrored account that is written past the adapter; an operator has set it."""
+    query = text(f"select capture_mode from {quoted(schema)}.mappings where name = :name")
+    return connection.scalar(query, {"name": mapping.name}) or "stale"
 
 
 def mapping_functions(connection: Connection, schema: str, mapping: str) -> list[str]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy import Connection, text
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import OperationalError
 
 from walletmigrate import capture, functions, schema, survey
 from walletmigrate.audit import Act, record
@@ -17,11 +16,6 @@ from walletmigrate.errors import PreconditionRefused
 from walletmigrate.functions import relation
 from walletmigrate.schema import quoted
 from walletmigrate.standing import REASON, confirmation, show
-
-FENCE_ATTEMPTS = 20
-STALE_BATCH = 5_000
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ def install(
         phase = show(connection, settings).phase
     made: tuple[str, ...] = ()
     if not dry_run:
-        made = _with_short_locks(engine, lambda connection: _put_in(connection, settings, tables, act, grant_to))
+        made = capture.with_short_locks(engine, lambda connection: _put_in(connection, settings, tables, act, grant_to))
     return InstallResult(
         *(settings.ledger_schema, schema.head(), _names(settings), made, bad, dry_run),
         phase=phase,
@@ -130,8 +124,8 @@ def _take_out(engine: Engine, settings: Settings, mapping: Mapping) -> bool:
     while more:
         # What a posting in flight has locked is skipped: waiting here, without the legacy row, could deadlock.
         with engine.begin() as connection:
-            more = _turn_stale(connection, settings, mapping, "skip locked") == STALE_BATCH
-    _with_short_locks(engine, lambda connection: _drop(connection, settings, mapping))
+            more = capture.turn_stale(connection, settings, mapping, "uninstall", skip_locked=True)
+    capture.with_short_locks(engine, lambda connection: _drop(connection, settings, mapping))
     return True
 
 
@@ -139,7 +133,7 @@ def _drop(connection: Connection, settings: Settings, mapping: Mapping) -> None:
     """Under the lock of the table, legacy before accounts as everyone locks: the last states, then the fence."""
     connection.exec_driver_sql(f"lock table {relation(mapping)} in access exclusive mode")
     _refuse_uninstall(connection, settings)
-    while _turn_stale(connection, settings, mapping):
+    while capture.turn_stale(connection, settings, mapping, "uninstall"):
         pass
     capture.remove_triggers(connection, settings, mapping)
     for signature in functions.mapping_functions(connection, settings.ledger_schema, mapping.name):
@@ -151,20 +145,6 @@ def _drop(connection: Connection, settings: Settings, mapping: Mapping) -> None:
         ),
         {"name": mapping.name},
     )
-
-
-def _turn_stale(connection: Connection, settings: Settings, mapping: Mapping, waiting: str = "") -> int:
-    """Turn up to STALE_BATCH mirrored accounts stale, locked by id; returns how many."""
-    accounts = f"{quoted(settings.ledger_schema)}.accounts"
-    return connection.execute(
-        text(
-            f"with batch as materialized (select id from {accounts} where mapping = :name and state = 'mirrored' "
-            f"order by id limit :limit for no key update {waiting}) "
-            f"update {accounts} as a set state = 'stale', state_at = clock_timestamp(), state_reason = 'uninstall' "
-            "from batch where a.id = batch.id"
-        ),
-        {"name": mapping.name, "limit": STALE_BATCH},
-    ).rowcount
 
 
 def make_roles(connection: Connection, roles: Roles) -> None:
@@ -282,7 +262,9 @@ def _grant(connection: Connection, settings: Settings) -> None:
     connection.exec_driver_sql(f"grant usage on schema {name} to {app}, {operator}, {auditor}")
     connection.exec_driver_sql(f"revoke all on all functions in schema {name} from public")
     connection.exec_driver_sql(f"grant select on all tables in schema {name} to {operator}, {auditor}")
-    connection.exec_driver_sql(f"grant select on {name}.line to {operator}, {auditor}")
+    connection.exec_driver_sql(f"grant select on {name}.line, {name}.ceiling to {operator}, {auditor}")
+    for mapping in settings.mappings:
+        connection.exec_driver_sql(f"grant select on {name}.rejected_{mapping.name} to {operator}, {auditor}")
     connection.exec_driver_sql(
         f"grant select on {name}.accounts, {name}.transactions, {name}.wallet_entries, {name}.control, "
         f"{name}.mappings, {name}.flag_documents to {app}"
@@ -290,6 +272,7 @@ def _grant(connection: Connection, settings: Settings) -> None:
     connection.exec_driver_sql(f"grant insert, update on {name}.flag_documents to {app}, {operator}")
     connection.exec_driver_sql(f"grant insert on {name}.jobs, {name}.audit_log, {name}.verifications to {operator}")
     connection.exec_driver_sql(f"grant update on {name}.jobs, {name}.control to {operator}")
+    connection.exec_driver_sql(f"grant delete on {name}.bypasses to {operator}")
     shared = ["turn_stale", "diverged", "resolve", "replay", "enter_batch", "labelled"]
     own = ["post", "keys", "lock", "leg", "plain", "settle", "move"]
     jobs = ["backfill", "open", "freeze", "seal", "unfreeze", "unseal"]
@@ -311,17 +294,3 @@ def _signatures(connection: Connection, name: str) -> list[tuple[str, str]]:
         {"schema": name},
     )
     return [(signature, function) for signature, function in rows]
-
-
-def _with_short_locks(engine: Engine, work: Callable[[Connection], T]) -> T:
-    """A fence needs one short lock: try with a short limit, many times, rather than block the traffic."""
-    for attempt in range(FENCE_ATTEMPTS):
-        try:
-            with engine.begin() as connection:
-                connection.exec_driver_sql("set local lock_timeout = '500ms'")
-                return work(connection)
-        except OperationalError as error:
-            locked = getattr(error.orig, "sqlstate", "") == "55P03"
-            if not locked or attempt == FENCE_ATTEMPTS - 1:
-                raise
-    raise AssertionError("unreachable")

@@ -20,6 +20,7 @@ from walletmigrate.errors import (
     InvalidAmount,
     LedgerMismatch,
     LedgerNotInstalled,
+    LegacyTableAltered,
     LegacyUpdateSuppressed,
     LegacyValueInvalid,
     NotReversible,
@@ -50,6 +51,9 @@ _LABEL = (
 """What stands in a label behind mapping, key, bucket, currency, change and dual."""
 
 _GONE = frozenset({"42883", "3F000", "42P01"})  # no such function, schema, table
+
+_UNFIT = _GONE | {"42703", "42804", "42704"}  # and no such column, another type, no such type
+_OURS = ("plain", "move", "side", "lock", "fence")
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,12 +245,16 @@ def typed(mapping: str, error: DBAPIError) -> WalletMigrateError | None:
     database's own.
     """
     state, words = sqlstate(error), str(error.orig).partition("\n")[0]
+    context: str | None = getattr(getattr(error.orig, "diag", None), "context", None)
     # An error from inside a function has a context; without one, it is the call itself that was not understood.
-    called = getattr(getattr(error.orig, "diag", None), "context", None) is None
+    called = context is None
+    where = next((line for line in (context or "").splitlines() if not line.startswith("SQL")), "")
     if called and state in _GONE:
         return LedgerNotInstalled(mapping)
     if called and state == "42501":
         return LedgerNotInstalled(mapping, f"this database role has no right to use the ledger ({words})")
+    if state in _UNFIT and any(f"{name}_{mapping}(" in where for name in _OURS):
+        return LegacyTableAltered(mapping, words)
     match state:
         case "WM010":
             return LedgerNotInstalled(mapping, "it was installed from another configuration")

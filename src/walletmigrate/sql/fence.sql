@@ -4,6 +4,16 @@
 -- is now, whoever wrote. Where plain_ labelled the update, it writes the ledger itself, from the row's own old and
 -- new balance: a label that was forged is a posting by whoever may post, and no wrong balance.
 
+{% macro reject(c) %}
+perform nextval('rejected_{{ mapping }}');
+                raise exception '{{ relation }} %: column {{ c.column }} is written through the adapter only', v_key
+                    using
+                        errcode = 'WM031', detail = fingerprint(current_query()),
+                        hint = 'Move this code path to the adapter, or: walletmigrate capture mode stale';
+{%- endmacro %}
+-- Writes that were refused, though their transactions are gone: a sequence has no rollback.
+create sequence if not exists {{ schema }}.rejected_{{ mapping }};
+
 create or replace function {{ schema }}.fence_{{ mapping }}() returns trigger
 language plpgsql
 security definer
@@ -14,9 +24,13 @@ declare
     v_keys {{ key_type }}[];
     v_key {{ key_type }};
     v_found boolean;
-    v_equal bigint;
     v_now numeric[];
     v_account record;
+    v_known boolean;
+    v_looked boolean;
+    v_ours boolean;
+    v_written boolean;
+    v_treatment text;
     v_label text[];
     v_after numeric;
     v_change numeric;
@@ -111,35 +125,8 @@ begin
             end if;
         end if;
     end if;
-    -- The common case, in one statement: every account of the row stands mirrored at what the row holds now.
-    if tg_op = 'UPDATE' then
-        -- By key, not by a join: without statistics a plan may walk all accounts of the mapping.
-        perform 1
-        from {{ relation }} as l, accounts as a
-        where
-            l.{{ key }} = new.{{ key }} and old.{{ key }} = new.{{ key }}
-            and a.mapping = '{{ mapping }}' and a.key = new.{{ key }}::text collate "C" and a.state = 'mirrored'
-            and case
-                {% for c in columns %}
-                when a.bucket = '{{ c.bucket }}' and a.currency = '{{ c.currency }}' then a.balance = {{ c.value }}
-                {% endfor %}
-            end
-        for no key update of a;
-        get diagnostics v_equal = row_count;
-        if v_equal = {{ columns | length }} then
-            return null;
-        end if;
-        -- And the next common one: the row has no account. Above READ COMMITTED one may be there unseen.
-        if
-            old.{{ key }} = new.{{ key }}
-            and current_setting('transaction_isolation') in ('read committed', 'read uncommitted')
-            and not exists (
-                select from accounts as a where a.mapping = '{{ mapping }}' and a.key = new.{{ key }}::text collate "C"
-            )
-        then
-            return null;
-        end if;
-    end if;
+    v_ours := current_setting('walletmigrate.posting', true)
+        = 'adapter:{{ mapping }}:' || case when tg_op <> 'DELETE' then new.{{ key }}::text end;
     v_keys := case
         when tg_op = 'INSERT' then array[new.{{ key }}]
         when tg_op = 'DELETE' then array[old.{{ key }}]
@@ -147,25 +134,38 @@ begin
         else array[least(old.{{ key }}, new.{{ key }}), greatest(old.{{ key }}, new.{{ key }})]
     end;
     foreach v_key in array v_keys loop
-        select array[{{ columns | map(attribute="value") | join(", ") }}] into v_now
-        from {{ relation }} as l where l.{{ key }} = v_key;
-        v_found := found;
+        v_looked := false;
         {% for c in columns %}
+        -- By key, not by a join: without statistics a plan may walk all accounts of the mapping.
         select x.id, x.state, x.balance into v_account
         from accounts as x
         where
             x.mapping = '{{ mapping }}' and x.key = v_key::text collate "C"
             and x.bucket = '{{ c.bucket }}' and x.currency = '{{ c.currency }}'
         for no key update;
-        if not found then
+        v_known := found;
+        v_after := case when tg_op <> 'DELETE' and new.{{ key }} = v_key then {{ c.after }} end;
+        v_written := tg_op <> 'UPDATE' or old.{{ key }} is distinct from new.{{ key }}
+            or old.{{ c.column }} is distinct from new.{{ c.column }};
+        -- Another event may have come between: the account is held against the row as it is now. (Not so where it equals
+        -- what this event wrote: had the row changed again since, that event would come, or have come.)
+        if v_known and not v_looked and (v_account.state <> 'mirrored' or v_account.balance is distinct from v_after) then
+            select array[{{ columns | map(attribute="value") | join(", ") }}] into v_now
+            from {{ relation }} as l where l.{{ key }} = v_key;
+            v_found := found;
+            v_looked := true;
+        end if;
+        if not v_known then
             perform probe_account('{{ mapping }}', v_key::text, '{{ c.bucket }}', '{{ c.currency }}');
-        elsif v_account.state = 'mirrored' and v_found and v_now[{{ loop.index }}] = v_account.balance then
-            null;
+            v_treatment := 'absent';
+        elsif
+            v_account.state = 'mirrored'
+            and (v_account.balance = v_after or v_looked and v_found and v_account.balance = v_now[{{ loop.index }}])
+        then
+            v_written := false;
         elsif v_account.state = 'frozen' then
-            if
-                tg_op <> 'UPDATE' or old.{{ key }} is distinct from new.{{ key }}
-                or old.{{ c.column }} is distinct from new.{{ c.column }}
-            then
+            if v_written then
+                perform nextval('rejected_{{ mapping }}');
                 raise exception '{{ relation }} %: column {{ c.column }} is frozen, the ledger alone is true', v_key
                     using errcode = 'WM030', hint = 'Write through the adapter, or unfreeze.';
             end if;
@@ -179,10 +179,46 @@ begin
                 raise exception 'row-level security hides rows of {{ relation }} from the role that owns the ledger'
                     using errcode = 'WM022', hint = 'Run: walletmigrate install';
             end if;
+            {% if capture_mode == "reject" %}
+            if v_account.state = 'mirrored' then
+                {{ reject(c) }}
+            end if;
+            {% elif capture_mode == "mirror" %}
+            if v_account.state = 'mirrored' and v_account.balance <> 0 then
+                perform follow(v_account.id, v_account.balance, 0, '{{ c.currency }}', {{ c.bypass }});
+            end if;
+            {% endif %}
             update accounts as x set state = 'closed', state_at = clock_timestamp(), state_reason = 'row gone'
             where x.id = v_account.id and x.state <> 'closed';
+            v_treatment := 'closed';
+        elsif v_ours then
+            -- The row took another balance than the adapter posted: the comparison behind it will say so too.
+            perform turn_stale(v_account.id, 'legacy took another balance than was posted');
+        {% if capture_mode == "reject" %}
+        elsif v_account.state = 'mirrored' then
+            {{ reject(c) }}
+        {% elif capture_mode == "mirror" %}
+        elsif
+            v_account.state = 'mirrored' and abs(v_now[{{ loop.index }}]) < 'Infinity'
+            and v_now[{{ loop.index }}] = round(v_now[{{ loop.index }}], {{ c.scale }})
+        then
+            perform follow(
+                v_account.id, v_account.balance, v_now[{{ loop.index }}], '{{ c.currency }}', {{ c.bypass }}
+            );
+            v_treatment := 'mirrored';
+        {% endif %}
         elsif v_account.state in ('mirrored', 'closed') then
             perform turn_stale(v_account.id, 'written past the adapter (' || lower(tg_op) || ')');
+            v_treatment := 'turned_stale';
+        else
+            v_treatment := 'stale';
+        end if;
+        if v_written and v_ours is not true then
+            perform catalogue(
+                '{{ mapping }}', tg_relid, '{{ c.name }}', v_key::text, '{{ c.bucket }}', '{{ c.currency }}', tg_op,
+                v_treatment, case when tg_op <> 'INSERT' and old.{{ key }} = v_key then {{ c.before }} end, v_after,
+                {{ raw_queries }}
+            );
         end if;
         {% endfor %}
     end loop;
@@ -203,6 +239,7 @@ begin
     end if;
     perform 1 from accounts as a where a.mapping = '{{ mapping }}' order by a.id for no key update;
     if exists (select from accounts as a where a.mapping = '{{ mapping }}' and a.state = 'frozen') then
+        perform nextval('rejected_{{ mapping }}');
         raise exception '{{ relation }} has frozen accounts, the ledger alone is true'
             using errcode = 'WM030', hint = 'Unfreeze first.';
     end if;
@@ -211,6 +248,9 @@ begin
     where
         a.mapping = '{{ mapping }}' and a.state in ('mirrored', 'stale')
         and not exists (select from {{ relation }} as l where l.{{ key }}::text collate "C" = a.key);
+    perform catalogue(
+        '{{ mapping }}', tg_relid, null, null, null, null, tg_op, 'closed', null, null, {{ raw_queries }}
+    );
     return null;
 end
 $$;

@@ -19,6 +19,8 @@ create table {{ schema }}.mappings (
     fingerprint text not null,
     functions_version integer not null,
     definition jsonb not null,
+    -- What the fence does to a mirrored account that is written past the adapter.
+    capture_mode text not null default 'stale' check (capture_mode in ('stale', 'mirror', 'reject')),
     -- Identity of each fence trigger as it was made: {"trigger on relation": {"xmin": …, "enabled": …}}.
     fence jsonb not null default '{}',
     installed_at timestamptz not null default clock_timestamp()
@@ -134,6 +136,34 @@ create table {{ schema }}.failures (
     message text not null,
     correlation_id text
 );
+
+-- Every write to a mapped column that did not come through the adapter, and what the fence made of it.
+create table {{ schema }}.bypasses (
+    id bigint generated always as identity primary key,
+    at timestamptz not null default clock_timestamp(),
+    mapping text not null,
+    -- The table or partition that was written; no column and no key where all are meant (truncate).
+    relation regclass not null,
+    column_name text,
+    key text,
+    bucket text,
+    currency text,
+    operation text not null,
+    -- absent, stale: recorded only; turned_stale, mirrored, closed: what became of the account.
+    treatment text not null,
+    -- In major units; null before an insert and after a delete.
+    old_value numeric,
+    new_value numeric,
+    application_name text not null default current_setting('application_name'),
+    database_user text not null default session_user,
+    -- The statement that the client sent, without its values and comments: one code path, one fingerprint.
+    fingerprint text not null,
+    -- As it was sent; only where the configuration switches it on.
+    query text,
+    xid bigint not null default pg_current_xact_id()::text::bigint
+);
+
+create index bypasses_at on {{ schema }}.bypasses using brin (at) with (pages_per_range = 32);
 
 create table {{ schema }}.jobs (
     id bigint generated always as identity primary key,

@@ -137,6 +137,8 @@ $$;
 
 {% macro write_legacy(side) %}
     if p.{{ side }}_change is not null then
+        -- Keeps the catalogue clean, no more: the fence compares all the same.
+        perform set_config('walletmigrate.posting', 'adapter:{{ mapping }}:' || p.{{ side }}, true);
         {% for c in columns %}
         {{ "if" if loop.first else "elsif" }} m.bucket = '{{ c.bucket }}' and m.currency = '{{ c.currency }}' then
             update {{ relation }} as l set {{ c.column }} = {{ c.changed | replace("<change>", "p." ~ side ~ "_change") }}
@@ -148,6 +150,7 @@ $$;
             raise exception 'the update of {{ mapping }} % wrote no row', p.{{ side }}
                 using errcode = 'WM021', hint = 'A trigger or a policy of the application suppressed it.';
         end if;
+        perform set_config('walletmigrate.posting', '', true);
         if v_now is distinct from coalesce(p.{{ side }}_ledger, p.{{ side }}_legacy) then
             p.mismatch := true;
             p.{{ side }}_legacy := v_now;

@@ -1,0 +1,136 @@
+"""Commands of the fence: put it up, take it down, its mode, and what it saw."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Annotated
+
+import typer
+
+from walletmigrate import bypasses, doctor, fences
+from walletmigrate.bypasses import Catalogue, CodePath
+from walletmigrate.commands import command
+from walletmigrate.console import DIFFERENCE, OK, Answer, plain
+from walletmigrate.errors import UsageError
+from walletmigrate.fences import FenceChange
+from walletmigrate.invocation import Run
+from walletmigrate.standing import shown_time
+
+_UNITS = {"m": "minutes", "h": "hours", "d": "days"}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    group = typer.Typer(help="The fence on the legacy table, and what it saw.", no_args_is_help=True)
+    command(group, "install", group="capture", changes=True)(install)
+    command(group, "remove", group="capture", changes=True, confirms=True)(remove)
+    command(group, "mode", group="capture", changes=True)(mode)
+    command(group, "report", group="capture")(report)
+    command(group, "prune", group="capture", changes=True)(prune)
+    app.add_typer(group, name="capture")
+    command(app, "doctor")(check)
+
+
+def install(run: Run) -> Answer:
+    """Put the fence up where it does not stand as it was made. Idempotent."""
+    return _answer(fences.put_up(run.engine, run.settings, run.act(), dry_run=run.dry_run))
+
+
+def remove(run: Run) -> Answer:
+    """Take the fence down; mirrored accounts turn stale. Only in phase legacy. Idempotent."""
+    act = run.act()
+    run.confirmed()
+    return _answer(fences.take_down(run.engine, run.settings, act, dry_run=run.dry_run))
+
+
+def mode(
+    run: Run,
+    wanted: Annotated[str, typer.Argument(metavar="stale|mirror|reject", help="What becomes of a mirrored account.")],
+    mapping: Annotated[str | None, typer.Option(help="The mapping. Default: all.")] = None,
+) -> Answer:
+    """Say what the fence does to a mirrored account that is written past the adapter."""
+    act = run.act()
+    if wanted not in fences.MODES:
+        raise UsageError(f"{wanted!r} is no mode: choose one of {', '.join(fences.MODES)}")
+    chosen = [run.settings.mapping(mapping)] if mapping else run.settings.mappings
+    kind: fences.Mode = next(one for one in fences.MODES if one == wanted)
+    done = [fences.set_mode(run.engine, run.settings, each, kind, act, dry_run=run.dry_run) for each in chosen]
+    return _answer(tuple(done))
+
+
+def report(
+    run: Run, since: Annotated[str | None, typer.Option(metavar="7d", help="Only what is not older.")] = None
+) -> Answer:
+    """List the code paths that write past the adapter, most writes first."""
+    window = _window(since)
+    with run.engine.connect() as plain_connection:
+        connection = plain_connection.execution_options(postgresql_readonly=True)
+        found = bypasses.report(connection, run.settings, window=window)
+        modes = fences.modes(connection, run.settings)
+    document = {**plain(found), "modes": modes}
+    return Answer(document, tuple(_report_lines(found, modes)))
+
+
+def prune(run: Run) -> Answer:
+    """Remove lines of the catalogue that are older than the configured retention."""
+    count = bypasses.prune(run.engine, run.settings, run.act(), dry_run=run.dry_run)
+    said = "would be removed" if run.dry_run else "removed"
+    return Answer({"removed": count, "dry_run": run.dry_run}, (f"{count} lines {said}",))
+
+
+def check(run: Run) -> Answer:
+    """Look for what is not as it should be, and name the runbook for it. Exit 3 if there is anything."""
+    with run.engine.connect() as plain_connection:
+        connection = plain_connection.execution_options(postgresql_readonly=True)
+        found = doctor.examine(connection, run.settings)
+    lines = [f"{one.what}\n  mend: {one.mend}\n  runbook: {one.runbook}" for one in found]
+    return Answer(
+        {"findings": [plain(one) for one in found]},
+        tuple(lines) or ("everything is as it should be",),
+        exit_code=DIFFERENCE if found else OK,
+    )
+
+
+def _answer(done: tuple[FenceChange, ...]) -> Answer:
+    return Answer({"fences": [plain(one) for one in done]}, tuple(_line(one) for one in done))
+
+
+def _line(done: FenceChange) -> str:
+    after = f"stands, mode {done.after}" if done.after else "is down"
+    if not done.changed:
+        return f"{done.mapping}: the fence {after}, as before"
+    would = "dry run: afterwards " if done.dry_run else ""
+    return f"{done.mapping}: {would}the fence {after}"
+
+
+def _window(since: str | None) -> timedelta | None:
+    if since is None:
+        return None
+    match = re.fullmatch(r"([1-9][0-9]{0,5})([mhd])", since)
+    if match is None:
+        raise UsageError(f"--since {since!r}: write a number and m, h or d, for example 7d")
+    return timedelta(**{_UNITS[match[2]]: int(match[1])})
+
+
+def _report_lines(found: Catalogue, modes: dict[str, str]) -> list[str]:
+    lines = [f"{name}: mode {modes[name]}, {count} writes rejected" for name, count in found.rejected.items()]
+    if not found.paths:
+        return [*lines, "no write past the adapter" + (f" since {shown_time(found.since)}" if found.since else "")]
+    lines.append(f"{len(found.paths)} code paths wrote past the adapter, {found.writes} times:")
+    for path in found.paths:
+        lines += _path_lines(path)
+    return lines
+
+
+def _path_lines(path: CodePath) -> list[str]:
+    treated = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(path.treatments.items()))
+    moved = f", {path.moved:+f} {path.currency}" if path.moved is not None and path.currency else ""
+    by = f"by {', '.join(path.application_names) or '(no name)'} as {', '.join(path.database_users)}"
+    lines = [
+        f"  {path.writes} × {path.operation} {path.relation}" + (f".{path.column}" if path.column else ""),
+        f"    {path.fingerprint}",
+        f"    {by}; {path.accounts} accounts{moved}; {treated}",
+        f"    first {shown_time(path.first)}, last {shown_time(path.last)}",
+    ]
+    return lines + ([f"    for example: {path.example}"] if path.example else [])

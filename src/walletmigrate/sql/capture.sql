@@ -1,0 +1,68 @@
+-- The catalogue of writes past the adapter, the part that is the same for every mapping. Called by the fences, which
+-- pin the search_path and run as the owner.
+
+-- A statement without its values: literals, numbers, parameters and comments as ?, a list of them as one. Whatever is
+-- left open at the end, or quoted by dollars, is cut off: no value is to come through.
+create or replace function {{ schema }}.fingerprint(p_query text) returns text
+language plpgsql
+immutable
+as $$
+declare
+    -- No non-greedy quantifier: in an expression with branches PostgreSQL takes the longest match all the same.
+    v_values constant text := concat_ws(
+        '|',
+        '/\*(?:[^*]|\*+[^*/])*(?:\*+/|$)',
+        '--[^\n]*',
+        '[eE]''(?:[^''\\]|\\.|'''')*(?:''|$)',
+        '''(?:[^'']|'''')*(?:''|$)',
+        '\$[0-9]+',
+        '\$[[:alpha:]_]*\$.*',
+        '(?<![[:alnum:]_."])-?[0-9]+(?:\.[0-9]+)?(?![[:alnum:]_"])'
+    );
+    v_words text := regexp_replace(left(p_query, 4000), v_values, '?', 'g');
+begin
+    v_words := regexp_replace(v_words, '(?:\?[\s,]*)+\?', '?', 'g');
+    return left(btrim(regexp_replace(v_words, '\s+', ' ', 'g')), 300);
+end
+$$;
+
+-- One line of the catalogue.
+create or replace function {{ schema }}.catalogue(
+    p_mapping text, p_relation oid, p_column text, p_key text, p_bucket text, p_currency text, p_operation text,
+    p_treatment text, p_old numeric, p_new numeric, p_raw boolean
+) returns void
+language plpgsql
+as $$
+begin
+    insert into bypasses (
+        mapping, relation, column_name, key, bucket, currency, operation, treatment, old_value, new_value,
+        fingerprint, query
+    )
+    values (
+        p_mapping, p_relation, p_column, p_key, p_bucket, p_currency, lower(p_operation), p_treatment, p_old, p_new,
+        fingerprint(current_query()), case when p_raw then left(current_query(), 10000) end
+    );
+end
+$$;
+
+-- A write past the adapter, mirrored: the ledger follows the row.
+create or replace function {{ schema }}.follow(
+    p_account bigint, p_balance numeric, p_now numeric, p_currency text, p_bypass bigint
+) returns void
+language plpgsql
+as $$
+begin
+    update accounts set balance = p_now where id = p_account;
+    insert into transactions (
+        id, debit_account, credit_account, kind, type, amount, debit_balance, credit_balance, currency, actor, reason
+    )
+    values (
+        nextval('transaction_ids'),
+        case when p_now > p_balance then p_bypass else p_account end,
+        case when p_now > p_balance then p_account else p_bypass end,
+        'resync', 'bypass', abs(p_now - p_balance),
+        case when p_now < p_balance then p_now end, case when p_now > p_balance then p_now end,
+        p_currency, session_user, 'written past the adapter by ' || current_setting('application_name')
+    );
+end
+$$;
