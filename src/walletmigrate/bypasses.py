@@ -128,7 +128,7 @@ def prune(engine: Engine, settings: Settings, act: Act, *, dry_run: bool = False
         return due
     while True:
         with engine.begin() as connection:
-            statement = f"delete from {name}.bypasses where id in (select id {old} order by id limit {PRUNE_BATCH})"
+            statement = f"delete from {name}.bypasses where ctid in (select ctid {old} limit {PRUNE_BATCH})"
             gone = connection.execute(text(statement), parameters).rowcount
             done += gone
             if gone < PRUNE_BATCH:

@@ -192,6 +192,10 @@ path = "flags/environment.json"   # relative to this file
 # api_url = "http://localhost:8000/api/v1/"
 poll_seconds = 10
 
+[capture]                         # the catalogue of writes past the adapter
+raw_queries = false               # their text as it was sent; it may hold personal data
+retention = "30d"                 # what `walletmigrate capture prune` keeps
+
 [roles]                           # database roles, made by `walletmigrate install`
 owner = "wallet_owner"
 app = "wallet_app"

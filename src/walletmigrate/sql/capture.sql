@@ -33,14 +33,23 @@ create or replace function {{ schema }}.catalogue(
 ) returns void
 language plpgsql
 as $$
+declare
+    v_query text := current_query();
+    v_hash text := hashtextextended(v_query, 0)::text;
+    v_fingerprint text := current_setting('walletmigrate.fingerprint', true);
 begin
+    -- The same statement again, as prepared ones are: what it came to the last time. A cache, keyed by the statement.
+    if v_fingerprint is null or left(v_fingerprint, length(v_hash) + 1) <> v_hash || ' ' then
+        v_fingerprint := v_hash || ' ' || fingerprint(v_query);
+        perform set_config('walletmigrate.fingerprint', v_fingerprint, false);
+    end if;
     insert into bypasses (
         mapping, relation, column_name, key, bucket, currency, operation, treatment, old_value, new_value,
         fingerprint, query
     )
     values (
         p_mapping, p_relation, p_column, p_key, p_bucket, p_currency, lower(p_operation), p_treatment, p_old, p_new,
-        fingerprint(current_query()), case when p_raw then left(current_query(), 10000) end
+        substr(v_fingerprint, length(v_hash) + 2), case when p_raw then left(v_query, 10000) end
     );
 end
 $$;

@@ -28,7 +28,7 @@ declare
     v_account record;
     v_known boolean;
     v_looked boolean;
-    v_ours boolean;
+    v_label_of_ours text;
     v_written boolean;
     v_treatment text;
     v_label text[];
@@ -125,8 +125,6 @@ begin
             end if;
         end if;
     end if;
-    v_ours := current_setting('walletmigrate.posting', true)
-        = 'adapter:{{ mapping }}:' || case when tg_op <> 'DELETE' then new.{{ key }}::text end;
     v_keys := case
         when tg_op = 'INSERT' then array[new.{{ key }}]
         when tg_op = 'DELETE' then array[old.{{ key }}]
@@ -135,90 +133,101 @@ begin
     end;
     foreach v_key in array v_keys loop
         v_looked := false;
+        v_label_of_ours := 'adapter:{{ mapping }}:' || v_key;
         {% for c in columns %}
-        -- By key, not by a join: without statistics a plan may walk all accounts of the mapping.
-        select x.id, x.state, x.balance into v_account
-        from accounts as x
-        where
-            x.mapping = '{{ mapping }}' and x.key = v_key::text collate "C"
-            and x.bucket = '{{ c.bucket }}' and x.currency = '{{ c.currency }}'
-        for no key update;
-        v_known := found;
-        v_after := case when tg_op <> 'DELETE' and new.{{ key }} = v_key then {{ c.after }} end;
         v_written := tg_op <> 'UPDATE' or old.{{ key }} is distinct from new.{{ key }}
             or old.{{ c.column }} is distinct from new.{{ c.column }};
-        -- Another event may have come between: the account is held against the row as it is now. (Not so where it equals
-        -- what this event wrote: had the row changed again since, that event would come, or have come.)
-        if v_known and not v_looked and (v_account.state <> 'mirrored' or v_account.balance is distinct from v_after) then
-            select array[{{ columns | map(attribute="value") | join(", ") }}] into v_now
-            from {{ relation }} as l where l.{{ key }} = v_key;
-            v_found := found;
-            v_looked := true;
-        end if;
-        if not v_known then
-            perform probe_account('{{ mapping }}', v_key::text, '{{ c.bucket }}', '{{ c.currency }}');
-            v_treatment := 'absent';
-        elsif
-            v_account.state = 'mirrored'
-            and (v_account.balance = v_after or v_looked and v_found and v_account.balance = v_now[{{ loop.index }}])
-        then
-            v_written := false;
-        elsif v_account.state = 'frozen' then
-            if v_written then
+        if v_written then
+            v_after := case when tg_op <> 'DELETE' and new.{{ key }} = v_key then {{ c.after }} end;
+            -- By key, not by a join: without statistics a plan may walk all accounts of the mapping.
+            select x.id, x.state, x.balance into v_account
+            from accounts as x
+            where
+                x.mapping = '{{ mapping }}' and x.key = v_key::text collate "C"
+                and x.bucket = '{{ c.bucket }}' and x.currency = '{{ c.currency }}'
+            for no key update;
+            v_known := found;
+            -- Another event may have come between: what was mirrored is held against the row as it is now. (Not where
+            -- it equals what this event wrote: had the row changed again since, that event would come, or have come.)
+            if
+                v_known and not v_looked and (
+                    v_account.state = 'mirrored' and v_account.balance is distinct from v_after
+                    or v_account.state <> 'frozen' and (tg_op <> 'UPDATE' or v_after is null)
+                    or v_account.state = 'closed'
+                )
+            then
+                select array[{{ columns | map(attribute="value") | join(", ") }}] into v_now
+                from {{ relation }} as l where l.{{ key }} = v_key;
+                v_found := found;
+                v_looked := true;
+            end if;
+            if not v_known then
+                perform probe_account('{{ mapping }}', v_key::text, '{{ c.bucket }}', '{{ c.currency }}');
+                v_treatment := 'absent';
+            elsif
+                v_account.state = 'mirrored'
+                and (
+                    v_account.balance = v_after
+                    or v_looked and v_found and v_account.balance = v_now[{{ loop.index }}]
+                )
+            then
+                v_written := false;
+            elsif v_account.state = 'frozen' then
                 perform nextval('rejected_{{ mapping }}');
                 raise exception '{{ relation }} %: column {{ c.column }} is frozen, the ledger alone is true', v_key
                     using errcode = 'WM030', hint = 'Write through the adapter, or unfreeze.';
-            end if;
-        elsif not v_found then
-            if (select c.relrowsecurity from pg_class as c where c.oid = '{{ relation }}'::regclass)
-                and not exists (
-                    select from pg_policy as p
-                    where p.polrelid = '{{ relation }}'::regclass and p.polname = 'walletmigrate_owner'
-                )
-            then
-                raise exception 'row-level security hides rows of {{ relation }} from the role that owns the ledger'
-                    using errcode = 'WM022', hint = 'Run: walletmigrate install';
-            end if;
+            elsif v_looked and not v_found then
+                if (select c.relrowsecurity from pg_class as c where c.oid = '{{ relation }}'::regclass)
+                    and not exists (
+                        select from pg_policy as p
+                        where p.polrelid = '{{ relation }}'::regclass and p.polname = 'walletmigrate_owner'
+                    )
+                then
+                    raise exception 'row-level security hides rows of {{ relation }} from the role that owns the ledger'
+                        using errcode = 'WM022', hint = 'Run: walletmigrate install';
+                end if;
+                {% if capture_mode == "reject" %}
+                if v_account.state = 'mirrored' then
+                    {{ reject(c) }}
+                end if;
+                {% elif capture_mode == "mirror" %}
+                if v_account.state = 'mirrored' and v_account.balance <> 0 then
+                    perform follow(v_account.id, v_account.balance, 0, '{{ c.currency }}', {{ c.bypass }});
+                end if;
+                {% endif %}
+                update accounts as x set state = 'closed', state_at = clock_timestamp(), state_reason = 'row gone'
+                where x.id = v_account.id and x.state <> 'closed';
+                v_treatment := 'closed';
+            elsif current_setting('walletmigrate.posting', true) = v_label_of_ours then
+                -- The row took another balance than the adapter posted: the comparison behind it will say so too.
+                perform turn_stale(v_account.id, 'legacy took another balance than was posted');
             {% if capture_mode == "reject" %}
-            if v_account.state = 'mirrored' then
+            elsif v_account.state = 'mirrored' then
                 {{ reject(c) }}
-            end if;
             {% elif capture_mode == "mirror" %}
-            if v_account.state = 'mirrored' and v_account.balance <> 0 then
-                perform follow(v_account.id, v_account.balance, 0, '{{ c.currency }}', {{ c.bypass }});
-            end if;
+            elsif
+                v_account.state = 'mirrored' and abs(v_now[{{ loop.index }}]) < 'Infinity'
+                and v_now[{{ loop.index }}] = round(v_now[{{ loop.index }}], {{ c.scale }})
+            then
+                perform follow(
+                    v_account.id, v_account.balance, v_now[{{ loop.index }}], '{{ c.currency }}', {{ c.bypass }}
+                );
+                v_treatment := 'mirrored';
             {% endif %}
-            update accounts as x set state = 'closed', state_at = clock_timestamp(), state_reason = 'row gone'
-            where x.id = v_account.id and x.state <> 'closed';
-            v_treatment := 'closed';
-        elsif v_ours then
-            -- The row took another balance than the adapter posted: the comparison behind it will say so too.
-            perform turn_stale(v_account.id, 'legacy took another balance than was posted');
-        {% if capture_mode == "reject" %}
-        elsif v_account.state = 'mirrored' then
-            {{ reject(c) }}
-        {% elif capture_mode == "mirror" %}
-        elsif
-            v_account.state = 'mirrored' and abs(v_now[{{ loop.index }}]) < 'Infinity'
-            and v_now[{{ loop.index }}] = round(v_now[{{ loop.index }}], {{ c.scale }})
-        then
-            perform follow(
-                v_account.id, v_account.balance, v_now[{{ loop.index }}], '{{ c.currency }}', {{ c.bypass }}
-            );
-            v_treatment := 'mirrored';
-        {% endif %}
-        elsif v_account.state in ('mirrored', 'closed') then
-            perform turn_stale(v_account.id, 'written past the adapter (' || lower(tg_op) || ')');
-            v_treatment := 'turned_stale';
-        else
-            v_treatment := 'stale';
-        end if;
-        if v_written and v_ours is not true then
-            perform catalogue(
-                '{{ mapping }}', tg_relid, '{{ c.name }}', v_key::text, '{{ c.bucket }}', '{{ c.currency }}', tg_op,
-                v_treatment, case when tg_op <> 'INSERT' and old.{{ key }} = v_key then {{ c.before }} end, v_after,
-                {{ raw_queries }}
-            );
+            elsif v_account.state in ('mirrored', 'closed') then
+                perform turn_stale(v_account.id, 'written past the adapter (' || lower(tg_op) || ')');
+                v_treatment := 'turned_stale';
+            else
+                v_treatment := 'stale';
+            end if;
+            if v_written and current_setting('walletmigrate.posting', true) is distinct from v_label_of_ours then
+                perform catalogue(
+                    '{{ mapping }}', tg_relid, '{{ c.name }}', v_key::text, '{{ c.bucket }}', '{{ c.currency }}',
+                    tg_op, v_treatment,
+                    case when tg_op <> 'INSERT' and old.{{ key }} = v_key then {{ c.before }} end, v_after,
+                    {{ raw_queries }}
+                );
+            end if;
         end if;
         {% endfor %}
     end loop;

@@ -139,7 +139,7 @@ create table {{ schema }}.failures (
 
 -- Every write to a mapped column that did not come through the adapter, and what the fence made of it.
 create table {{ schema }}.bypasses (
-    id bigint generated always as identity primary key,
+    id bigint generated always as identity,
     at timestamptz not null default clock_timestamp(),
     mapping text not null,
     -- The table or partition that was written; no column and no key where all are meant (truncate).
@@ -163,6 +163,7 @@ create table {{ schema }}.bypasses (
     xid bigint not null default pg_current_xact_id()::text::bigint
 );
 
+-- No more than one small index: who writes past the adapter pays for it.
 create index bypasses_at on {{ schema }}.bypasses using brin (at) with (pages_per_range = 32);
 
 create table {{ schema }}.jobs (
