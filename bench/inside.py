@@ -6,15 +6,12 @@ a fresh idempotency key into its text.
 
 from __future__ import annotations
 
-import re
-import subprocess
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 
 import stage
 from figures import Figure, at_least, at_most, ratio_note
+from pgbench import CLIENTS, pgbench
 from sqlalchemy import Engine, text
 from stage import AMOUNT, BARE, USERS, Scale
 
@@ -23,7 +20,6 @@ from walletmigrate.movements import Movement, prepare
 from walletmigrate.postings import Calls
 
 ROWS = 100_000
-CLIENTS = 16
 POLICIES = ("shadow", "strict")
 
 _ACCOUNT = 987654321987654321
@@ -38,14 +34,6 @@ _SIZES = (
 _POSTINGS = "select count(*) from wallet.transactions"
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run of pgbench: transactions per second after the first second, and all of them."""
-
-    per_second: float
-    transactions: int
-
-
 def measure(server: Server, scale: Scale) -> list[Figure]:
     """Throughput ratios, dual-write ÷ bare, and the bytes that a posting adds to the ledger."""
     seconds = 4 if scale.quick else 12
@@ -56,7 +44,7 @@ def measure(server: Server, scale: Scale) -> list[Figure]:
             folder = _prepare(engine, url, Path(name))
             before, began = _sizes(engine), stage.count(engine, _POSTINGS)
             for each in ("bare", *POLICIES):
-                _pgbench(server, url, folder / each, seconds)
+                pgbench(server, url, folder / each, seconds)
             for number in range(scale.rounds(full=5, quick=2)):
                 for policy in POLICIES:
                     ratios[policy].append(_round(server, url, engine, folder, policy, seconds, number))
@@ -97,7 +85,7 @@ def _round(
     for name in (policy, "bare") if number % 2 else ("bare", policy):
         stage.checkpoint(engine)
         postings = stage.count(engine, _POSTINGS)
-        run = _pgbench(server, url, folder / name, seconds)
+        run = pgbench(server, url, folder / name, seconds)
         found[name] = run.per_second
         if name == policy:
             written = stage.count(engine, _POSTINGS) - postings
@@ -118,20 +106,6 @@ def _posting_script(policy: str) -> str:
     words = words.replace(f"'{_ACCOUNT}'", ":id")
     words = words.replace(str(_ACCOUNT), "'||:id||'").replace(_TOKEN, "'||gen_random_uuid()||'")
     return f"\\set id random(1, {ROWS})\nselect wallet.plain_users({words});\n"
-
-
-def _pgbench(server: Server, url: str, script: Path, seconds: int) -> Run:
-    command = [str(server.binaries / "pgbench"), "-n", "-M", "prepared", "-P", "1", "-T", str(seconds)]
-    command += ["-c", str(CLIENTS), "-j", "2", "-f", str(script), url]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    done = re.search(r"transactions actually processed: (\d+)", answer.stdout)
-    if answer.returncode != 0 or done is None:
-        raise RuntimeError(f"pgbench failed: {answer.stderr.strip()[-500:]}")
-    # In the first second each connection compiles the functions it calls.
-    steady = [float(found) for found in re.findall(r"progress: [\d.]+ s, ([\d.]+) tps", answer.stderr)][1:]
-    if len(steady) < seconds - 2:
-        raise RuntimeError(f"pgbench reported {len(steady)} of {seconds} seconds")
-    return Run(mean(steady), int(done.group(1)))
 
 
 def _throughput(policy: str, pairs: list[tuple[float, float]]) -> Figure:

@@ -26,31 +26,20 @@ begin
 end
 $$;
 
--- One line of the catalogue.
-create or replace function {{ schema }}.catalogue(
-    p_mapping text, p_relation oid, p_column text, p_key text, p_bucket text, p_currency text, p_operation text,
-    p_treatment text, p_old numeric, p_new numeric, p_raw boolean
-) returns void
+-- The fingerprint of the statement at work. For the same statement again, as prepared ones are, what it came to the
+-- last time: a cache, keyed by the statement.
+create or replace function {{ schema }}.stated() returns text
 language plpgsql
 as $$
 declare
-    v_query text := current_query();
-    v_hash text := hashtextextended(v_query, 0)::text;
-    v_fingerprint text := current_setting('walletmigrate.fingerprint', true);
+    v_hash text := hashtextextended(current_query(), 0)::text;
+    v_known text := current_setting('walletmigrate.fingerprint', true);
 begin
-    -- The same statement again, as prepared ones are: what it came to the last time. A cache, keyed by the statement.
-    if v_fingerprint is null or left(v_fingerprint, length(v_hash) + 1) <> v_hash || ' ' then
-        v_fingerprint := v_hash || ' ' || fingerprint(v_query);
-        perform set_config('walletmigrate.fingerprint', v_fingerprint, false);
+    if v_known is null or split_part(v_known, ' ', 1) <> v_hash then
+        v_known := v_hash || ' ' || fingerprint(current_query());
+        perform set_config('walletmigrate.fingerprint', v_known, false);
     end if;
-    insert into bypasses (
-        mapping, relation, column_name, key, bucket, currency, operation, treatment, old_value, new_value,
-        fingerprint, query
-    )
-    values (
-        p_mapping, p_relation, p_column, p_key, p_bucket, p_currency, lower(p_operation), p_treatment, p_old, p_new,
-        substr(v_fingerprint, length(v_hash) + 2), case when p_raw then left(v_query, 10000) end
-    );
+    return substr(v_known, length(v_hash) + 2);
 end
 $$;
 

@@ -21,16 +21,18 @@ set search_path = pg_catalog, {{ schema }}, pg_temp
 as $$
 #variable_conflict use_variable -- A column of the legacy table may have any name.
 declare
-    v_keys {{ key_type }}[];
     v_key {{ key_type }};
+    v_next {{ key_type }};
+    v_statement text;
     v_found boolean;
     v_now numeric[];
     v_account record;
     v_known boolean;
     v_looked boolean;
-    v_label_of_ours text;
+    v_ours boolean;
     v_written boolean;
     v_treatment text;
+    v_setting text := current_setting('walletmigrate.posting', true);
     v_label text[];
     v_after numeric;
     v_change numeric;
@@ -38,8 +40,8 @@ declare
     v_transaction bigint;
     v_state account_state;
 begin
-    if tg_op = 'UPDATE' and current_setting('walletmigrate.posting', true) like '{"%' then
-        v_label := current_setting('walletmigrate.posting');
+    if tg_op = 'UPDATE' and v_setting like '{"%' then
+        v_label := v_setting;
         if v_label[1] = '{{ mapping }}' and v_label[2] = new.{{ key }}::text and old.{{ key }} = new.{{ key }} then
             {% for c in columns %}
             {{ "if" if loop.first else "elsif" }}
@@ -125,15 +127,14 @@ begin
             end if;
         end if;
     end if;
-    v_keys := case
-        when tg_op = 'INSERT' then array[new.{{ key }}]
-        when tg_op = 'DELETE' then array[old.{{ key }}]
-        when old.{{ key }} = new.{{ key }} then array[new.{{ key }}]
-        else array[least(old.{{ key }}, new.{{ key }}), greatest(old.{{ key }}, new.{{ key }})]
-    end;
-    foreach v_key in array v_keys loop
+    v_key := case when tg_op = 'DELETE' then old.{{ key }} else new.{{ key }} end;
+    if tg_op = 'UPDATE' and old.{{ key }} <> new.{{ key }} then
+        v_next := greatest(old.{{ key }}, new.{{ key }});
+        v_key := least(old.{{ key }}, new.{{ key }});
+    end if;
+    loop
         v_looked := false;
-        v_label_of_ours := 'adapter:{{ mapping }}:' || v_key;
+        v_ours := v_setting like 'adapter:%' and v_setting = 'adapter:{{ mapping }}:' || v_key;
         {% for c in columns %}
         v_written := tg_op <> 'UPDATE' or old.{{ key }} is distinct from new.{{ key }}
             or old.{{ c.column }} is distinct from new.{{ c.column }};
@@ -162,7 +163,9 @@ begin
                 v_looked := true;
             end if;
             if not v_known then
-                perform probe_account('{{ mapping }}', v_key::text, '{{ c.bucket }}', '{{ c.currency }}');
+                if current_setting('transaction_isolation') <> 'read committed' then
+                    perform probe_account('{{ mapping }}', v_key::text, '{{ c.bucket }}', '{{ c.currency }}');
+                end if;
                 v_treatment := 'absent';
             elsif
                 v_account.state = 'mirrored'
@@ -198,7 +201,7 @@ begin
                 update accounts as x set state = 'closed', state_at = clock_timestamp(), state_reason = 'row gone'
                 where x.id = v_account.id and x.state <> 'closed';
                 v_treatment := 'closed';
-            elsif current_setting('walletmigrate.posting', true) = v_label_of_ours then
+            elsif v_ours then
                 -- The row took another balance than the adapter posted: the comparison behind it will say so too.
                 perform turn_stale(v_account.id, 'legacy took another balance than was posted');
             {% if capture_mode == "reject" %}
@@ -220,16 +223,24 @@ begin
             else
                 v_treatment := 'stale';
             end if;
-            if v_written and current_setting('walletmigrate.posting', true) is distinct from v_label_of_ours then
-                perform catalogue(
-                    '{{ mapping }}', tg_relid, '{{ c.name }}', v_key::text, '{{ c.bucket }}', '{{ c.currency }}',
-                    tg_op, v_treatment,
+            if v_written and v_ours is not true then
+                v_statement := stated();
+                insert into bypasses (
+                    mapping, relation, column_name, key, bucket, currency, operation, treatment, old_value, new_value,
+                    fingerprint, query
+                )
+                values (
+                    '{{ mapping }}', tg_relid, '{{ c.name }}', v_key, '{{ c.bucket }}', '{{ c.currency }}',
+                    lower(tg_op), v_treatment,
                     case when tg_op <> 'INSERT' and old.{{ key }} = v_key then {{ c.before }} end, v_after,
-                    {{ raw_queries }}
+                    v_statement, {{ "left(current_query(), 10000)" if raw_queries == "true" else "null" }}
                 );
             end if;
         end if;
         {% endfor %}
+        exit when v_next is null;
+        v_key := v_next;
+        v_next := null;
     end loop;
     return null;
 end
@@ -257,8 +268,10 @@ begin
     where
         a.mapping = '{{ mapping }}' and a.state in ('mirrored', 'stale')
         and not exists (select from {{ relation }} as l where l.{{ key }}::text collate "C" = a.key);
-    perform catalogue(
-        '{{ mapping }}', tg_relid, null, null, null, null, tg_op, 'closed', null, null, {{ raw_queries }}
+    insert into bypasses (mapping, relation, operation, treatment, fingerprint, query)
+    values (
+        '{{ mapping }}', tg_relid, 'truncate', 'closed', stated(),
+        {{ "left(current_query(), 10000)" if raw_queries == "true" else "null" }}
     );
     return null;
 end
