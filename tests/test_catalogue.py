@@ -182,7 +182,8 @@ def test_the_label_of_the_adapter_hides_no_write_to_another_row(place: Place) ->
 def test_a_line_says_who_and_when_and_by_which_statement(place: Place) -> None:
     assert place.write(ADD, name="nightly") == ""
     ((application, user, fingerprint, query, xid),) = rows(
-        place.engine, "select application_name, database_user, fingerprint, query, xid::text::bigint from wallet.bypasses"
+        place.engine,
+        "select application_name, database_user, fingerprint, query, xid::text::bigint from wallet.bypasses",
     )
     assert (application, fingerprint) == ("nightly", "update users set total_coins = total_coins + ? where id = ?")
     assert user == scalar(place.engine, "select session_user")
