@@ -12,7 +12,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench dashboards clean
+.PHONY: help setup demo test check format bench model dashboards clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -54,6 +54,9 @@ format: $(READY) ## let ruff write the format
 
 bench: $(READY) ## measure the speed, durability on
 	$(BIN)/python bench/run.py $(ARGS)
+
+model: $(READY) ## explore every state of a model of the protocol, and of mutated ones
+	$(BIN)/python -m model --jobs $(JOBS) $(ARGS)
 
 dashboards: $(READY) ## make the Grafana dashboards anew
 	$(BIN)/python dashboards/build.py
