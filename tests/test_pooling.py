@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine
 from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
@@ -81,7 +81,7 @@ def test_every_kind_of_posting_goes_through_a_pooler(pooled: Pooled, flags: dict
         short = [adapter.credit(connection, 1, 5, type="a"), adapter.debit(connection, 1, 2, type="a")]
         long = [
             adapter.transfer(connection, 1, 2, 3, type="a"),
-            adapter.set_balance(connection, 3, 70, type="a", reason="as counted", actor="tests"),
+            adapter.set_balance(connection, 3, 70, reason="as counted", actor="tests"),
             adapter.credit(connection, 4, 1, type="a", description="words"),
             *adapter.apply(connection, [Movement.credit(5, 1, type="a"), Movement.debit(6, 1, type="a")]),
         ]
@@ -256,7 +256,7 @@ def test_the_async_adapter_posts_behind_a_pooler(pooled: Pooled) -> None:
         adapter = AsyncLegacyBalanceAdapter(pooled.at.settings, StaticSource(DUAL))
         async with AsyncSession(engine) as session, session.begin():
             posted = await adapter.credit(session, 1, 5, type="test")
-            assert (posted.mode, posted.ledger_balance) == ("dual_write", 105)
+            assert (posted.mode, posted.ledger_balance) == ("dual_write", Decimal(105))
         await engine.dispose()
 
     asyncio.run(main())
@@ -281,7 +281,7 @@ def test_a_pooler_that_ends_in_the_middle_of_a_transaction_leaves_no_half_of_it(
         again = LegacyBalanceAdapter(at.settings, StaticSource(DUAL)).credit(
             connection, 1, 5, type="test", idempotency_key="cut"
         )
-    assert (again.replayed, again.ledger_balance) == (False, 105)
+    assert (again.replayed, again.ledger_balance) == (False, Decimal(105))
 
 
 def test_the_whole_migration_and_the_way_back_go_through_a_pooler(
@@ -292,10 +292,10 @@ def test_the_whole_migration_and_the_way_back_go_through_a_pooler(
     source = StaticSource({**READ, "wallet.enableWithdrawals": True})
     with engine.begin() as connection:
         posted = LegacyBalanceAdapter(settings, source).credit(connection, 4, 5, type="test")
-    assert (posted.mode, posted.ledger_balance) == ("ledger", 105)
+    assert (posted.mode, posted.ledger_balance) == ("ledger", Decimal(105))
     with pytest.raises(DBAPIError, match="is frozen"):
         execute(engine, RAW)
-    project.change(*"unfreeze --confirm users".split())
+    project.change("unfreeze", "--confirm", "users")
     assert rows(engine, "select total_coins from users where id in (1, 4) order by id") == [(100,), (105,)]
     assert project.run("verify", "--json").document["clean"]
     status = project.run("status", "--json")
