@@ -62,6 +62,6 @@ dashboards: $(READY) ## make the Grafana dashboards anew
 	$(BIN)/python dashboards/build.py
 
 clean: ## remove what these commands made
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .packages build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	rm -f report.json balances.csv
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -118,7 +118,7 @@ def project_at(folder: Path, url: str, phase: str, *, rows: int = 10, window: st
         "dual_write": ("phase advance", "flags set wallet.dualWrite on --everyone", "backfill", "verify"),
         "read_ledger": ("rollback --exercise", "phase advance"),
         "wallet_only": ("cutover --everyone --confirm users", "phase advance"),
-        "frozen": ("freeze --confirm users",),
+        "frozen": ("rollback --exercise", "freeze --confirm users"),
     }
     for name, commands in steps.items():
         if phase == "legacy":

@@ -534,6 +534,7 @@ def test_the_sandbox_has_all_that_the_first_commands_need_and_goes_without_a_tra
             "phase advance",
             "cutover --everyone --confirm users",
             "phase advance",
+            "rollback --exercise",
             "freeze --confirm users",
             "unfreeze --confirm users",
         ):

@@ -80,6 +80,8 @@ def test_doctor_names_what_mends_a_fault_and_what_mends_it_does(project: Project
     assert "walletmigrate capture install" in said.stdout
     assert "runbooks/balance-drift.md" in said.stdout
     project.change("capture", "install")
+    query = "select mapping from wallet.audit_log where action = 'fence mended'"
+    assert rows(engine, query) == [("users",)]  # the gates want a verification that began after it
     assert project.run("doctor", "--json").document["findings"] == []
 
 

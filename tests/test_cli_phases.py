@@ -47,6 +47,7 @@ def test_a_migration_walks_forward_to_frozen_and_back_to_legacy(database_url: st
         "cutover --everyone --confirm users",
         "phase advance",
         "verify",
+        "rollback --exercise",
         "freeze --confirm users",
         "unfreeze --confirm users",
         "verify",
@@ -116,6 +117,7 @@ def test_each_command_changes_nothing_in_a_dry_run_and_needs_no_reason(reading: 
 
 def test_a_dry_run_of_freeze_tells_what_it_would_do(database_url: str, tmp_path: Path) -> None:
     project, engine = project_at(tmp_path, database_url, "wallet_only")
+    project.change("rollback", "--exercise")
     before = everything(project)
     said = project.run("freeze", "--dry-run", "--json")
     assert said.exit_code == 0, said
@@ -235,6 +237,7 @@ def test_verify_gives_totals_per_tenant_and_role(reading: Project) -> None:
 
 def test_freeze_makes_the_column_reject_writes_and_unfreeze_gives_it_back(database_url: str, tmp_path: Path) -> None:
     project, engine = project_at(tmp_path, database_url, "wallet_only")
+    project.change("rollback", "--exercise")
     said = project.run("freeze", "--confirm", "users", "--json", *REASON)
     assert said.exit_code == 0, said
     assert (said.document["phase"]["after"], said.document["mappings"][0]["changed"]) == ("frozen", 10)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import shutil
 import subprocess
 from itertools import combinations
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from binaries import program
 from walletmigrate.observe import METRICS, PREFIX
 
 FOLDER = Path(__file__).resolve().parent.parent / "dashboards"
@@ -134,15 +133,18 @@ def test_a_counter_is_only_looked_at_as_a_rate_over_grafanas_own_interval(expres
 
 
 def test_prometheus_can_read_every_expression(tmp_path: Path) -> None:
-    promtool = os.environ.get("PROMTOOL") or shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is not on the PATH and PROMTOOL does not name it; Debian's package prometheus has it")
+    promtool = program("prometheus", "promtool")
     expressions = [str(case.values[0]).replace("$__rate_interval", "5m") for case in EXPRESSIONS]
     rules = [{"record": f"panel:{place}", "expr": text} for place, text in enumerate(expressions)]
     file = tmp_path / "rules.yml"
     file.write_text(json.dumps({"groups": [{"name": "panels", "rules": rules}]}), encoding="utf-8")
     checked = subprocess.run(
-        [promtool, "check", "rules", str(file)], capture_output=True, text=True, timeout=60, check=False
+        [str(promtool.path), "check", "rules", str(file)],
+        env=promtool.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert f"{len(rules)} rules found" in checked.stdout

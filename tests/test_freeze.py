@@ -342,3 +342,24 @@ def test_the_operators_role_may_do_it(made: Ledger, database_url: str) -> None:
     assert run_freeze(operator).changed == ROWS
     set_phase(made[0], "wallet_only")
     assert run_unfreeze(operator).changed == ROWS
+
+
+@pytest.mark.parametrize("kind", ["freeze", "unfreeze"])
+def test_a_job_starts_under_the_lock_of_the_phase_that_it_needs(made: Ledger, database_url: str, kind: str) -> None:
+    """The phase goes the other way, unseen yet, while the job looks at it: the job must wait, and then not start."""
+    engine, settings = made
+    phase, other, job = ("frozen", "wallet_only", freeze) if kind == "freeze" else ("wallet_only", "frozen", unfreeze)
+    if kind == "unfreeze":
+        run_freeze(made)
+    set_phase(engine, phase)
+    before = (states(engine), scalar(engine, "select count(*) from wallet.jobs"))
+    worker = engine_named(database_url, "worker", lock_timeout_ms=60_000)
+    with ThreadPoolExecutor(1) as threads, engine.connect() as operator:
+        with operator.begin():
+            operator.exec_driver_sql("select from wallet.control for update")
+            operator.exec_driver_sql(f"update wallet.control set phase = '{other}'")
+            started = threads.submit(job, worker, settings, settings.mapping(), ACT)
+            until_blocked(engine, "worker")
+        with pytest.raises(PreconditionRefused, match=f"the phase is {other}"):
+            started.result(60)
+    assert (states(engine), scalar(engine, "select count(*) from wallet.jobs")) == before

@@ -83,6 +83,7 @@ class Stage:
             return self
         self.advance(EVERYONE)
         if phase == "frozen":
+            phases.exercise(self.engine, self.settings, KNOWN, ACT)
             phases.enter_frozen(self.engine, self.settings, KNOWN, ACT)
             freeze(self.engine, self.settings, self.settings.mapping(), ACT)
         return self
@@ -366,6 +367,7 @@ def test_frozen_is_entered_by_freeze_alone_which_asks_for_everything_again(stage
     with pytest.raises(PreconditionRefused, match="the phase is read_ledger, not wallet_only"):
         phases.enter_frozen(stage.engine, stage.settings, KNOWN, ACT)
     stage.advance(EVERYONE)
+    phases.exercise(stage.engine, stage.settings, KNOWN, ACT)
     with pytest.raises(PreconditionRefused) as refused:
         stage.advance(EVERYONE)
     assert [mend for _, mend in refused.value.reasons] == ["walletmigrate freeze --confirm users --reason '…'"]
@@ -375,6 +377,31 @@ def test_frozen_is_entered_by_freeze_alone_which_asks_for_everything_again(stage
     stage.backfill()
     assert phases.enter_frozen(stage.engine, stage.settings, KNOWN, ACT).after == "frozen"
     assert not phases.enter_frozen(stage.engine, stage.settings, KNOWN, ACT).changed
+
+
+def test_the_way_back_is_exercised_again_between_wallet_only_and_the_freeze(stage: Stage) -> None:
+    again = ["the way back has not been exercised again since the phase came to wallet_only"]
+    stage.to("wallet_only")
+    assert stage.reasons("frozen") == again
+    with pytest.raises(PreconditionRefused, match="rollback --exercise"):
+        phases.enter_frozen(stage.engine, stage.settings, KNOWN, ACT)
+    stage.back()
+    stage.advance(EVERYONE)
+    assert stage.reasons("frozen") == again, "a step back is not a way back and forth that ends here"
+    phases.exercise(stage.engine, stage.settings, KNOWN, ACT)
+    assert stage.reasons("frozen") == []
+    assert phases.enter_frozen(stage.engine, stage.settings, KNOWN, ACT).after == "frozen"
+    phases.leave_frozen(stage.engine, stage.settings, ACT)
+    assert stage.reasons("frozen") == [], "an unfreeze is no new way to wallet_only"
+
+
+def test_a_cohort_that_was_rolled_back_in_wallet_only_has_exercised_the_way_back(stage: Stage) -> None:
+    stage.to("read_ledger")
+    stage.cutover(None)
+    stage.advance(FileSource(stage.path))
+    assert len(stage.reasons("frozen")) == 1
+    phases.rollback(stage.engine, stage.settings, stage.flags, ACT, cohort=("tenant", "acme"))
+    assert stage.reasons("frozen") == []
 
 
 def test_retiring_the_column_is_not_a_part_of_this_release(stage: Stage) -> None:

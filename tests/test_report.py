@@ -78,6 +78,8 @@ def test_every_phase_names_the_next_command(made: tuple[Engine, Settings]) -> No
     assert next_command() == "walletmigrate phase advance --reason '…'"
     for _ in range(2):
         phases.advance(engine, settings, KNOWN, ACT)
+    assert next_command() == "walletmigrate rollback --exercise --reason '…'"
+    phases.exercise(engine, settings, KNOWN, ACT)
     assert next_command() == "walletmigrate freeze --confirm users --reason '…'"
     phases.enter_frozen(engine, settings, KNOWN, ACT)
     assert next_command() == "walletmigrate freeze --confirm users --reason '…'"

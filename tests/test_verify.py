@@ -571,7 +571,7 @@ def test_a_drifted_account_is_turned_stale_and_a_backfill_brings_it_up(
     assert (result.drift_accounts, result.turned_stale) == (1, 1)
     assert states_of(engine) == {f"{key} cash": "stale"}
     assert scalar(engine, "select state_reason from wallet.accounts where state = 'stale'") == f"verify: {ACT.reason}"
-    assert marks(engine) == [{"differed": 1, "turned_stale": 1, "keys": [key]}]
+    assert marks(engine) == [{"differed": 1, "turned_stale": 1, "keys": [key], "closed": 0, "closed_keys": []}]
     assert_only(run(made), "behind")
     done = backfill(engine, settings, settings.mapping(), ACT)
     assert (done.opened, done.resynced) == (0, 1)
@@ -597,7 +597,7 @@ def test_an_account_that_is_healed_before_it_can_be_locked_is_left_alone(made: L
     assert [drift.key for drift in found[0].drift] == ["4", "5"]
     assert found[0].turned_stale == 1
     assert states_of(engine) == {"5 cash": "stale"}
-    assert marks(engine) == [{"differed": 2, "turned_stale": 1, "keys": ["5"]}]
+    assert marks(engine) == [{"differed": 2, "turned_stale": 1, "keys": ["5"], "closed": 0, "closed_keys": []}]
 
 
 def test_a_dry_run_says_how_many_would_be_turned_stale_and_turns_none(made: Ledger) -> None:
@@ -609,7 +609,7 @@ def test_a_dry_run_says_how_many_would_be_turned_stale_and_turns_none(made: Ledg
     assert (states_of(made[0]), marks(made[0])) == ({}, [])
 
 
-def test_only_mirrored_accounts_are_turned_stale(made: Ledger) -> None:
+def test_frozen_and_closed_accounts_are_left_as_they_are(made: Ledger) -> None:
     execute(made[0], "delete from users where id = 6")
     with fence_down(*made) as superuser:
         superuser.exec_driver_sql("delete from users where id = 5")
@@ -623,8 +623,8 @@ def test_only_mirrored_accounts_are_turned_stale(made: Ledger) -> None:
         ("5", "mirrored", "orphan"),
         ("6", "closed", "reopened"),
     ]
-    assert result.turned_stale == 1
-    assert states_of(made[0]) == {"4 cash": "frozen", "5 cash": "stale", "6 cash": "closed"}
+    assert (result.turned_stale, result.closed) == (0, 1)
+    assert states_of(made[0]) == {"4 cash": "frozen", "5 cash": "closed", "6 cash": "closed"}
 
 
 def test_more_than_a_batch_and_more_than_the_listed_differences_are_turned_stale(
@@ -639,4 +639,6 @@ def test_more_than_a_batch_and_more_than_the_listed_differences_are_turned_stale
     result = run(made, mark_stale=True, limit=1)
     assert (len(result.drift), result.drift_accounts, result.turned_stale) == (1, 6, 6)
     assert set(states_of(made[0])) == {*(f"{key} cash" for key in range(4, 9)), "7 promo"}
-    assert marks(made[0]) == [{"differed": 6, "turned_stale": 6, "keys": ["4", "5", "6"]}]
+    assert marks(made[0]) == [
+        {"differed": 6, "turned_stale": 6, "keys": ["4", "5", "6"], "closed": 0, "closed_keys": []}
+    ]

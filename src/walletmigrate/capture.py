@@ -43,10 +43,14 @@ order by 1
 
 @dataclass(frozen=True)
 class FenceProblem:
-    """One way in which the fence is not as it was made; ``trigger`` is "name on relation"."""
+    """One way in which the fence is not as it was made; ``trigger`` is "name on relation".
+
+    ``blind``: writes may have gone past it, of columns that it was made to watch.
+    """
 
     trigger: str
     problem: str
+    blind: bool = True
 
 
 def install_fence(connection: Connection, settings: Settings, mapping: Mapping) -> bool:
@@ -91,7 +95,7 @@ def fence_problems(connection: Connection, settings: Settings, mapping: Mapping)
         elif now["xmin"] != made["xmin"]:
             problems.append(FenceProblem(name, "was replaced or altered"))
         elif made.get("watches") != _watched(mapping):
-            problems.append(FenceProblem(name, "was made for other columns than the mapping has"))
+            problems.append(FenceProblem(name, "was made for other columns than the mapping has", blind=False))
     late = sorted(wanted - recorded.keys())
     return problems + [FenceProblem(name, "is missing on a relation that came later") for name in late]
 

@@ -57,7 +57,7 @@ def verify(
     mapping: _MAPPING = None,
     limit: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many differences to list.")] = 1000,
     mark_stale: Annotated[
-        bool, typer.Option("--mark-stale", help="Turn accounts that differ stale; a backfill then brings them up.")
+        bool, typer.Option("--mark-stale", help="Turn accounts that differ stale, for a backfill; close orphans.")
     ] = False,
 ) -> Answer:
     """Compare every account with its legacy row, and the balances with the journal. Exit 3 on a difference."""
@@ -180,6 +180,8 @@ def _verification_lines(one: Verification) -> list[str]:
         lines += _more(len(one.drift), "drifted accounts")
     if one.turned_stale is not None:
         lines.append(f"  {'would be turned' if one.dry_run else 'turned'} stale: {one.turned_stale} accounts")
+    if one.closed:
+        lines.append(f"  {'would be closed' if one.dry_run else 'closed'}, their rows are gone: {one.closed} accounts")
     lines += [f"  journal: account {p.key or p.account}: {p.problem}" for p in one.journal[:_SHOWN]]
     lines += [f"  guard: {guard.trigger} {guard.problem}" for guard in one.guards]
     return lines

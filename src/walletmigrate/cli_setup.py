@@ -74,6 +74,7 @@ def install(
         "mappings": done.mappings,
         "fences_made": done.fences_made,
         "granted_to": done.granted_to,
+        "mended": done.mended,
         "phase": done.phase,
         "dry_run": done.dry_run,
         "unconvertible": [
@@ -139,6 +140,9 @@ def _install_lines(run: Run, done: InstallResult) -> list[str]:
     lines = [f"the ledger stands in schema {done.schema}, revision {done.revision}; {fences}"]
     if done.granted_to:
         lines.append(f"{', '.join(done.granted_to)} may post: member of {run.settings.roles.app}")
+    if done.mended:
+        lines.append(f"the fence of {', '.join(done.mended)} was down, and writes may have gone past it")
+        return [*lines, f"next: walletmigrate verify --mark-stale {REASON}"]
     return [*lines, "next: walletmigrate " + (f"phase advance {REASON}" if done.phase == "legacy" else "status")]
 
 

@@ -14,7 +14,7 @@ from walletmigrate.config import Mapping, Settings
 from walletmigrate.errors import PreconditionRefused, UsageError
 from walletmigrate.functions import relation
 from walletmigrate.schema import quoted
-from walletmigrate.standing import REASON, Reason, confirmation, require_installed, show
+from walletmigrate.standing import FENCE_MENDED, REASON, Reason, confirmation, require_installed, show
 
 Mode = Literal["stale", "mirror", "reject"]
 MODES: Final[tuple[Mode, ...]] = get_args(Mode)
@@ -46,8 +46,16 @@ def put_up(engine: Engine, settings: Settings, act: Act, *, dry_run: bool = Fals
         if wrong and not dry_run:
 
             def work(connection: Connection, mapping: Mapping = mapping) -> None:
+                down = capture.fence_recorded(connection, settings, mapping)
+                found = [
+                    f"{one.trigger} {one.problem}" for one in capture.fence_problems(connection, settings, mapping)
+                ]
                 capture.install_fence(connection, settings, mapping)
                 record(connection, settings, "capture install", act, mapping=mapping.name)
+                if down and found:
+                    # Under the lock: a verification that begins later has seen all that was written before.
+                    details = {"problems": found}
+                    record(connection, settings, FENCE_MENDED, act, mapping=mapping.name, details=details)
 
             capture.with_short_locks(engine, work)
         done.append(FenceChange(mapping.name, mode if stood and not wrong else None, mode, bool(wrong), dry_run))

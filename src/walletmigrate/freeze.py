@@ -18,6 +18,7 @@ from walletmigrate.comparison import Comparison, Group, snapshot
 from walletmigrate.config import Mapping, Settings
 from walletmigrate.errors import PreconditionRefused
 from walletmigrate.schema import quoted
+from walletmigrate.standing import show
 
 Kind = Literal["freeze", "unfreeze"]
 _OPPOSITE: Final[dict[Kind, Kind]] = {"freeze": "unfreeze", "unfreeze": "freeze"}
@@ -122,10 +123,14 @@ def _run(
         if dry_run:
             return _plan(kind, connection, settings, mapping, began)
         total = jobs.count_items(connection, mapping)
-    with engine.begin() as connection:
+    with jobs.begin(engine) as connection:
+        # Once more, under the lock of the phase, which nobody moves until the job stands: between the look and
+        # the start the phase could go the other way, and this job would turn accounts behind the one that follows.
+        show(connection, settings, lock=True)
+        _refuse(kind, connection, settings, mapping)
         # An unfinished job of the other direction would later go on behind keys that this one has turned.
         jobs.cancel(connection, settings, _OPPOSITE[kind], mapping.name, act)
-    job = jobs.start_or_resume(engine, settings, kind, mapping.name, act, total=total)
+        job = jobs.started(connection, settings, kind, mapping.name, act, total=total)
     job = jobs.run_batches(
         engine,
         settings,
@@ -152,7 +157,7 @@ def _run(
     )
 
 
-def _refuse(kind: Kind, connection: Connection, settings: Settings, mapping: Mapping, *, dry_run: bool) -> None:
+def _refuse(kind: Kind, connection: Connection, settings: Settings, mapping: Mapping, *, dry_run: bool = False) -> None:
     reasons = jobs.obstacles(connection, settings, mapping)
     phase = jobs.phase(connection, settings)
     if kind == "freeze" and phase != "frozen" and not dry_run:

@@ -183,7 +183,7 @@ def _capture_mode(connection: Connection, schema: str, mapping: Mapping) -> str:
 def mapping_functions(connection: Connection, schema: str, mapping: str) -> list[str]:
     """The signatures of the functions made for a mapping, as DROP FUNCTION wants them."""
     names = ["side", "keys", "lock", "leg", "plain", "settle", "move", "post", "open", "backfill"]
-    names += ["freeze", "seal", "unfreeze", "unseal", "fence", "fence_truncate"]
+    names += ["freeze", "seal", "unfreeze", "unseal", "close", "fence", "fence_truncate"]
     rows = connection.execute(
         text(
             "select p.oid::regprocedure::text from pg_proc p join pg_namespace n on n.oid = p.pronamespace "
@@ -192,6 +192,18 @@ def mapping_functions(connection: Connection, schema: str, mapping: str) -> list
         {"schema": schema, "names": [f"{name}_{mapping}" for name in names]},
     )
     return list(rows.scalars())
+
+
+def fence_bodies(connection: Connection, schema: str, mapping: str) -> dict[str, str]:
+    """The bodies of the functions that the fence of a mapping calls, by name."""
+    rows = connection.execute(
+        text(
+            "select p.proname, p.prosrc from pg_proc p join pg_namespace n on n.oid = p.pronamespace "
+            "where n.nspname = :schema and p.proname = any(:names)"
+        ),
+        {"schema": schema, "names": [f"fence_{mapping}", f"fence_truncate_{mapping}"]},
+    )
+    return {row.proname: row.prosrc for row in rows}
 
 
 def installed_mapping(connection: Connection, schema: str, mapping: str, *, removed: bool = False) -> Installed | None:

@@ -56,6 +56,7 @@ def reasons(
         return [*found, *observation.read_by_everyone(connection, settings, source)]
     if to_phase == "frozen":
         found += _way_back(connection, settings)
+        return [*found, *observation.exercised(connection, settings, "wallet_only")]
     return [*found, *observation.exercised(connection, settings)]
 
 

@@ -15,7 +15,7 @@ from walletmigrate.config import Mapping, Roles, Settings
 from walletmigrate.errors import PreconditionRefused
 from walletmigrate.functions import relation
 from walletmigrate.schema import quoted
-from walletmigrate.standing import REASON, confirmation, show
+from walletmigrate.standing import FENCE_MENDED, REASON, confirmation, show
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class InstallResult:
     """What an install found and did. ``unconvertible`` are (mapping, key, column, value) that refuse it.
 
     ``phase`` is where the migration stands; ``granted_to`` are the roles that were to have the application's role.
+    ``mended`` are the mappings whose fence had been down: writes may have gone past it, and `verify` has to look.
     """
 
     schema: str
@@ -33,6 +34,7 @@ class InstallResult:
     dry_run: bool
     phase: str = "legacy"
     granted_to: tuple[str, ...] = ()
+    mended: tuple[str, ...] = ()
 
 
 def install(
@@ -56,12 +58,16 @@ def install(
         _refuse(connection, settings, bad, dry_run=dry_run, grant_to=grant_to)
         phase = show(connection, settings).phase
     made: tuple[str, ...] = ()
+    mended: tuple[str, ...] = ()
     if not dry_run:
-        made = capture.with_short_locks(engine, lambda connection: _put_in(connection, settings, tables, act, grant_to))
+        made, mended = capture.with_short_locks(
+            engine, lambda connection: _put_in(connection, settings, tables, act, grant_to)
+        )
     return InstallResult(
         *(settings.ledger_schema, schema.head(), _names(settings), made, bad, dry_run),
         phase=phase,
         granted_to=tuple(grant_to),
+        mended=mended,
     )
 
 
@@ -71,8 +77,8 @@ def _put_in(
     tables: dict[str, survey.LegacyTable],
     act: Act,
     grant_to: Sequence[str],
-) -> tuple[str, ...]:
-    """Make everything, the fences last, since they lock the tables; returns the mappings whose fence was made."""
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Make everything, the fences last, since they lock the tables; the mappings whose fence was made, and mended."""
     make_roles(connection, settings.roles)
     _make_schema(connection, settings)
     for mapping in settings.mappings:
@@ -80,16 +86,42 @@ def _put_in(
     connection.exec_driver_sql(f"set local role {quoted(settings.roles.owner)}")
     schema.migrate(connection, settings.ledger_schema)
     _refuse(connection, settings, (), dry_run=False)
-    for mapping in settings.mappings:
-        functions.make_functions(connection, settings, mapping, tables[mapping.name])
+    down = {
+        mapping.name: _made_anew(connection, settings, mapping, tables[mapping.name]) for mapping in settings.mappings
+    }
     _grant(connection, settings)
     connection.exec_driver_sql("reset role")
     for role in grant_to:
         _make_member(connection, settings.roles.app, role)
+    for mapping in settings.mappings:
+        if down[mapping.name]:
+            # Also where the triggers stand, and only what they call was replaced: who called it is waited out.
+            connection.exec_driver_sql(f"lock table {relation(mapping)} in share row exclusive mode")
     made = tuple(m.name for m in settings.mappings if capture.install_fence(connection, settings, m))
     facts = {"fences": list(made), "revision": schema.head(), "granted_to": list(grant_to)}
     record(connection, settings, "install", act, details=facts)
-    return made
+    # Under these locks: a verification that begins later has seen all that was written before.
+    for name, problems in down.items():
+        if problems:
+            record(connection, settings, FENCE_MENDED, act, mapping=name, details={"problems": problems})
+    return made, tuple(name for name, problems in down.items() if problems)
+
+
+def _made_anew(connection: Connection, settings: Settings, mapping: Mapping, table: survey.LegacyTable) -> list[str]:
+    """Make the functions of a mapping; returns how its fence was down until now, nothing if it stood or is new."""
+    schema_name = settings.ledger_schema
+    known = functions.installed_mapping(connection, schema_name, mapping.name)
+    found = []
+    if capture.fence_recorded(connection, settings, mapping):
+        problems = capture.fence_problems(connection, settings, mapping)
+        found = [f"{one.trigger} {one.problem}" for one in problems if one.blind]
+    before = functions.fence_bodies(connection, schema_name, mapping.name)
+    functions.make_functions(connection, settings, mapping, table)
+    same = known is not None and known.functions_version == functions.FUNCTIONS_VERSION
+    if same and known is not None and known.fingerprint == functions.fingerprint(mapping):
+        after = functions.fence_bodies(connection, schema_name, mapping.name)
+        found += [f"function {name} was replaced" for name, body in after.items() if before.get(name, body) != body]
+    return found
 
 
 def uninstall(
@@ -275,7 +307,7 @@ def _grant(connection: Connection, settings: Settings) -> None:
     connection.exec_driver_sql(f"grant delete on {name}.bypasses to {operator}")
     shared = ["turn_stale", "diverged", "resolve", "replay", "enter_batch", "labelled"]
     own = ["post", "keys", "lock", "leg", "plain", "settle", "move"]
-    jobs = ["backfill", "open", "freeze", "seal", "unfreeze", "unseal"]
+    jobs = ["backfill", "open", "freeze", "seal", "unfreeze", "unseal", "close"]
     for signature, function in _signatures(connection, settings.ledger_schema):
         posting = function in shared or function in [f"{n}_{m}" for n in own for m in _names(settings)]
         working = function in [f"{n}_{m}" for n in jobs for m in _names(settings)]

@@ -10,6 +10,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -107,6 +108,21 @@ def start_or_resume(
 
     The job's actor and reason are those of the last start; the audit log has them all.
     """
+    with begin(engine) as connection:
+        return started(connection, settings, kind, mapping_name, act, total=total, details=details)
+
+
+def started(
+    connection: Connection,
+    settings: Settings,
+    kind: str,
+    mapping_name: str,
+    act: Act,
+    *,
+    total: int | None = None,
+    details: dict[str, Any] | None = None,
+) -> Job:
+    """`start_or_resume` in the caller's transaction, which is at READ COMMITTED."""
     values = {
         "kind": kind,
         "mapping": mapping_name,
@@ -116,19 +132,18 @@ def start_or_resume(
         "total": total,
         "details": json.dumps(details or {}, default=str),
     }
-    with _begin(engine) as connection:
-        row, resumed = None, False
-        while row is None:
-            found = newest(connection, settings, kind, mapping_name, lock=True)
-            resumed = found is not None and found.state in _RESUMABLE
-            if found is not None and resumed:
-                row = connection.execute(text(_resume(settings)), {**values, "id": found.id}).one()
-            else:
-                # No row: another process has just made the job, and the next look finds it.
-                row = connection.execute(text(_insert(settings)), values).one_or_none()
-        job = _job(row, resumed=resumed)
-        word = "resume" if resumed else "start"
-        record(connection, settings, f"{kind} {word}", act, mapping=mapping_name, job_id=job.id, details=details)
+    row, resumed = None, False
+    while row is None:
+        found = newest(connection, settings, kind, mapping_name, lock=True)
+        resumed = found is not None and found.state in _RESUMABLE
+        if found is not None and resumed:
+            row = connection.execute(text(_resume(settings)), {**values, "id": found.id}).one()
+        else:
+            # No row: another process has just made the job, and the next look finds it.
+            row = connection.execute(text(_insert(settings)), values).one_or_none()
+    job = _job(row, resumed=resumed)
+    word = "resume" if resumed else "start"
+    record(connection, settings, f"{kind} {word}", act, mapping=mapping_name, job_id=job.id, details=details)
     return job
 
 
@@ -180,13 +195,13 @@ def finish(
     Raises PreconditionRefused, and the job is failed, if the fence fell while it ran: accounts could then be
     behind without knowing it.
     """
-    with _begin(engine) as connection:
+    with begin(engine) as connection:
         reasons = obstacles(connection, settings, mapping)
     if reasons:
         refused = PreconditionRefused(job.kind, reasons)
         leave(engine, settings, job, "failed", str(refused))
         raise refused
-    with _begin(engine) as connection:
+    with begin(engine) as connection:
         row = connection.execute(
             text(
                 f"update {quoted(settings.ledger_schema)}.jobs set state = 'done', "
@@ -308,7 +323,7 @@ def _batch(engine: Engine, settings: Settings, job: Job, step: Step, size: int) 
 
 def _try_batch(engine: Engine, settings: Settings, job: Job, step: Step, size: int) -> tuple[Job, bool]:
     began = time.monotonic()
-    with _begin(engine) as connection:
+    with begin(engine) as connection:
         stands = get(connection, settings, job.id, lock=True)
         if stands.state != "running":
             return stands, True
@@ -340,7 +355,7 @@ def _try_batch(engine: Engine, settings: Settings, job: Job, step: Step, size: i
 
 def leave(engine: Engine, settings: Settings, job: Job, state: str, error: str | None = None) -> Job:
     """Take a running job out of work as ``paused`` or ``failed``, with its checkpoint and on record."""
-    with _begin(engine) as connection:
+    with begin(engine) as connection:
         row = connection.execute(
             text(
                 f"update {quoted(settings.ledger_schema)}.jobs set state = :state, "
@@ -396,7 +411,7 @@ def _insert(settings: Settings) -> str:
     )
 
 
-def _begin(engine: Engine) -> Any:
+def begin(engine: Engine) -> AbstractContextManager[Connection]:
     """A transaction at READ COMMITTED, whatever the engine is set to: a batch locks first and reads after."""
     return engine.execution_options(isolation_level="READ COMMITTED").begin()
 

@@ -18,7 +18,11 @@ MAX_ENTRIES = 1000
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One leg of a transaction on one account. ``amount`` is signed, balances are before and after, major units."""
+    """One leg of a transaction on one account. ``amount`` is signed, balances are before and after, major units.
+
+    ``group_id`` is shared by the transactions of one call of `apply`: the id of the first of them. So has half a
+    transfer whose other side was not in the ledger, with itself alone.
+    """
 
     transaction_id: int
     direction: Literal["debit", "credit"]
@@ -36,6 +40,7 @@ class Entry:
     actor: str | None
     reason: str | None
     job_id: int | None
+    group_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,7 @@ def history(
             actor=row.actor,
             reason=row.reason,
             job_id=row.job_id,
+            group_id=row.group_id,
         )
         for row in rows
     )
@@ -156,7 +162,8 @@ with account as ("""
 )
 select
     l.id, l.direction, l.signed as amount, l.balance_after, l.currency, l.kind::text as kind, l.type, l.posted_at,
-    l.reverses, r.id as reversed_by, l.reference_type, l.reference_id, l.correlation_id, l.actor, l.reason, l.job_id
+    l.reverses, r.id as reversed_by, l.reference_type, l.reference_id, l.correlation_id, l.actor, l.reason, l.job_id,
+    l.group_id
 from legs as l
 left join {schema}.transactions as r on r.reverses = l.id
 order by l.id desc

@@ -72,6 +72,7 @@ def _post(connection: Connection, site: Site, prepared: Prepared) -> Posting:
         mismatch=False,
         correlation_id=str(prepared.request["correlation_id"]),
         payee_legacy_balance=balances[prepared.keys[1]] if len(prepared.keys) > 1 else None,
+        amount=None if movement.operation == "set_balance" else amount or None,
     )
 
 

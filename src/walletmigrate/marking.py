@@ -1,4 +1,7 @@
-"""Turn accounts stale that a verification found to differ: no balance changes, legacy alone is read from then on."""
+"""Give accounts that a verification found to differ the state that is true: stale, or closed where the row is gone.
+
+No balance changes; legacy alone is read from then on.
+"""
 
 from __future__ import annotations
 
@@ -23,45 +26,64 @@ LISTED: Final = 100
 
 @dataclass(frozen=True)
 class Suspect:
-    """A mirrored account that is not what its legacy row says, in the snapshot of a verification."""
+    """An account that is not what its legacy row says, in the snapshot of a verification; ``gone``: it has no row."""
 
     key: str
     bucket: str
     currency: str
+    gone: bool
+
+
+@dataclass(frozen=True)
+class Marked:
+    """The keys of the accounts that were turned stale, and of those that were closed."""
+
+    stale: tuple[str, ...] = ()
+    closed: tuple[str, ...] = ()
 
 
 def suspects(comparison: Comparison, connection: Connection) -> tuple[Suspect, ...]:
-    """All of them, by bucket and key; frozen and closed accounts are none, and stale ones need no mark."""
+    """Mirrored accounts that differ, and mirrored and stale ones without a row, by bucket and key.
+
+    Frozen and closed accounts are none: there the ledger alone is true, or nothing is read.
+    """
     rows = comparison.run(connection, "differences", behind=False, limit=None)
-    found = (Suspect(row.key, row.bucket, row.currency) for row in rows if row.state == "mirrored")
+    found = (
+        Suspect(row.key, row.bucket, row.currency, row.problem == "orphan")
+        for row in rows
+        if row.state in ("mirrored", "stale")
+    )
     return tuple(sorted(found, key=lambda one: (one.bucket, one.currency, one.key)))
 
 
-def turn_stale(
+def mark(
     engine: Engine,
     settings: Settings,
     mapping: config.Mapping,
     comparison: Comparison,
     found: Sequence[Suspect],
     act: Act,
-) -> int:
-    """Turn those stale that still differ, in small transactions; then one audit row. Returns how many.
+) -> Marked:
+    """Turn stale, or close, those that still differ, in small transactions; then one audit row.
 
     Idempotent. When it is cut short, the audit row tells of what was turned until then.
     """
-    turned: list[str] = []
+    stale: list[str] = []
+    closed: list[str] = []
     at_a_time = engine.execution_options(isolation_level="READ COMMITTED")
     try:
         for batch in _batches(found):
             with at_a_time.begin() as connection:
-                keys = _turn(connection, settings, mapping, comparison, batch, f"verify: {act.reason}")
-            turned += keys
+                done = _turn(connection, settings, mapping, comparison, batch, f"verify: {act.reason}")
+            stale += done.stale
+            closed += done.closed
     finally:
         if found:
-            facts = {"differed": len(found), "turned_stale": len(turned), "keys": turned[:LISTED]}
+            facts = {"differed": len(found), "turned_stale": len(stale), "closed": len(closed)}
+            keys = {"keys": stale[:LISTED], "closed_keys": closed[:LISTED]}
             with at_a_time.begin() as connection:
-                record(connection, settings, "verify mark-stale", act, mapping=mapping.name, details=facts)
-    return len(turned)
+                record(connection, settings, "verify mark-stale", act, mapping=mapping.name, details={**facts, **keys})
+    return Marked(tuple(stale), tuple(closed))
 
 
 def _batches(found: Sequence[Suspect]) -> Iterator[list[Suspect]]:
@@ -79,11 +101,12 @@ def _turn(
     comparison: Comparison,
     batch: list[Suspect],
     reason: str,
-) -> list[str]:
-    """Lock the legacy rows, compare again, and turn the accounts stale; the keys of those that were turned.
+) -> Marked:
+    """Lock the legacy rows, compare again, and mark the accounts.
 
     Whoever writes a legacy row or posts to its account holds the row first, so under this lock both stand
-    still. The account itself is locked by the function `turn_stale`: operators may not write the table.
+    still. Where there is no row to lock, the function `close_` locks the account and looks again. Accounts are
+    written by these functions alone: operators may not write the table.
     """
     schema, key_type = quoted(settings.ledger_schema), comparison.names["key_type"]
     keys = f"cast(cast(:keys as text[]) as {key_type}[])"
@@ -93,27 +116,37 @@ def _turn(
         for column in comparison.names["columns"]
         if (column["bucket"], column["currency"]) == (bucket, currency)
     )
-    given = {"keys": [one.key for one in batch]}
+    given: dict[str, object] = {"keys": [one.key for one in batch]}
     connection.execute(text(f"select {schema}.lock_{mapping.name}({keys})"), given)
+    key = f"l.{comparison.names['key']}"
     # A statement of its own, whose snapshot is taken under the locks.
-    rows = connection.execute(
-        text(
-            f"""
-            with differing as materialized (
-                select a.id, a.key
-                from {schema}.accounts as a
-                left join {comparison.names["relation"]} as l
-                    on l.{comparison.names["key"]} = any({keys})
-                    and a.key = l.{comparison.names["key"]}::text collate "C"
-                where
-                    a.mapping = :mapping and a.key = any(cast(:keys as text[]))
-                    and a.bucket = :bucket and a.currency = :currency
-                    and a.state = 'mirrored' and a.balance is distinct from {value}
-            )
-
-            select d.key, {schema}.turn_stale(d.id, :reason) from (select * from differing order by id) as d
-            """
-        ),
-        {**given, "mapping": mapping.name, "bucket": bucket, "currency": currency, "reason": reason},
+    differing = f"""
+        with differing as materialized (
+            select a.id, a.key, {key} is null as gone
+            from {schema}.accounts as a
+            left join {comparison.names["relation"]} as l
+                on {key} = any({keys}) and a.key = {key}::text collate "C"
+            where
+                a.mapping = :mapping and a.key = any(cast(:keys as text[]))
+                and a.bucket = :bucket and a.currency = :currency
+                and (
+                    {key} is null and a.state in ('mirrored', 'stale')
+                    or a.state = 'mirrored' and a.balance is distinct from {value}
+                )
+        )
+    """
+    given |= {"mapping": mapping.name, "bucket": bucket, "currency": currency, "reason": reason}
+    row = "(select * from differing where {} order by id) as d"
+    stale = connection.execute(
+        text(f"{differing} select d.key, {schema}.turn_stale(d.id, :reason) from {row.format('not gone')}"), given
     )
-    return [row.key for row in rows]
+    turned = tuple(one.key for one in stale)
+    if not any(one.gone for one in batch):
+        return Marked(turned)
+    closed = connection.execute(
+        text(
+            f"{differing} select d.key, {schema}.close_{mapping.name}(d.id, :reason) as done from {row.format('gone')}"
+        ),
+        given,
+    )
+    return Marked(turned, tuple(one.key for one in closed if one.done))

@@ -14,6 +14,7 @@ from walletmigrate.flag_sources import DocumentSnapshot
 from walletmigrate.flags import DUAL_WRITE, READ_FROM_LEDGER, FlagSource
 from walletmigrate.schema import quoted
 from walletmigrate.standing import (
+    FENCE_MENDED,
     REASON,
     Reason,
     confirmation,
@@ -30,7 +31,9 @@ SHOWN = 5
 
 
 def verified(connection: Connection, settings: Settings) -> Iterator[Reason]:
-    """A clean full verification of every mapping, begun after its last failure and since dual-write is on."""
+    """A clean full verification of every mapping, begun since dual-write is on, and after the last failure and the
+    last mending of its fence: an account that was written past it counts as mirrored until a verification looks.
+    """
     begun = in_force_since(connection, settings, "dual_write")
     for mapping in settings.mappings:
         mend = f"walletmigrate verify --mapping {mapping.name}"
@@ -41,10 +44,14 @@ def verified(connection: Connection, settings: Settings) -> Iterator[Reason]:
             continue
         started = min(at for at, _ in runs.values())
         failed = _last_failure(connection, settings, mapping)
+        mended = _last_mending(connection, settings, mapping)
         if not all(clean for _, clean in runs.values()):
             yield f"the last full verification of {mapping.name!r} was not clean", mend
         elif failed is not None and failed >= started:
             yield f"mapping {mapping.name!r} had a failure at {shown_time(failed)}, after its last verification", mend
+        elif mended is not None and mended >= started:
+            what = f"the fence of {mapping.name!r} was down until {shown_time(mended)}, after its last verification"
+            yield what, f"walletmigrate verify --mark-stale --mapping {mapping.name} {REASON}"
         elif begun is not None and started < begun:
             yield f"mapping {mapping.name!r} was last verified before dual-write began", mend
 
@@ -65,6 +72,17 @@ def _last_failure(connection: Connection, settings: Settings, mapping: Mapping) 
     found: datetime | None = connection.scalar(
         text(f"select max(at) from {quoted(settings.ledger_schema)}.failures where mapping = :mapping"),
         {"mapping": mapping.name},
+    )
+    return found
+
+
+def _last_mending(connection: Connection, settings: Settings, mapping: Mapping) -> datetime | None:
+    found: datetime | None = connection.scalar(
+        text(
+            f"select max(at) from {quoted(settings.ledger_schema)}.audit_log "
+            "where action = :action and mapping = :mapping"
+        ),
+        {"action": FENCE_MENDED, "mapping": mapping.name},
     )
     return found
 
@@ -104,20 +122,34 @@ _WATCHED = {
         "select count(*), max(state_at) from {schema}.accounts where state_at >= :start "
         "and mapping = any(:mappings) and state_reason like '%written past the adapter%'"
     ),
+    # What went past it nobody saw; a verification tells which accounts differ, not how often they were written.
+    "mendings of a fence that was down": (
+        "select count(*), max(at) from {schema}.audit_log "
+        "where at >= :start and action = 'fence mended' and mapping = any(:mappings)"
+    ),
 }
 
 
-def exercised(connection: Connection, settings: Settings) -> Iterator[Reason]:
-    """Somebody has gone back a phase or rolled back since dual-write first began."""
+def exercised(connection: Connection, settings: Settings, since: str = "dual_write") -> Iterator[Reason]:
+    """Somebody has gone back a phase or rolled back since dual-write first began; or since ``since`` was last entered.
+
+    Last, not first: for ``wallet_only`` a way back that was tried on the way there proves nothing of what was built
+    upon it. An unfreeze is no entry, and neither is the exercise's own step forward.
+    """
     name = quoted(settings.ledger_schema)
+    which, entered = "min", "details ->> 'to' = :since"
+    if since != "dual_write":
+        which, entered = "max", f"{entered} and details ->> 'from' <> 'frozen' and not details ? 'exercise'"
     done = connection.scalar(
         text(
             f"select exists (select from {name}.audit_log where action in ('rollback', 'phase back') and id > "
-            f"coalesce((select min(id) from {name}.audit_log where details ->> 'to' = 'dual_write'), 0))"
-        )
+            f"coalesce((select {which}(id) from {name}.audit_log where {entered}), 0))"
+        ),
+        {"since": since},
     )
     if not done:
-        yield "the way back has not been exercised", f"walletmigrate rollback --exercise {REASON}"
+        again = "" if since == "dual_write" else f" again since the phase came to {since}"
+        yield f"the way back has not been exercised{again}", f"walletmigrate rollback --exercise {REASON}"
 
 
 def read_by_everyone(connection: Connection, settings: Settings, source: FlagSource) -> Iterator[Reason]:

@@ -121,7 +121,8 @@ class Posted:
 
     ``seconds`` is the call's duration; None for the second and later movements of one call, so that a batch
     is measured once. ``committed`` is False on a bare Connection and for what was refused. ``error`` is an
-    error code or SQLSTATE, never a message. ``amount`` is in major units.
+    error code or SQLSTATE, never a message. ``amount`` is what moved, in major units and without a sign; None where
+    nothing did (a replay, a refusal) or where it is not known.
     """
 
     operation: Operation

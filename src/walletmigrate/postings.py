@@ -64,6 +64,8 @@ class Posting:
     None where the ledger was not written. ``transaction_id`` is None in mode "legacy" and where nothing had
     to move. ``replayed`` says that the key had been used before: these are the first call's figures. For a
     transfer the balances are the payer's, ``payee_legacy_balance`` and ``payee_ledger_balance`` the payee's.
+    ``amount`` is what this call moved, without a sign; None where nothing moved, as in a replay, and where it is not
+    known: an adjustment in a database without a ledger.
     """
 
     operation: Operation
@@ -80,6 +82,7 @@ class Posting:
     correlation_id: str
     payee_legacy_balance: Decimal | None = None
     payee_ledger_balance: Decimal | None = None
+    amount: Decimal | None = None
 
 
 @dataclass(slots=True)
@@ -93,6 +96,7 @@ class Row:
     replayed: bool = False
     mismatch: bool = False
     ordinal: int = 0
+    amount: Decimal | None = None
     debtor: str | None = None
     debtor_legacy: Decimal | None = None
     debtor_ledger: Decimal | None = None
@@ -102,7 +106,7 @@ class Row:
 
 
 _ROW = tuple(each.name for each in fields(Row))
-_BALANCES = frozenset({"debtor_legacy", "debtor_ledger", "creditor_legacy", "creditor_ledger"})
+_NUMBERS = frozenset({"amount", "debtor_legacy", "debtor_ledger", "creditor_legacy", "creditor_ledger"})
 
 
 class Calls:
@@ -174,7 +178,7 @@ def _row(answer: str) -> Row:
     for name in _ROW:
         value = document[name]
         if value is not None:
-            setattr(row, name, Decimal(value) if name in _BALANCES else value)
+            setattr(row, name, Decimal(value) if name in _NUMBERS else value)
     return row
 
 
@@ -198,7 +202,16 @@ def posting(prepared: Prepared, row: Row) -> Posting:
         correlation_id=str(prepared.request["correlation_id"]),
         payee_legacy_balance=getattr(row, f"{first[1]}_legacy"),
         payee_ledger_balance=getattr(row, f"{first[1]}_ledger"),
+        amount=_moved(prepared, row),
     )
+
+
+def _moved(prepared: Prepared, row: Row) -> Decimal | None:
+    if row.replayed:
+        return None
+    # The request of an adjustment says where the balance goes, not how far.
+    adjusts = prepared.movement.operation == "set_balance"
+    return (row.amount if adjusts else Decimal(str(prepared.request["amount"]))) or None
 
 
 def refused(mapping: str, legacy: LegacyTable, prepared: Sequence[Prepared], row: Row) -> PostingRefused:
@@ -287,6 +300,7 @@ def posted(mapping: str, result: Posting, seconds: float | None, committed: bool
             correlation_id=result.correlation_id,
             committed=committed,
             key=result.key,
+            amount=result.amount,
         )
     ]
     if result.mismatch:

@@ -114,6 +114,7 @@ class Migration:
     def freeze(self, crew: Crew) -> str:
         """The ledger alone is written, account by account."""
         phases.advance(self.engine, self.settings, self.source, _act("the wallet's own features may be used"))
+        phases.exercise(self.engine, self.settings, self.source, _act("the way back, exercised again"))
         self.verified()
         phases.enter_frozen(self.engine, self.settings, self.source, _act("freeze"))
         found = freeze(

@@ -24,6 +24,9 @@ Reason = tuple[str, str]
 REASON = "--reason '…'"
 """How the commands that are proposed to the operator ask for a reason."""
 
+FENCE_MENDED = "fence mended"
+"""The action of the audit row that says: until now writes may have gone past the fence of a mapping."""
+
 
 @dataclass(frozen=True)
 class PhaseState:

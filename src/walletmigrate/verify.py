@@ -78,7 +78,7 @@ class Verification:
     ``journal_accounts`` are those with a journal problem. ``guards`` are triggers that do not stand as made.
     ``imbalance`` by currency, of the whole ledger, is zero. Totals are by currency; a frozen account's legacy
     column counts as it stands, although the ledger alone is true. ``clean``: there is nothing to report.
-    ``turned_stale``: how many accounts were turned stale afterwards, or would be (``dry_run``); None: not asked for.
+    ``turned_stale`` and ``closed``: how many accounts were afterwards, or would be (``dry_run``); None: not asked for.
     """
 
     mapping: str
@@ -102,6 +102,7 @@ class Verification:
     seconds: float
     dry_run: bool = False
     turned_stale: int | None = None
+    closed: int | None = None
     groups: tuple[Group, ...] = field(default=(), repr=False)
 
 
@@ -118,7 +119,8 @@ def verify(
     """Verify a mapping in full; then, unless ``dry_run``, put the result and an audit row on record.
 
     ``mark_stale`` then turns the mirrored accounts that differ stale, if they still do: from then on they are read
-    from legacy alone, and a backfill brings them up. The result tells of the snapshot before.
+    from legacy alone, and a backfill brings them up. Mirrored and stale accounts whose row is gone are closed. The
+    result tells of the snapshot before.
 
     Raises LedgerNotInstalled, ConfigError when table and mapping do not fit, and PreconditionRefused where
     row-level security hides rows from this role. A difference is a result, not an error.
@@ -130,19 +132,23 @@ def verify(
         comparison = Comparison(connection, settings, mapping, with_traits=True)
         seen = _look(comparison, connection, settings, limit)
         found = marking.suspects(comparison, connection) if mark_stale and seen.drift_accounts else ()
-    marked = len(found) if mark_stale else None
-    result = replace(seen, seconds=time.monotonic() - began, dry_run=dry_run, turned_stale=marked)
+    result = replace(seen, seconds=time.monotonic() - began, dry_run=dry_run)
+    if mark_stale:
+        gone = sum(one.gone for one in found)
+        result = replace(result, turned_stale=len(found) - gone, closed=gone)
     if not dry_run:
         with engine.begin() as connection:
             _record(connection, settings, result, act)
         if found:
-            marked = marking.turn_stale(engine, settings, mapping, comparison, found, act)
-    return replace(result, turned_stale=marked)
+            marked = marking.mark(engine, settings, mapping, comparison, found, act)
+            result = replace(result, turned_stale=len(marked.stale), closed=len(marked.closed))
+    return result
 
 
 def _look(comparison: Comparison, connection: Connection, settings: Settings, limit: int) -> Verification:
     mapping = comparison.mapping
-    started_at = connection.execute(text("select clock_timestamp()")).scalar_one()
+    # Not the time of this statement: the snapshot is older, and what happened in between it has not seen.
+    started_at = connection.execute(text("select transaction_timestamp()")).scalar_one()
     groups, totals = comparison.groups(connection, limit)
     behind = [group for group in groups if group.problem in BEHIND]
     wrong = [group for group in groups if group.problem not in (None, *BEHIND)]

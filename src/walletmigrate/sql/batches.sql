@@ -240,3 +240,28 @@ begin
     returning a.key, a.balance::numeric;
 end
 $$;
+
+-- Close an account whose legacy row is gone, as the fence would have: lock first, look after. False: there is a row
+-- now, or the account is frozen or closed. The balance stays, for the auditors.
+create or replace function {{ schema }}.close_{{ mapping }}(p_account bigint, p_reason text) returns boolean
+language plpgsql
+security definer
+set search_path = pg_catalog, {{ schema }}, pg_temp
+as $$
+#variable_conflict use_variable
+declare
+    v_key text;
+begin
+    select a.key into v_key
+    from accounts as a
+    where a.id = p_account and a.mapping = '{{ mapping }}' and a.state in ('mirrored', 'stale')
+    for no key update;
+    if not found or exists (select from {{ relation }} as l where l.{{ key }} = v_key::{{ key_type }}) then
+        return false;
+    end if;
+    update accounts as a
+    set state = 'closed', state_at = clock_timestamp(), state_reason = p_reason
+    where a.id = p_account;
+    return true;
+end
+$$;

@@ -160,7 +160,7 @@ create table {{ schema }}.bypasses (
     fingerprint text not null,
     -- As it was sent; only where the configuration switches it on.
     query text,
-    xid xid8 not null default pg_current_xact_id()
+    xid bigint not null default pg_current_xact_id()::text::bigint
 );
 
 -- No more than one small index: who writes past the adapter pays for it.

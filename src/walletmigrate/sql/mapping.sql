@@ -278,6 +278,7 @@ declare
     v_keys {{ key_type }}[] := '{}';
     m {{ schema }}.movement;
     p {{ schema }}.posting;
+    v_group bigint;
 begin
     if p_request ->> 'fingerprint' is distinct from '{{ fingerprint }}' then
         raise exception 'mapping {{ mapping }} was installed from another configuration'
@@ -312,7 +313,9 @@ begin
         perform {{ schema }}.enter_batch('{{ mapping }}', v_keys::text[], v_movements);
         foreach m in array v_movements loop
             if m.refusal is null then
+                m.group_id := v_group;
                 p := {{ schema }}.move_{{ mapping }}(m, p_request ->> 'policy', true);
+                v_group := coalesce(v_group, case when p.replayed is not true then p.transaction_id end);
             else
                 p.refusal := m.refusal;
             end if;

@@ -365,9 +365,10 @@ begin
         end if;
     end if;
 
-    if p.mode <> 'legacy' and 'legacy' in (d.mode, c.mode) then
-        -- Half a transfer: its other half comes as the resync of the other account, from `bypass`.
-        m.group_id := p.transaction_id;
+    if p_reserved or 'legacy' in (d.mode, c.mode) then
+        -- The first of a batch gives the group its number. Or half a transfer: its other half comes as the resync of
+        -- the other account, from `bypass`.
+        m.group_id := coalesce(m.group_id, p.transaction_id);
     end if;
     if p.mode <> 'legacy' then
         if p_policy = 'strict' or 'ledger' in (d.mode, c.mode) then
