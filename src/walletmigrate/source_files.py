@@ -78,13 +78,13 @@ class Tree:
         """Every regular text file. Symbolic links are not followed; binary files are left out without a word."""
         seen: set[tuple[int, int]] = set()
         for root in self.roots:
-            for path, inner in self._paths(root):
-                if found := self._file(path, inner, seen):
+            for path in self._paths(root):
+                if found := self._file(path, seen):
                     yield found
 
-    def _paths(self, root: Path) -> Iterator[tuple[Path, Path]]:
+    def _paths(self, root: Path) -> Iterator[Path]:
         if not root.is_dir():
-            yield root, Path(root.name)
+            yield root
             return
 
         def failed(error: OSError) -> None:
@@ -96,7 +96,7 @@ class Tree:
             for name in sorted(names):
                 path = here / name
                 if not self._excluded(path.relative_to(root)):
-                    yield path, path.relative_to(root)
+                    yield path
 
     def _skipped(self, folder: Path, root: Path) -> bool:
         virtual = (folder / "pyvenv.cfg").is_file()
@@ -105,7 +105,7 @@ class Tree:
     def _excluded(self, path: Path) -> bool:
         return any(fnmatch.fnmatch(path.as_posix(), one) or fnmatch.fnmatch(path.name, one) for one in self.exclude)
 
-    def _file(self, path: Path, inner: Path, seen: set[tuple[int, int]]) -> SourceFile | None:
+    def _file(self, path: Path, seen: set[tuple[int, int]]) -> SourceFile | None:
         try:
             about = path.lstat()
             if not stat.S_ISREG(about.st_mode) or (about.st_dev, about.st_ino) in seen:
@@ -123,5 +123,6 @@ class Tree:
             self.unread.append(Unread(str(path), error.strerror or "cannot be read"))
             return None
         python = path.suffix in _PYTHON or (not path.suffix and head.startswith(b"#!") and b"python" in head[:80])
-        module = tuple(part for part in inner.with_suffix("").parts if part != "__init__")
+        # The whole path: nobody knows which folder of it is the package's root.
+        module = tuple(part for part in path.absolute().with_suffix("").parts if part != "__init__")
         return SourceFile(str(path), module, content, python)

@@ -34,7 +34,8 @@ class Entity:
     """A class or a Table variable. ``columns`` are columns by attribute name, ``members`` all attributes seen.
 
     ``uses`` are the attributes that a hybrid property touches, by its name; ``table_ref`` is the variable that
-    holds the table of the class.
+    holds the table of the class, ``imported`` where the names of its bases come from; ``has_key``: it has a primary
+    key of its own, so that it is no mixin.
     """
 
     name: str
@@ -47,6 +48,8 @@ class Entity:
     columns: dict[str, str] = field(default_factory=dict)
     members: set[str] = field(default_factory=set)
     uses: dict[str, set[str]] = field(default_factory=dict)
+    imported: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    has_key: bool = False
 
 
 @dataclass
@@ -61,9 +64,10 @@ class Sources:
 
     def add(self, tree: ast.Module, module: tuple[str, ...]) -> None:
         """Take in one file."""
+        imported = _imported(tree)
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
-                self._keep(_class(node, module))
+                self._keep(_class(node, module, imported))
             elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 arguments = (*node.args.args, *node.args.kwonlyargs)
                 self.functions.setdefault(node.name, set()).update(one.arg for one in arguments)
@@ -142,7 +146,7 @@ class View:
     def kind(self, entity: Entity) -> Kind:
         """MODEL, OTHER_MODEL, OTHER; UNKNOWN for a mixin or base class of the mapped class."""
         kind = self._own(entity)
-        return Kind.UNKNOWN if kind is not Kind.MODEL and entity.name in self._above else kind
+        return Kind.UNKNOWN if kind is not Kind.MODEL and id(entity) in self._above else kind
 
     def _own(self, entity: Entity) -> Kind:
         if id(entity) not in self._kinds:
@@ -183,15 +187,16 @@ class View:
         for found in self.sources.entities.values():
             yield from found
 
-    def _ancestors(self) -> set[str]:
-        """The names of the classes that a mapped class inherits from."""
-        above: set[str] = set()
-        ahead = [base for entity in self._all() if self._own(entity) is Kind.MODEL for base in entity.bases]
+    def _ancestors(self) -> set[int]:
+        """The classes that a mapped class inherits from, by identity."""
+        above: set[int] = set()
+        ahead = [entity for entity in self._all() if self._own(entity) is Kind.MODEL]
         while ahead:
-            name = ahead.pop()
-            if name not in above:
-                above.add(name)
-                ahead += [base for one in self.sources.entities.get(name, ()) for base in one.bases]
+            entity = ahead.pop()
+            for base in entity.bases:
+                new = [one for one in self._bases(base, entity) if id(one) not in above]
+                above.update(id(one) for one in new)
+                ahead += new
         return above
 
     def _judge(self, entity: Entity) -> Kind:
@@ -204,7 +209,7 @@ class View:
             return Kind.OTHER_MODEL
         if entity.columns and self._fits_by_name(entity):
             return Kind.MODEL
-        if any(column in self.wanted.columns for column in entity.columns.values()):
+        if not entity.has_key and any(column in self.wanted.columns for column in entity.columns.values()):
             return Kind.UNKNOWN  # a mixin: whose it becomes is said elsewhere
         return Kind.OTHER_MODEL if entity.columns or Kind.OTHER_MODEL in kinds else Kind.OTHER
 
@@ -215,10 +220,16 @@ class View:
         return next((one for one in tables if one.is_table), None)
 
     def _base(self, name: str, entity: Entity) -> Kind:
-        found = self.sources.entities.get(name, [])
-        found = [one for one in found if one.module == entity.module and one is not entity] or found
-        kinds = [self._own(one) for one in found if one is not entity]
+        kinds = [self._own(one) for one in self._bases(name, entity)]
         return Kind.MODEL if Kind.MODEL in kinds else kinds[0] if kinds else Kind.OTHER
+
+    def _bases(self, name: str, entity: Entity) -> list[Entity]:
+        """The classes that a base class's name may mean: of the same file, else of wherever it came from."""
+        found = [one for one in self.sources.entities.get(name, []) if one is not entity]
+        path = entity.imported.get(name)
+        if path is not None:
+            return [one for one in found if _within(path, one.module)] or found
+        return [one for one in found if one.module == entity.module]
 
     def _fits_by_name(self, entity: Entity) -> bool:
         """A class whose table name is made by its base: Flask-SQLAlchemy, SQLModel, a declared_attr."""
@@ -253,9 +264,19 @@ def text_of(node: ast.AST | None) -> str | None:
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
-def _class(node: ast.ClassDef, module: tuple[str, ...]) -> Entity:
+def _imported(tree: ast.Module) -> dict[str, tuple[str, ...]]:
+    """Where the names of a file come from."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {one.asname or one.name: tuple((node.module or "").split(".")) for node in nodes for one in node.names}
+
+
+def _class(node: ast.ClassDef, module: tuple[str, ...], imported: dict[str, tuple[str, ...]]) -> Entity:
     bases = tuple(name for one in node.bases if (name := last_name(one)))
     entity = Entity(node.name, module, bases)
+    # A base written as ``models.User`` comes from the module that the first name stands for.
+    entity.imported = {name: imported[name] for name in bases if name in imported}
+    entity.imported |= {last_name(one) or "": () for one in node.bases if isinstance(one, ast.Attribute)}
+    entity.has_key = any(isinstance(one, ast.keyword) and one.arg == "primary_key" for one in ast.walk(node))
     sqlmodel = any(one.arg == "table" for one in node.keywords)
     if sqlmodel:
         entity.table = node.name.lower()

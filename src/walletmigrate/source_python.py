@@ -34,6 +34,7 @@ _DEFINES: Final = words(
     "drop_index Index create_check_constraint CheckConstraint UniqueConstraint"
 )
 _NAMES_TABLE: Final = frozenset({"Table", "table", "create_table", "add_column", "drop_column", "alter_column"})
+_NAMES_TABLE_SECOND: Final = frozenset({"create_index", "create_check_constraint", "create_unique_constraint"})
 _BULK: Final = frozenset({"bulk_update_mappings", "bulk_insert_mappings"})
 _RUNS: Final = frozenset({"execute", "executemany", "scalar", "scalars", "stream", "execute_many", "exec"})
 _GROWS: Final = frozenset({"append", "extend", "insert", "update", "setdefault", "add"})
@@ -242,7 +243,7 @@ class PythonReader(ast.NodeVisitor):
         if isinstance(owner, ast.Attribute) and owner.attr in {"c", "columns"}:
             access: Access = "write" if stored or id(node) in self._written else "read"
             self._tell_of(self.types.receiver(owner.value, name), node, name, access, "table column")
-        elif stored and isinstance(owner, ast.Name) and owner.id in self.types.scope.sinks:
+        elif stored and self._in_sink(owner):
             self._tell_of(Kind.MODEL, node, name, "write", "values of an insert or update")
         else:
             kind = self.types.kind(owner.value if isinstance(owner, ast.Attribute) else owner)
@@ -265,6 +266,9 @@ class PythonReader(ast.NodeVisitor):
         self._keywords(node, name)
         if name == "delete":
             self._delete(node)
+        if name in _GROWS and isinstance(node.func, ast.Attribute) and self._in_sink(node.func.value):
+            for one in node.args:
+                self._write_keys(one, "values of an insert or update", True)
         if name in _NAMES_COLUMNS | {"Index"}:
             self._named(node)
         if name in _FRAGMENTS:
@@ -301,14 +305,15 @@ class PythonReader(ast.NodeVisitor):
         """Table(…), Column(…) and what Alembic does to them."""
         texts = [text for one in node.args if (text := text_of(one)) is not None]
         ours = any(self.view.is_table(text) for text in texts)
-        if not ours and name in _NAMES_TABLE and len(texts) >= 1 and texts[0] not in self.names:
-            self._handle_column_names(node)
+        tables = texts[:1] if name in _NAMES_TABLE else texts[1:2] if name in _NAMES_TABLE_SECOND else []
+        if tables and not ours and tables[0] not in self.names:
+            self._handled.update(id(one) for one in ast.walk(node) if text_of(one) in self.names)
             return
         for one in ast.walk(node):
             column = text_of(one)
             if column in self.names and id(one) not in self._handled:
                 self._handled.add(id(one))
-                self._tell(node, self.names[column], "definition", f"{name}(…)", sure=ours)
+                self._tell(one, self.names[column], "definition", f"{name}(…)", sure=ours)
 
     def _sink(self, node: ast.Call, name: str) -> None:
         """Calls whose dicts and keywords become values of an INSERT or UPDATE."""
@@ -318,14 +323,14 @@ class PythonReader(ast.NodeVisitor):
         kind, values = given
         if kind in {Kind.OTHER_MODEL, Kind.OTHER}:
             return
+        scope, sure = self.types.scope, kind is not Kind.UNKNOWN
         for value in values:
-            self._write_keys(value, "values of an insert or update", kind is not Kind.UNKNOWN)
-            for one in _names_that_flow(value):
-                scope: Scope | None = self.types.scope
-                if scope is not None:
-                    scope.sinks.add(one)
-                    if one not in scope.literals:
-                        self._tell(node, None, "unknown", "values are made at run time", kind is not Kind.UNKNOWN)
+            self._write_keys(value, "values of an insert or update", sure)
+            names = set(_names_that_flow(value))
+            scope.sinks.update(names)
+            made = isinstance(value, ast.Call) and not _is_literal(value)
+            if made or not names <= scope.literals:
+                self._tell(node, None, "unknown", "values are made at run time", sure)
 
     def _values_given(self, node: ast.Call, name: str) -> tuple[Kind, list[ast.expr]] | None:
         """Whose values a call gives, and the expressions that hold them; None if it gives none."""
@@ -344,6 +349,9 @@ class PythonReader(ast.NodeVisitor):
         if self._makes_row(node):
             return Kind.MODEL, starred
         return None
+
+    def _in_sink(self, node: ast.expr) -> bool:
+        return isinstance(node, ast.Name) and node.id in self.types.scope.sinks
 
     def _is_query(self, owner: ast.expr) -> bool:
         """Whether ``.update`` and ``.delete`` of this are a query's, and not a dict's or a session's."""
@@ -364,11 +372,11 @@ class PythonReader(ast.NodeVisitor):
                 self._tell_of(self.types.receiver(owner, ""), keyword, keyword.arg, "write", "values(…)")
             elif name in {"filter_by", "get_by", "find_by"} and owner is not None:
                 self._tell_of(self.types.kind(owner), keyword, keyword.arg, "read", "filter_by(…)")
+            elif name == "dict":
+                continue  # like a dict that is written out: told where it becomes values
             elif self.types.kind(node) is Kind.UNKNOWN and not self._defined_here(name, keyword.arg):
-                if name not in {"dict", "partial"} or self.knows:
-                    self._tell(
-                        keyword, self.names[keyword.arg], "unknown", f"keyword of {name or 'a call'}", sure=False
-                    )
+                how = f"keyword of {name or 'a call'}"
+                self._tell(keyword, self.names[keyword.arg], "unknown", how, sure=False)
 
     def _defined_here(self, name: str, keyword: str) -> bool:
         """Whether the sources hold a function or a class of that name: what it does is found there."""
@@ -535,7 +543,7 @@ class PythonReader(ast.NodeVisitor):
     def _handle_column_names(self, node: ast.AST) -> None:
         """Leave out the names of columns that are given here: they are another table's, or told already."""
         for one in ast.walk(node):
-            if isinstance(one, ast.Call) and last_name(one.func) in _DEFINES:
+            if isinstance(one, ast.Call) and last_name(one.func) in _DEFINES | {"synonym", "composite"}:
                 self._handled.update(id(inner) for inner in ast.walk(one) if text_of(inner) in self.names)
 
     def _knows_table(self) -> bool:

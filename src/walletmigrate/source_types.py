@@ -121,13 +121,15 @@ class Types:
                 annotation = ast.parse(annotation.value, mode="eval").body
             except SyntaxError:
                 return Kind.UNKNOWN
-        names = [one.id for one in ast.walk(annotation) if isinstance(one, ast.Name)]
-        names += [one.attr for one in ast.walk(annotation) if isinstance(one, ast.Attribute)]
+        dotted = [one for one in ast.walk(annotation) if isinstance(one, ast.Attribute)]
+        within = {id(one.value) for one in dotted}
+        names = [one.id for one in ast.walk(annotation) if isinstance(one, ast.Name) and id(one) not in within]
         kinds = {self._class(name) for name in names if name not in _SCALARS | _WRAPPERS}
+        kinds |= {self.kind(one) for one in dotted if one.attr not in _SCALARS | _WRAPPERS}
         if Kind.MODEL in kinds:
             as_class = isinstance(annotation, ast.Subscript) and last_name(annotation.value) in {"type", "Type"}
             return Kind.MODEL if as_class else Kind.ROW
-        scalar = bool(names) and all(name in _SCALARS | {"Optional"} for name in names)
+        scalar = bool(names) and not kinds and all(name in _SCALARS | {"Optional"} for name in names)
         return Kind.OTHER if (kinds and Kind.UNKNOWN not in kinds) or scalar else Kind.UNKNOWN
 
     def verb(self, node: ast.AST | None) -> str:
@@ -220,9 +222,9 @@ class Types:
             return self.kind(node.args[0])
         if name in {"next", "cast"} and node.args:
             return self.each(node.args[0])
-        made = self._class(name) if name in self.view.sources.entities else Kind.UNKNOWN
-        if isinstance(node.func, ast.Name) and self.scope.kind(name) in {Kind.MODEL, Kind.OTHER_MODEL}:
-            made = self.scope.kind(name) or made
+        made = Kind.UNKNOWN
+        if isinstance(node.func, ast.Name) or name in self.view.sources.entities:
+            made = self.kind(node.func)
         if made is not Kind.UNKNOWN and name not in _TO_STATEMENT:
             return {Kind.MODEL: Kind.ROW, Kind.OTHER_MODEL: Kind.OTHER}.get(made, made)
         return self._chained(node, name)
@@ -237,7 +239,7 @@ class Types:
             return Kind.ROW
         if Kind.OTHER_MODEL in parts:
             return Kind.OTHER if name in _TO_ROWS else Kind.OTHER_MODEL if name in _TO_STATEMENT else Kind.UNKNOWN
-        return Kind.UNKNOWN
+        return Kind.OTHER if name in {"items", "values", "copy"} and parts[:1] == [Kind.OTHER] else Kind.UNKNOWN
 
     def _either(self, *nodes: ast.expr) -> Kind:
         kinds = [self.kind(one) for one in nodes]
