@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,9 +15,10 @@ from walletmigrate.config import Settings
 from walletmigrate.errors import UsageError
 from walletmigrate.findings import Catalogue, Finding, Unread, Wanted, wanted
 from walletmigrate.source_files import SourceFile, Tree
-from walletmigrate.source_models import Sources, View
+from walletmigrate.source_models import Sources
 from walletmigrate.source_python import read_python
 from walletmigrate.source_text import read_text_file
+from walletmigrate.source_view import View
 
 _UNPARSED = (SyntaxError, ValueError, RecursionError, MemoryError)
 
@@ -83,11 +85,11 @@ class _Reading:
         """What every file does to every mapped table."""
         found: list[Finding] = []
         again = Tree(self.tree.roots, self.tree.exclude, [])
-        words = {word for view in self.views for word in view.words()} | {one.lower() for one in self.sources.adapters}
+        words = {word for view in self.views for word in view.words()} | self.sources.adapters
+        worth = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(words)))})(?!\w)", re.IGNORECASE)
         for file in again.files():
             text = file.text()
-            low = text.lower()
-            if any(word in low for word in words):
+            if worth.search(text):
                 found += self._file(file, text)
         return found
 

@@ -7,34 +7,14 @@ is a hole: a name that is not known.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
 from walletmigrate.findings import Access, Wanted, words
-
-HOLE: Final = "\0"
-"""Stands in a text for what is filled in at run time."""
+from walletmigrate.source_tokens import Token, is_sql, tokens_of
 
 Side = Literal["mapped", "other", "hole"]
 
-_STATEMENT = re.compile(
-    r"\b(?:select\b.+?\bfrom\b|insert\s+into\b|update\s+\S.{0,200}?\bset\b|delete\s+from\b|merge\s+into\b"
-    r"|truncate\s+\S|copy\s+\S.{0,2000}?\b(?:from|to)\b|(?:alter|create)\s+.{0,60}?\b(?:table|view|trigger|function"
-    r"|procedure|rule|policy|index)\b|returning\s+\S)",
-    re.IGNORECASE | re.DOTALL,
-)
-_TOKEN = re.compile(
-    r"(?P<skip>\s+|--[^\n]*|/\*.*?\*/|\{%.*?%\}|\{\#.*?\#\})"
-    r"|(?P<body>\$(?P<tag>[A-Za-z_]\w*|)\$(?P<inner>.*?)\$(?P=tag)\$)"
-    r"|(?P<text>[eE]?'(?:[^']|'')*')"
-    r"|(?P<hole>\0|\{\{.*?\}\}|\{[^{}\n]*\}|%s|%[IL])"
-    r"|(?P<value>%\(\w+\)s|(?<![:\w]):[A-Za-z_]\w*|\$\d+|\d[\w.]*)"
-    r'|(?P<quoted>"(?:[^"]|"")+")'
-    r"|(?P<word>[^\W\d][\w$]*)"
-    r"|(?P<mark>::|:=|.)",
-    re.DOTALL,
-)
 _TABLE_AFTER: Final = frozenset({"from", "join", "into", "update", "table", "using", "copy", "truncate", "on"})
 _NO_ALIAS: Final = words(
     "set where on using values select join left right inner outer full cross natural group order limit "
@@ -60,25 +40,6 @@ class Touch(NamedTuple):
     sure: bool
 
 
-@dataclass(frozen=True)
-class _Token:
-    kind: str
-    text: str
-    offset: int
-
-    @property
-    def low(self) -> str:
-        """A bare word in lower case; anything else as it stands."""
-        return self.text.lower() if self.kind == "word" else self.text
-
-    @property
-    def name(self) -> str | None:
-        """The identifier that this is, as the catalog spells it."""
-        if self.kind == "quoted":
-            return self.text[1:-1].replace('""', '"')
-        return self.text.lower() if self.kind == "word" else None
-
-
 @dataclass
 class _Level:
     """What one pair of parentheses is about."""
@@ -96,20 +57,6 @@ class _State:
     touches: list[Touch] = field(default_factory=list)
 
 
-def is_sql(text: str) -> bool:
-    """Whether a text holds what may be a statement."""
-    return bool(_STATEMENT.search(text))
-
-
-def statements_in(text: str) -> Iterator[tuple[int, str]]:
-    """Statements inside another language's text, with their offsets: up to a semicolon or an empty line."""
-    at = 0
-    while match := _STATEMENT.search(text, at):
-        end = re.compile(r";|\n\s*\n").search(text, match.end())
-        at = end.start() if end else len(text)
-        yield match.start(), text[match.start() : at]
-
-
 def read_sql(text: str, wanted: Wanted, *, row: Side = "hole", fragment: bool = False) -> list[Touch]:
     """What a text of SQL does to a mapped table.
 
@@ -117,8 +64,8 @@ def read_sql(text: str, wanted: Wanted, *, row: Side = "hole", fragment: bool = 
     table.
     """
     touches: list[Touch] = []
-    statement: list[_Token] = []
-    for token in _tokens(text):
+    statement: list[Token] = []
+    for token in tokens_of(text):
         if token.kind == "body":
             inner = token.text.index("$", 1) + 1
             body = read_sql(token.text[inner:-inner], wanted, row=row)
@@ -135,17 +82,10 @@ def read_sql(text: str, wanted: Wanted, *, row: Side = "hole", fragment: bool = 
     return sorted(set(touches), key=lambda touch: touch.offset)
 
 
-def _tokens(text: str) -> Iterator[_Token]:
-    for match in _TOKEN.finditer(text):
-        if match.lastgroup != "skip":
-            kind = "body" if match["body"] is not None else str(match.lastgroup)
-            yield _Token(kind, match[0], match.start())
-
-
 class _Statement:
     """One statement's tokens, read twice: for the tables it names, then for what it does."""
 
-    def __init__(self, tokens: list[_Token], wanted: Wanted, row: Side, fragment: bool) -> None:
+    def __init__(self, tokens: list[Token], wanted: Wanted, row: Side, fragment: bool) -> None:
         self.tokens = tokens
         self.wanted = wanted
         self.fragment = fragment
@@ -290,12 +230,12 @@ class _Statement:
         else:
             self._touch(at, None, "read", "copy of whole rows", state.target, state)
 
-    def _commas(self, token: _Token, state: _State) -> None:
+    def _commas(self, token: Token, state: _State) -> None:
         level = state.levels[-1]
         if token.text == "," and level.mode == "set":
             level.expects = True
 
-    def _name(self, at: int, token: _Token, state: _State) -> None:
+    def _name(self, at: int, token: Token, state: _State) -> None:
         level = state.levels[-1]
         assigned = level.mode == "set" and level.expects
         if assigned and token.text == "(":

@@ -7,7 +7,8 @@ from pathlib import PurePath
 from typing import Final
 
 from walletmigrate.findings import Access, Finding, Ignores, Wanted, shortened
-from walletmigrate.source_sql import Side, Touch, read_sql, statements_in
+from walletmigrate.source_sql import Side, Touch, read_sql
+from walletmigrate.source_tokens import statements_in
 
 SQL_SUFFIXES: Final = frozenset({".sql", ".psql", ".pgsql", ".ddl", ".dml", ".plpgsql"})
 _PROSE: Final = frozenset({".md", ".rst", ".txt", ".adoc", ".po", ".pot", ".log"})
@@ -18,7 +19,7 @@ def read_text_file(path: str, text: str, wanted: Wanted, names: dict[str, str]) 
     """What a text does to one mapped table: its statements, expressions of templates, and bare mentions.
 
     ``names`` are the names under which a template may have the columns. Mentions that are none of these are one
-    finding for the whole file; in prose they are none.
+    finding for the whole file; in prose they are none, and a name of one word needs the table's beside it.
     """
     suffix = PurePath(path.lower().removesuffix(".j2").removesuffix(".jinja")).suffix
     lines = text.splitlines()
@@ -32,8 +33,9 @@ def read_text_file(path: str, text: str, wanted: Wanted, names: dict[str, str]) 
         at = _line(text, touch.offset)
         covered.add(at)
         found.append(_finding(path, at, touch, wanted, lines, ignores))
-    if suffix not in SQL_SUFFIXES | _PROSE:
-        found += _mentions(path, lines, wanted, covered, ignores)
+    telling = {one: one for one in wanted.columns if "_" in one or any(name in text for name in wanted.names)}
+    if telling and suffix not in SQL_SUFFIXES | _PROSE:
+        found += _mentions(path, lines, wanted, telling, covered, ignores)
     return list(dict.fromkeys(found))
 
 
@@ -57,7 +59,9 @@ def _statements(text: str, wanted: Wanted) -> list[Touch]:
         # A quote that is open before the statement ends it, or would hide the rest of it.
         plain = statement.replace('"', " ") if statement.count('"') % 2 else statement
         plain = plain.replace("'", " ") if plain.count("'") % 2 else plain
-        found += [each._replace(offset=each.offset + offset) for each in read_sql(plain, wanted)]
+        # In prose and data, what merely looks like a statement names no table that is known.
+        known = [each for each in read_sql(plain, wanted) if each.sure or each.access == "write"]
+        found += [each._replace(offset=each.offset + offset) for each in known]
     return found
 
 
@@ -72,8 +76,10 @@ def _expressions(text: str, names: dict[str, str]) -> list[Touch]:
     return found
 
 
-def _mentions(path: str, lines: list[str], wanted: Wanted, covered: set[int], ignores: Ignores) -> list[Finding]:
-    pattern = _any_of({column: column for column in wanted.columns})
+def _mentions(
+    path: str, lines: list[str], wanted: Wanted, telling: dict[str, str], covered: set[int], ignores: Ignores
+) -> list[Finding]:
+    pattern = _any_of(telling)
     hits = [
         (number, match[0])
         for number, line in enumerate(lines, 1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
 from walletmigrate.findings import words
-from walletmigrate.source_models import Kind, View, last_name, text_of
-from walletmigrate.source_sql import HOLE
+from walletmigrate.source_models import Kind, last_name, text_of
+from walletmigrate.source_tokens import HOLE
+from walletmigrate.source_view import View
 
 _TO_ROWS: Final = words(
     "first one one_or_none all get get_one get_or_404 first_or_404 one_or_404 scalar scalar_one "
@@ -35,6 +37,7 @@ class Scope:
 
     name: str
     above: Scope | None = None
+    of_class: bool = False
     kinds: dict[str, Kind] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     verbs: dict[str, str] = field(default_factory=dict)
@@ -68,10 +71,10 @@ class Imports:
     names: dict[str, tuple[tuple[str, ...], str | None]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tree: ast.Module, module: tuple[str, ...]) -> Imports:
+    def of(cls, nodes: Iterable[ast.AST], module: tuple[str, ...]) -> Imports:
         """Collect them, wherever in the file they stand."""
         found = cls(module)
-        for node in ast.walk(tree):
+        for node in nodes:
             if isinstance(node, ast.Import):
                 for one in node.names:
                     path = tuple(one.name.split("."))
