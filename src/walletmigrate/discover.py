@@ -116,13 +116,13 @@ class _Reading:
         found: list[Finding] = []
         tree = file.tree() if file.python and file.path not in self.broken else None
         for view in self.views:
-            if tree is None:
-                found += read_text_file(file.path, text, view.wanted, {**view.derived, **view.attributes})
-                continue
             try:
-                found += read_python(view, file.path, file.module, tree, text.splitlines())
+                if tree is not None:
+                    found += read_python(view, file.path, file.module, tree, text.splitlines())
+                    continue
             except RecursionError:
-                self.tree.unread.append(Unread(file.path, "nested too deeply to be read"))
+                self.tree.unread.append(Unread(file.path, "nested too deeply; it was read as plain text"))
+            found += read_text_file(file.path, text, view.wanted, {**view.derived, **view.attributes})
         return found
 
 
