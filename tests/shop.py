@@ -1,7 +1,8 @@
 """The application that discovery is tried on: each line says in a comment what a reader finds there.
 
-``# = write read`` lists the accesses of its line, one for each column; ``adapter`` and ``accepted`` are ones in order; ``missed write``
-is there and is not found; ``false write`` is found and is not there. A line without such a comment has none.
+``# = write read`` lists the accesses of its line, one for each column; ``adapter`` and ``accepted`` are ones in
+order; ``missed write`` is there and is not found; ``false write`` is found and is not there. A line without such a
+comment has none.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def test_a_place_that_touches_the_column_is_found(sources: Path, code: str, acce
     "code",
     [
         "from models import Order\ndef f(x: Order):\n    x.total_coins = 1",
-        "from models import Order\ndef f(s):\n    s.query(Order).filter(Order.total_coins > 1).update({'total_coins': 0})",
+        "from models import Order\ndef f(s):\n    s.query(Order).filter(Order.id > 1).update({'total_coins': 0})",
         "from models import Order\nfor x in s.scalars(select(Order)):\n    x.total_coins = 1",
         "class Basket:\n    def f(self):\n        self.total_coins = 1",
         "from models import Order\ndef f(order):\n    order.total_coins = 1",
@@ -129,6 +129,7 @@ def test_the_same_calls_of_what_is_no_adapter_are_not_taken_for_it(sources: Path
     [
         ("  # walletmigrate: ignore the importer", "the importer"),
         ("  # noqa: E501  # walletmigrate: ignore the importer", "the importer"),
+        ("  # walletmigrate: ignore the importer (#12)  # noqa: E501", "the importer (#12)"),
         ("  # walletmigrate: ignore", None),
         ("  # walletmigrate: keep", None),
     ],
@@ -161,9 +162,7 @@ def test_what_cannot_be_read_is_listed_and_the_rest_is_read(sources: Path) -> No
     (sources / "long.py").write_text(f"x = 1{' + 1' * 2000}\nsql = 'update users set total_coins = 1'\n")
     (sources / "huge.sql").write_text("select 1;\n" * (MAX_BYTES // 10 + 1))
     found = found_in(sources)
-    assert {Path(one.file).name for one in found.unread} == {
-        "broken.py", "latin.py", "deep.py", "long.py", "huge.sql"
-    }
+    assert {Path(one.file).name for one in found.unread} == {"broken.py", "latin.py", "deep.py", "long.py", "huge.sql"}
     assert {Path(one.file).name for one in found.left} == {"broken.py", "declared.py", "long.py"}
 
 
@@ -193,7 +192,7 @@ def test_excluded_paths_are_left_out_and_a_file_given_twice_is_read_once(sources
 
 
 def test_a_source_that_does_not_exist_is_refused(sources: Path) -> None:
-    with pytest.raises(UsageError, match="there is no .*nowhere"):
+    with pytest.raises(UsageError, match=r"there is no .*nowhere"):
         found_in(sources / "nowhere")
 
 
@@ -211,8 +210,8 @@ def test_the_command_ends_with_3_while_direct_writes_are_left_and_needs_no_datab
     code.write_text("def pay(user):\n    user.total_coins += 1\n")
     said = project.run("discover", "--source", str(sources), "--no-database")
     assert said.exit_code == 3, said
-    assert re.search(r"app\.py:2 +write\? +total_coins +pay", said.stdout) or "app.py:2" in said.stdout
-    assert "1 direct writes are left" in said.stdout
+    assert re.search(r"app\.py:2 +write\? +total_coins +pay +attribute\n", said.stdout)
+    assert "direct writes left: 1; reads 0" in said.stdout
     code.write_text("def pay(user):\n    print(user.total_coins)\n")
     assert project.run("discover", "--source", str(sources), "--no-database").exit_code == 0
 

@@ -51,6 +51,12 @@ def told(found: list[Finding]) -> set[tuple[str, str, str]]:
     return {(one.file, one.access, one.how) for one in found}
 
 
+DOES_NOTHING = "create function f() returns trigger language plpgsql as 'begin return new; end';"
+SETS_ITS_ROW = "create function f() returns trigger language plpgsql as 'begin new.total_coins := 0; return new; end';"
+MADE_AT_RUN_TIME = """
+create procedure f() language plpgsql as
+$$ begin execute format('update %I set %I = 0', 'users', 'total_coins'); end $$
+"""
 BEFORE = ("default value for column twice of table users", "read", "generated column or default")
 
 
@@ -81,14 +87,12 @@ BEFORE = ("default value for column twice of table users", "read", "generated co
         ),
         ("create policy p on users using (total_coins > 0)", "policy p on table users", "read"),
         (
-            "create function f() returns trigger language plpgsql as 'begin return new; end';"
-            "create trigger t after update of total_coins on users for each row execute function f()",
+            DOES_NOTHING + "create trigger t after update of total_coins on users for each row execute function f()",
             "trigger t on table users",
             "read",
         ),
         (
-            "create function f() returns trigger language plpgsql as 'begin new.total_coins := 0; return new; end';"
-            "create trigger t before update on users for each row execute function f()",
+            SETS_ITS_ROW + "create trigger t before update on users for each row execute function f()",
             "function f()",
             "write",
         ),
@@ -103,8 +107,7 @@ BEFORE = ("default value for column twice of table users", "read", "generated co
             "write",
         ),
         (
-            "create procedure f() language plpgsql as 'begin execute format(''update %I set %I = 0'', "
-            "''users'', ''total_coins''); end'",
+            MADE_AT_RUN_TIME,
             "function f()",
             "unknown",
         ),
@@ -126,8 +129,7 @@ def test_an_object_that_touches_the_column_is_listed(
         "create view v as select total_coins from orders",
         "create index i on users (total_coins)",
         "create function f() returns void language sql as 'update orders set total_coins = 0'",
-        "create function f() returns trigger language plpgsql as 'begin new.total_coins := 0; return new; end';"
-        "create trigger t before update on orders for each row execute function f()",
+        SETS_ITS_ROW + "create trigger t before update on orders for each row execute function f()",
         "alter table users add foreign key (tenant) references tenants",
         "create policy p on users using (id > 0)",
     ],
@@ -136,9 +138,7 @@ def test_an_object_that_does_not_touch_it_is_not(engine: Engine, settings: Setti
     assert told(found_in(engine, settings, sql)) == {BEFORE}
 
 
-def test_a_finding_in_a_function_has_its_line_and_the_triggers_that_call_it(
-    engine: Engine, settings: Settings
-) -> None:
+def test_a_finding_in_a_function_has_its_line_and_the_triggers_that_call_it(engine: Engine, settings: Settings) -> None:
     found = found_in(
         engine,
         settings,
@@ -198,8 +198,8 @@ def test_what_the_fence_saw_is_grouped_by_fingerprint_within_the_time_asked_for(
     )
     ledger.execute(
         engine,
-        "insert into seen.bypasses select g, clock_timestamp() - g * interval '1 day', 'users', g::text, 'cash', 'EUR', "
-        "'update', 'stale', 'cron', 'shop', case when g < 3 then 'aaaa' else 'bbbb' end, null, g "
+        "insert into seen.bypasses select g, clock_timestamp() - g * interval '1 day', 'users', g::text, 'cash', "
+        "'EUR', 'update', 'stale', 'cron', 'shop', case when g < 3 then 'aaaa' else 'bbbb' end, null, g "
         "from generate_series(1, 5) as g",
     )
     elsewhere = settings.model_copy(update={"ledger_schema": "seen"})

@@ -10,9 +10,9 @@ from walletmigrate.source_sql import read_sql
 USERS = Wanted("users", "public", "users", ("total_coins",), frozenset({"users", "users_2026"}))
 
 
-def accesses(sql: str, **options: bool) -> list[str]:
+def accesses(sql: str, *, fragment: bool = False) -> list[str]:
     """The accesses in order; "?" where the table is not known, "*" for whole rows."""
-    touches = read_sql(sql, USERS, **options)
+    touches = read_sql(sql, USERS, fragment=fragment)
     return [f"{each.access}{'' if each.column else '*'}{'' if each.sure else '?'}" for each in touches]
 
 
@@ -83,4 +83,4 @@ def test_new_is_a_row_of_the_table_that_the_trigger_is_on(side: str, found: list
 
 def test_a_touch_is_told_at_the_offset_of_its_word() -> None:
     sql = "select 1;\nupdate users\nset total_coins = 0"
-    assert [sql[each.offset :].split()[0] for each in read_sql(sql, USERS)] == ["total_coins"]
+    assert [sql[each.offset :].split(maxsplit=1)[0] for each in read_sql(sql, USERS)] == ["total_coins"]

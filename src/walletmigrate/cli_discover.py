@@ -116,11 +116,12 @@ def _table(found: Catalogue) -> Iterator[str]:
 
 def _summary(found: Catalogue) -> str:
     counts = Counter(one.access for one in found.findings if not one.adapter and one.accepted is None)
-    shown = ", ".join(f"{counts[kind]} {kind}" for kind in ("read", "definition", "unknown"))
     adapter = sum(one.adapter for one in found.findings)
     accepted = sum(one.accepted is not None and not one.adapter for one in found.findings)
-    left = f"{len(found.left)} direct writes are left" if found.left else "no direct write is left"
-    return f"{left}; {shown}; {adapter} through the adapter, {accepted} accepted; {found.files} files were read"
+    return (
+        f"direct writes left: {len(found.left)}; reads {counts['read']}, definitions {counts['definition']}, "
+        f"unknown {counts['unknown']}; through the adapter {adapter}, accepted {accepted}; files read: {found.files}"
+    )
 
 
 def _what(one: Finding) -> str:

@@ -13,7 +13,7 @@ Access = Literal["read", "write", "definition", "unknown"]
 Origin = Literal["python", "text", "database", "runtime"]
 
 _IGNORE = re.compile(
-    r"(?:#|--|//|/\*|<!--|\{#)\s*walletmigrate:\s*ignore(?P<file>-file)?\b[ :]*(?P<reason>.*?)\s*"
+    r"(?:#|--|//|/\*|<!--|\{#)\s*walletmigrate:\s*ignore(?P<file>-file)?\b[ :]*(?P<reason>.*?)(?:\s+# .*?)?\s*"
     r"(?:\*/|-->|#\}|['\"]+\)?,?)?\s*$"
 )
 _IN_TEXT = re.compile(r"walletmigrate:\s*ignore\b[ :]*(?P<reason>.+)")

@@ -159,6 +159,8 @@ class CallReader(ScopeReader):
                 self._tell(keyword, self.names[keyword.arg], "write", "keyword of the constructor", sure=True)
             elif name in {"values", "ordered_values"} and owner is not None:
                 self._tell_of(self.types.receiver(owner, ""), keyword, keyword.arg, "write", "values(…)")
+            elif name in _RUNS and node.args and self.types.verb(node.args[0]) in {"insert", "update"}:
+                self._tell_of(self.types.kind(node.args[0]), keyword, keyword.arg, "write", VALUES)
             elif name in {"filter_by", "get_by", "find_by"} and owner is not None:
                 self._tell_of(self.types.kind(owner), keyword, keyword.arg, "read", "filter_by(…)")
             elif name == "dict" or isinstance(getattr(keyword.value, "value", None), bool):

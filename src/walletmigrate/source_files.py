@@ -37,7 +37,7 @@ SKIPPED_FOLDERS: Final = frozenset(
 MAX_BYTES: Final = 4 * 1024 * 1024
 """Files that are larger are listed, and not read."""
 
-_PYTHON: Final = frozenset({".py", ".pyw"})
+_PYTHON: Final = frozenset({".py", ".pyw", ".pyi"})
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,7 @@ class Tree:
     unread: list[Unread]
 
     def files(self) -> Iterator[SourceFile]:
-        """Every regular text file. Symbolic links are not followed; binary files and stubs of types, which hold no
-        code, are left out without a word.
-        """
+        """Every regular text file. Symbolic links are not followed; binary files are left out without a word."""
         seen: set[tuple[int, int]] = set()
         for root in self.roots:
             for path in self._paths(root):
@@ -110,7 +108,7 @@ class Tree:
     def _file(self, path: Path, seen: set[tuple[int, int]]) -> SourceFile | None:
         try:
             about = path.lstat()
-            if not stat.S_ISREG(about.st_mode) or path.suffix == ".pyi" or (about.st_dev, about.st_ino) in seen:
+            if not stat.S_ISREG(about.st_mode) or (about.st_dev, about.st_ino) in seen:
                 return None
             seen.add((about.st_dev, about.st_ino))
             with path.open("rb") as file:

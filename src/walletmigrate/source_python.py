@@ -101,8 +101,10 @@ class PythonReader(CallReader):
             for touch in read_sql(text, wanted):
                 line = places(text[: touch.offset], touch.column)
                 self._tell(node, touch.column, touch.access, touch.how, touch.sure, line=line)
-        elif text in self.names and self.knows:
-            self._tell(node, self.names[text], "unknown", "named in a string", sure=False)
+            return
+        table, _, name = text.rpartition(".")
+        if name in self.names and self.knows and (not table or self.view.is_table(table)):
+            self._tell(node, self.names[name], "unknown", "named in a string", sure=False)
 
     def _places(self, node: ast.expr) -> Callable[[str, str | None], int]:
         """Where in the source a word of a string stands: the same occurrence of it in the source's lines."""

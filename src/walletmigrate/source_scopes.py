@@ -99,7 +99,8 @@ class ScopeReader(ast.NodeVisitor):
                 self._statements.append(statement)
                 self._tell(statement, hits[0], "definition", "mapped attribute", kind is Kind.MODEL)
                 self._statements.pop()
-            if hits or kind in {Kind.OTHER, Kind.OTHER_MODEL}:
+            makes_table = last_name(getattr(statement, "value", None)) in {"Table", "table"}
+            if hits or (kind in {Kind.OTHER, Kind.OTHER_MODEL} and not makes_table):
                 self._handle_column_names(statement)
         self._body(node.body)
         self.types.scope = outer

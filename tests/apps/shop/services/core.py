@@ -6,6 +6,16 @@ from shop.models.tables import Member, metadata, orders, users
 from shop.models.user import User as U
 
 
+SORTABLE = {"coins": "users.total_coins", "sum": "orders.total_coins"}  # = unknown
+
+
+class Model:
+    """Tables kept in a class."""
+
+    members = Table("users", metadata, Column("promo"))  # = definition
+    orders = Table("orders", metadata, Column("promo"))
+
+
 def work(connection, engine):
     connection.execute(users.update().values(total_coins=users.c.total_coins + 1))  # = write read
     connection.execute(users.update().values({users.c.total_coins: 1, users.c["bonus"]: 2}))  # = write write
@@ -14,7 +24,10 @@ def work(connection, engine):
     connection.execute(select(orders.c.total_coins))
     connection.execute(select(users.c.id, users.columns.total_coins))  # = read
     row = connection.execute(select(users)).one()
-    print(row.total_coins, row._mapping["total_coins"], row.bonus)  # = read read read
+    statement = users.update().where(users.c.id == 1)
+    connection.execute(statement, total_coins=3)  # = write
+    connection.execute(orders.update(), total_coins=3)
+    print(SORTABLE["coins"], row.total_coins, row._mapping["total_coins"], row.bonus)  # = read read read false unknown
     people = users.alias("p")
     connection.execute(select(people.c.total_coins))  # = read
     reflected = Table("users", MetaData(), autoload_with=engine)
