@@ -53,6 +53,7 @@ def told(found: list[Finding]) -> set[tuple[str, str, str]]:
 
 DOES_NOTHING = "create function f() returns trigger language plpgsql as 'begin return new; end';"
 SETS_ITS_ROW = "create function f() returns trigger language plpgsql as 'begin new.total_coins := 0; return new; end';"
+EMPTIES = "create function f() returns void language sql as 'update users set total_coins = 0';"
 MADE_AT_RUN_TIME = """
 create procedure f() language plpgsql as
 $$ begin execute format('update %I set %I = 0', 'users', 'total_coins'); end $$
@@ -130,6 +131,7 @@ def test_an_object_that_touches_the_column_is_listed(
         "create index i on users (total_coins)",
         "create function f() returns void language sql as 'update orders set total_coins = 0'",
         SETS_ITS_ROW + "create trigger t before update on orders for each row execute function f()",
+        EMPTIES + "alter extension plpgsql add function f()",
         "alter table users add foreign key (tenant) references tenants",
         "create policy p on users using (id > 0)",
     ],

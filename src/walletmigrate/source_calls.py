@@ -62,8 +62,6 @@ class CallReader(ScopeReader):
             self._named(node)
         if name in _FRAGMENTS:
             self._fragments(node)
-        if name in _RUNS:
-            self._bound_parameters(node)
         self.generic_visit(node)
 
     def _adapter(self, node: ast.Call, name: str) -> None:
@@ -203,15 +201,6 @@ class CallReader(ScopeReader):
             for touch in read_sql(text, self.view.wanted, fragment=True):
                 if owner is not Kind.OTHER_MODEL and touch.column is not None:
                     self._tell(one, touch.column, "unknown", "part of an SQL statement", owner is Kind.MODEL)
-
-    def _bound_parameters(self, node: ast.Call) -> None:
-        """The names of bound parameters are no columns: ``execute(text(…), {"total_coins": 5})``."""
-        if self.types.verb(node.args[0] if node.args else None) in {"insert", "update"}:
-            return
-        for given in node.args[1:]:
-            for one in ast.walk(given):
-                if isinstance(one, ast.Dict):
-                    self._handled.update(id(key) for key in one.keys)
 
 
 def _names_that_flow(value: ast.expr) -> Iterator[str]:
