@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from walletmigrate import cli_capture, cli_flags, cli_jobs, cli_phases, cli_setup, cli_watch
+from walletmigrate import cli_capture, cli_discover, cli_flags, cli_jobs, cli_phases, cli_setup, cli_watch
 from walletmigrate.commands import CONFIG, DATABASE_URL, JSON, Group, command
 from walletmigrate.console import DIFFERENCE, OK, Answer
 from walletmigrate.invocation import Run
@@ -68,6 +68,7 @@ cli_jobs.register(app)
 cli_flags.register(app)
 cli_capture.register(app)
 cli_watch.register(app)
+cli_discover.register(app)
 command(app, "rehearse")(rehearse)
 
 

@@ -1,0 +1,131 @@
+"""Discovery: all code paths that touch the mapped columns, from sources, the database, and what the fence saw."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from sqlalchemy import Connection
+
+from walletmigrate import source_database
+from walletmigrate.config import Settings
+from walletmigrate.errors import UsageError
+from walletmigrate.findings import Catalogue, Finding, Unread, Wanted, wanted
+from walletmigrate.source_files import SourceFile, Tree
+from walletmigrate.source_models import Sources
+from walletmigrate.source_python import read_python
+from walletmigrate.source_text import read_text_file
+from walletmigrate.source_view import View
+
+_UNPARSED = (SyntaxError, ValueError, RecursionError, MemoryError)
+
+
+def discover(
+    settings: Settings,
+    sources: Sequence[Path],
+    *,
+    connection: Connection | None = None,
+    exclude: Sequence[str] = (),
+    window: timedelta | None = None,
+) -> Catalogue:
+    """Catalogue what touches the mapped columns: in the files under ``sources``, and in a database if one is given.
+
+    ``exclude`` are patterns of paths to leave out; ``window`` is how far back the fence's catalogue counts (None:
+    all that it keeps). Nothing is imported, run or written. Raises UsageError for a source that does not exist.
+    """
+    missing = [str(one) for one in sources if not one.exists()]
+    if missing:
+        raise UsageError(f"there is no {', '.join(missing)}: pass --source with a folder or a file")
+    names, notes, found = {}, [], []
+    if connection is not None:
+        names = {one.name: source_database.partitions(connection, one) for one in settings.mappings}
+        notes += [
+            f"table {one.table} is not in this database: its columns were looked for in the sources only"
+            for one in settings.mappings
+            if not names[one.name]
+        ]
+    targets = wanted(settings, names)
+    read = _Reading(targets, Tree(sources, exclude, []))
+    found += read.findings()
+    notes += read.notes()
+    if connection is None:
+        notes.append("no database was looked at: views, functions and what the fence saw are not listed")
+    else:
+        for mapping, target in zip(settings.mappings, targets, strict=True):
+            found += source_database.look(connection, settings, mapping, target)
+            seen = source_database.seen_at_run_time(connection, settings, mapping, window)
+            found += seen or []
+            if seen is None:
+                notes.append(f"{mapping.name}: the ledger keeps no catalogue of bypasses here")
+    ordered = sorted(dict.fromkeys(found), key=_place)
+    return Catalogue(tuple(ordered), tuple(read.tree.unread), read.files, tuple(dict.fromkeys(notes)))
+
+
+@dataclass
+class _Reading:
+    """The files, gone through twice: for the classes and tables of all of them, then for what each does."""
+
+    targets: tuple[Wanted, ...]
+    tree: Tree
+    files: int = 0
+
+    def __post_init__(self) -> None:
+        self.sources = Sources()
+        self.broken: set[str] = set()
+        for file in self.tree.files():
+            self.files += 1
+            if file.python:
+                self._learn(file)
+        self.views = [View(self.sources, one) for one in self.targets]
+
+    def findings(self) -> list[Finding]:
+        """What every file does to every mapped table."""
+        found: list[Finding] = []
+        again = Tree(self.tree.roots, self.tree.exclude, [])
+        words = {word for view in self.views for word in view.words()} | self.sources.adapters
+        worth = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(words)))})(?!\w)", re.IGNORECASE)
+        for file in again.files():
+            text = "" if file.path.endswith(".pyi") else file.text()  # stubs say what is what, and do nothing
+            if worth.search(text):
+                found += self._file(file, text)
+        return found
+
+    def notes(self) -> list[str]:
+        """What the sources do not show."""
+        return [
+            f"no class or table of {view.wanted.schema}.{view.wanted.table} was found in the sources: attributes are "
+            "looked for by the columns' own names"
+            for view in self.views
+            if not view.classes
+        ]
+
+    def _learn(self, file: SourceFile) -> None:
+        try:
+            self.sources.add(file.tree(), file.module)
+        except _UNPARSED as error:
+            self.broken.add(file.path)
+            line = getattr(error, "lineno", None)
+            what = getattr(error, "msg", None) or str(error) or type(error).__name__
+            place = f"line {line}: " if line else ""
+            self.tree.unread.append(Unread(file.path, f"{place}{what}; it was read as plain text"))
+
+    def _file(self, file: SourceFile, text: str) -> list[Finding]:
+        found: list[Finding] = []
+        tree = file.tree() if file.python and file.path not in self.broken else None
+        for view in self.views:
+            try:
+                if tree is not None:
+                    found += read_python(view, file.path, file.module, tree, text.splitlines())
+                    continue
+            except RecursionError:
+                self.tree.unread.append(Unread(file.path, "nested too deeply; it was read as plain text"))
+            found += read_text_file(file.path, text, view.wanted, {**view.derived, **view.attributes})
+        return found
+
+
+def _place(one: Finding) -> tuple[int, str, int, str]:
+    order = ("python", "text", "database", "runtime").index(one.origin)
+    return min(order, 1), one.file, one.line or 0, one.access

@@ -1,0 +1,5 @@
+"""Extensions."""
+
+from flask_sqlalchemy import SQLAlchemy
+
+db = SQLAlchemy()
