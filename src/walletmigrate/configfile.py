@@ -25,7 +25,7 @@ Known = Mapping[tuple[str, ...], Sequence[str]]
 
 # Keys of the file whose Python name differs.
 _RENAMED = {"schema": "ledger_schema", "ledger_schema": "schema"}
-_SECRET_KEYS = ("flagsmith_key", "environment_key", "api_key", "password")
+_SECRET_KEYS = ("flagsmith_key", "flagsmith_admin_key", "admin_key", "environment_key", "api_key", "password")
 
 # What a right value looks like, by key: the fix of an error that has no better one.
 EXAMPLES: Mapping[str | int, str] = {
