@@ -396,13 +396,26 @@ def test_a_percentage_that_cannot_be_moved_back_is_told_as_done(flagsmith: Flags
     assert "undoing it failed, too" in error.__notes__[0]
 
 
-def test_off_for_everyone_that_stops_in_the_midst_is_off_already_and_says_what_is_left(
+def test_an_override_that_is_gone_already_is_no_error_and_one_that_a_server_cannot_end_is(
     flagsmith: FlagsmithStub, admin: FlagAdmin
+) -> None:
+    admin.set(DUAL_WRITE, True, trait=("tenant", "acme"))
+    flagsmith.fail("DELETE", "segment-overrides", status=404, times=1)
+    with pytest.raises(FlagServerRefused, match="too old"):
+        admin.remove(DUAL_WRITE, trait=("tenant", "acme"))
+    flagsmith.fail("DELETE", "segment-overrides", status=404, done=True, times=1)
+    assert admin.remove(DUAL_WRITE, trait=("tenant", "acme")).changed
+    assert overrides_of(flagsmith, DUAL_WRITE) == {}
+
+
+@pytest.mark.parametrize("status", [500, 403])
+def test_off_for_everyone_that_stops_in_the_midst_is_off_already_and_says_what_is_left(
+    flagsmith: FlagsmithStub, admin: FlagAdmin, status: int
 ) -> None:
     admin.set(DUAL_WRITE, True, everyone=True)
     admin.set(DUAL_WRITE, True, trait=("tenant", "acme"))
     admin.set(DUAL_WRITE, True, account="7")
-    flagsmith.fail("DELETE", "segment-overrides", status=500)
+    flagsmith.fail("DELETE", "segment-overrides", status=status)
     with pytest.raises(FlagChangeIncomplete) as incomplete:
         admin.set(DUAL_WRITE, False, everyone=True)
     error = incomplete.value
@@ -437,6 +450,15 @@ def test_a_change_that_was_not_carried_out_is_told_to_be_as_it_was(flagsmith: Fl
         impatient(flagsmith).set(DUAL_WRITE, True, everyone=True)
     assert "nothing was changed" in unreachable.value.__notes__[0]
     assert not isinstance(unreachable.value, FlagChangeIncomplete)
+
+
+def test_an_answer_of_another_shape_in_the_midst_is_an_error_of_the_library(
+    flagsmith: FlagsmithStub, admin: FlagAdmin
+) -> None:
+    flagsmith.fail("POST", "segments", status=200)
+    with pytest.raises(FlagSourceUnreachable, match=r"answered otherwise than known \(KeyError\('id'\)\)"):
+        admin.set(DUAL_WRITE, True, trait=("tenant", "acme"))
+    assert overrides_of(flagsmith, DUAL_WRITE) == {}
 
 
 def test_a_change_of_which_nobody_knows_whether_it_was_carried_out_is_told_so(flagsmith: FlagsmithStub) -> None:

@@ -53,7 +53,16 @@ class AdminApi:
 
     def drop_override(self, environment: str, feature: int, segment: int, what: str) -> None:
         """End a segment's override; one that is gone already is no error."""
-        self._gone(f"{_flag(environment, feature)}segment-overrides/{segment}/", what)
+        try:
+            self._call("DELETE", f"{_flag(environment, feature)}segment-overrides/{segment}/", what, self._authorized)
+        except FlagServerRefused as error:
+            # A server that is too old for this call answers 404 as well.
+            if error.status != 404 or self._stands(environment, feature, segment):
+                raise
+
+    def _stands(self, environment: str, feature: int, segment: int) -> bool:
+        overrides = self.flag(environment, feature)["segment_overrides"]
+        return any(one["segment"]["id"] == segment for one in overrides)
 
     def segments(self, project: int) -> Iterator[Json]:
         """All segments of the project."""
@@ -93,7 +102,7 @@ class AdminApi:
         states = f"{identities}{identity}/featurestates/"
         own = None if identity is None else self._own_state(states, feature)
         if own is not None:
-            self._gone(f"{states}{own}/", what)
+            self._call("DELETE", f"{states}{own}/", what, self._authorized)
 
     def _identity(self, path: str, account: str) -> int | None:
         # In quotation marks the server looks for exactly that; it cannot do so for a key that holds some.
@@ -137,13 +146,6 @@ class AdminApi:
             return json.loads(answer)
         except ValueError:
             raise NotKnown(self.name, f"asked to {what}, it gave an answer that is not JSON") from None
-
-    def _gone(self, path: str, what: str) -> None:
-        try:
-            self._call("DELETE", path, what, self._authorized)
-        except FlagServerRefused as error:
-            if error.status != 404:
-                raise
 
     @property
     def _authorized(self) -> dict[str, str]:
