@@ -43,7 +43,7 @@ def impact(connection: Connection, settings: Settings, before: Json, after: Json
     """Count, for each mapping, the accounts that ``after`` decides otherwise than ``before``: all of them, exactly.
 
     Accounts of equal traits are decided together, unless a percentage of accounts decides: then each is, about
-    20,000 a second.
+    10,000 a second.
     """
     old, new = (Document(content, "a change of flags", lambda _: None) for content in (before, after))
     return tuple(_of_mapping(connection, mapping, old, new) for mapping in settings.mappings)
