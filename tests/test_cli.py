@@ -484,7 +484,7 @@ def test_flags_of_a_server_are_not_written_from_here_and_the_manual_steps_are_to
     said = flagsmith.run(*words.split(), "--json", *REASON, env=KEY)
     assert said.exit_code == 4
     (told,) = said.document["error"]["fields"]["reasons"]
-    assert "only reads" in told["what"]
+    assert "only read without an admin key" in told["what"]
     assert "in Flagsmith" in told["mend"]
 
 

@@ -192,11 +192,11 @@ def test_a_database_url_without_a_password_may_stand_in_the_file(written: Writte
     assert settings.database_url.get_secret_value() == "postgresql://app@localhost:5432/shop"
 
 
-@pytest.mark.parametrize("key", ["flagsmith_key", "environment_key", "api_key"])
+@pytest.mark.parametrize("key", ["flagsmith_key", "environment_key", "api_key", "flagsmith_admin_key", "admin_key"])
 def test_a_flagsmith_key_in_the_file_is_refused_at_its_line(refusal: Refusal, key: str) -> None:
     error = refusal("poll_seconds = 10", f'{key} = "ser.hunter2"')
     assert error.line == line_of(GOOD, "poll_seconds")
-    assert "WALLETMIGRATE_FLAGSMITH_KEY" in error.fix
+    assert ("_ADMIN_KEY" if "admin" in key else "WALLETMIGRATE_FLAGSMITH_KEY") in error.fix
     assert "hunter" not in str(error)
     at_top = refusal('schema = "wallet"', f'{key} = "ser.hunter2"')
     assert at_top.line == 1

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-import walletmigrate.flag_server
+import walletmigrate.flag_http
 from flag_documents import body, document, tenant
 from walletmigrate.errors import ConfigError, FlagDocumentInvalid, FlagsMissing, FlagSourceUnreachable
 from walletmigrate.flag_file import FlagFile
@@ -201,7 +201,7 @@ def test_a_document_without_one_of_the_flags_is_named_by_check(path: Path) -> No
     with pytest.raises(FlagsMissing) as caught:
         check(source)
     assert caught.value.missing == (DUAL_WRITE,)
-    assert "wallet.dualwrite" in caught.value.source
+    assert list(caught.value.near) == [("wallet.dualwrite", DUAL_WRITE)]
 
 
 def test_a_good_file_does_not_age_and_keeps_what_it_remembers(path: Path) -> None:
@@ -458,7 +458,7 @@ def test_a_server_that_drips_its_answer_is_given_up_too(flagsmith: FlagServer, m
 def test_an_answer_that_is_too_long_is_given_up(
     flagsmith: FlagServer, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(walletmigrate.flag_server, "MAX_BYTES", 100)
+    monkeypatch.setattr(walletmigrate.flag_http, "MAX_BYTES", 100)
     source = make(flagsmith.url)
     source.refresh()
     assert "longer than 100 bytes" in problem(source)

@@ -138,7 +138,7 @@ def test_a_document_must_know_each_flag_spelt_exactly_so(missing: str) -> None:
     names = [name.lower() if name == missing else name for name in ALL_FLAGS]
     content = document(names=names)
     assert missing_flags(content) == (missing,)
-    with pytest.raises(FlagsMissing, match=f"which knows {missing.lower()}") as caught:
+    with pytest.raises(FlagsMissing, match=f"has {missing.lower()}, which must be spelt {missing}") as caught:
         read_document(body(content), "test")
     assert caught.value.missing == (missing,)
 

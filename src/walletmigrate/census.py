@@ -79,7 +79,7 @@ def decisions(
     )
     for key, *values in rows:
         pairs = zip(mapping.traits, values, strict=True)
-        yield key, snapshot.decide(key, {name: _trait(value) for name, value in pairs if value is not None})
+        yield key, snapshot.decide(key, {name: trait_of(value) for name, value in pairs if value is not None})
 
 
 def trait_column(mapping: Mapping, trait: str) -> str:
@@ -93,7 +93,8 @@ def trait_column(mapping: Mapping, trait: str) -> str:
     return f"l.{quoted(mapping.traits[trait])}"
 
 
-def _trait(value: object) -> str | int | bool:
+def trait_of(value: object) -> str | int | bool:
+    """A column's value as the flags see it."""
     return value if isinstance(value, str | int | bool) else str(value)
 
 

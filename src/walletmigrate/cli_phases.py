@@ -11,7 +11,7 @@ from walletmigrate import phases
 from walletmigrate.audit import record
 from walletmigrate.commands import command
 from walletmigrate.console import Answer, plain, reasons_as_json, reasons_as_lines
-from walletmigrate.errors import PreconditionRefused, UsageError
+from walletmigrate.errors import UsageError
 from walletmigrate.flags import READ_FROM_LEDGER
 from walletmigrate.invocation import Run, cohort, server_steps
 from walletmigrate.phases import FlagChange, PhaseChange
@@ -67,12 +67,12 @@ def cutover(run: Run, who: _COHORT = None, everyone: _EVERYONE = False) -> Answe
     if (chosen is None) != everyone:
         raise UsageError("name exactly one: --cohort tenant=acme, or --everyone")
     act = run.act()
-    file = run.editable_flags(READ_FROM_LEDGER, _by_hand(who, "on"))
+    flags = run.editable_flags(READ_FROM_LEDGER, _by_hand(who, "on"))
     run.confirmed()
-    done = phases.cutover(run.engine, run.settings, file, chosen, act, dry_run=run.dry_run)
+    done = phases.cutover(run.engine, run.settings, flags, chosen, act, dry_run=run.dry_run)
     off = [one.value or one.segment for one in done.after.overrides if not one.enabled]
     notes = [f"still off for {', '.join(off)}: an override that is off wins"] if off else []
-    return Answer({"flag": plain(done)}, (flag_line(done),), tuple(notes))
+    return Answer({"flag": plain(done)}, (flag_line(done), *impact_lines(done)), tuple(notes))
 
 
 def rollback(
@@ -88,14 +88,14 @@ def rollback(
     act = run.act()
     if exercise:
         return _exercise(run)
-    if chosen is not None and run.flag_file is None:
-        raise PreconditionRefused("rollback", [server_steps(run.settings, READ_FROM_LEDGER, _by_hand(who, "off"))])
-    done = phases.rollback(run.engine, run.settings, run.flag_file, act, cohort=chosen, dry_run=run.dry_run)
+    if chosen is not None:
+        run.editable_flags(READ_FROM_LEDGER, _by_hand(who, "off"))
+    done = phases.rollback(run.engine, run.settings, run.editor, act, cohort=chosen, dry_run=run.dry_run)
     lines = [_moved(done.phase_before, done.phase_after, dry_run=run.dry_run)] if chosen is None else []
     notes = [f"the flag was not switched: {done.flag_problem}"] if done.flag_problem else []
     if done.flag:
-        lines.append(flag_line(done.flag))
-    elif run.flag_file is None:
+        lines += [flag_line(done.flag), *impact_lines(done.flag)]
+    elif run.editor is None:
         notes.append("; ".join(server_steps(run.settings, READ_FROM_LEDGER, _by_hand(None, "off"))))
     return Answer(plain(done), tuple(lines), tuple(notes))
 
@@ -118,6 +118,16 @@ def flag_line(change: FlagChange) -> str:
     return f"{change.flag} for {change.who}{_flipped(change)}{also}; default {_switch(change.after.default)}" + "".join(
         f", {one.value or one.segment} {_switch(one.enabled)}" for one in change.after.overrides
     )
+
+
+def impact_lines(change: FlagChange) -> list[str]:
+    """What a dry run counted, a line for each mapping."""
+    lines = []
+    for one in change.impact or ():
+        flags = [f"{flag.flag} {flag.on} on, {flag.off} off" for flag in one.flags]
+        what = f" ({'; '.join(flags)})" if flags else ""
+        lines.append(f"  {one.mapping}: {one.changed} of {one.accounts} accounts would change{what}")
+    return lines
 
 
 def _flipped(change: FlagChange) -> str:

@@ -285,6 +285,7 @@ class Settings(BaseSettings):
 
     database_url: SecretStr | None = None
     flagsmith_key: SecretStr | None = None
+    flagsmith_admin_key: SecretStr | None = None
     ledger_schema: LedgerName = "wallet"
     observation_window: Duration = timedelta(days=7)
     compare_share: Share = 1.0

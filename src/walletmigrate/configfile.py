@@ -25,7 +25,7 @@ Known = Mapping[tuple[str, ...], Sequence[str]]
 
 # Keys of the file whose Python name differs.
 _RENAMED = {"schema": "ledger_schema", "ledger_schema": "schema"}
-_SECRET_KEYS = ("flagsmith_key", "environment_key", "api_key", "password")
+_SECRET_KEYS = ("flagsmith_key", "flagsmith_admin_key", "admin_key", "environment_key", "api_key", "password")
 
 # What a right value looks like, by key: the fix of an error that has no better one.
 EXAMPLES: Mapping[str | int, str] = {
@@ -137,7 +137,8 @@ def secrets_in(values: Mapping[str, Any], origin: Origin) -> Iterator[ConfigErro
     places: list[Place] = [(key,) for key in _SECRET_KEYS if key in values]
     places += [("flags", key) for key in _SECRET_KEYS if isinstance(flags, dict) and key in flags]
     for place in places:
-        fix = "delete it here and set WALLETMIGRATE_FLAGSMITH_KEY or WALLETMIGRATE_DATABASE_URL."
+        variable = "WALLETMIGRATE_FLAGSMITH_ADMIN_KEY" if "admin" in str(place[-1]) else "WALLETMIGRATE_FLAGSMITH_KEY"
+        fix = f"delete it here and set {variable} or WALLETMIGRATE_DATABASE_URL."
         yield origin.error(f"{place[-1]!r} is a secret and does not belong in this file.", fix, *place)
 
 

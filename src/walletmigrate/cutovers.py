@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from sqlalchemy import Connection
@@ -9,15 +10,17 @@ from sqlalchemy import Connection
 from walletmigrate import observation, schema
 from walletmigrate.census import Cohort, census, decisions, trait_column
 from walletmigrate.config import Mapping, Settings
-from walletmigrate.errors import FlagDocumentInvalid, FlagsMissing, FlagSourceUnreachable
-from walletmigrate.flag_file import FlagFile
-from walletmigrate.flag_sources import FileSource
+from walletmigrate.errors import WalletMigrateError
+from walletmigrate.flag_editor import FLAG_PROBLEMS, FlagEditor
+from walletmigrate.flag_sources import DocumentSnapshot
 from walletmigrate.flags import DUAL_WRITE
 from walletmigrate.gates import in_step
 from walletmigrate.standing import REASON, Reason, reached, show
 
 
-def cohort_reasons(connection: Connection, settings: Settings, flags: FlagFile, cohort: Cohort | None) -> list[Reason]:
+def cohort_reasons(
+    connection: Connection, settings: Settings, flags: FlagEditor, cohort: Cohort | None
+) -> list[Reason]:
     """Everything that keeps a cohort (None: everyone) from being read from the ledger.
 
     Raises UsageError for a trait that no mapping has.
@@ -31,12 +34,18 @@ def cohort_reasons(connection: Connection, settings: Settings, flags: FlagFile, 
         found.append(
             (f"the phase is {state.phase}, and reads need read_ledger", f"walletmigrate phase advance {REASON}")
         )
+    snapshot: DocumentSnapshot | None = None
+    try:
+        snapshot = DocumentSnapshot(flags.document(), flags.name, time.monotonic(), time.monotonic)
+    except FLAG_PROBLEMS as error:
+        found.append(_unusable(error))
     rows = 0
     for mapping in mappings:
         counted = census(connection, settings, mapping, cohort)
         rows += counted[0].rows
         found += in_step(counted)
-        found += _not_writing(connection, mapping, flags, cohort)
+        if snapshot is not None:
+            found += _not_writing(connection, mapping, snapshot, cohort)
     if cohort and not rows:
         found.append((f"no account has {'='.join(cohort)}", "write the value as the legacy table has it"))
     found += observation.verified(connection, settings)
@@ -52,14 +61,12 @@ def _concerned(settings: Settings, cohort: Cohort | None) -> list[Mapping]:
     return mappings
 
 
-def _not_writing(connection: Connection, mapping: Mapping, flags: FlagFile, cohort: Cohort | None) -> Iterator[Reason]:
+def _not_writing(
+    connection: Connection, mapping: Mapping, snapshot: DocumentSnapshot, cohort: Cohort | None
+) -> Iterator[Reason]:
     """Accounts for which dual-write is off, by the document itself: an override may take some out of a cohort."""
-    source = FileSource(flags.path)
-    if source.failure is not None:
-        yield _unusable(source.failure)
-        return
     off, example = 0, ""
-    for key, decision in decisions(connection, mapping, source.snapshot(), cohort):
+    for key, decision in decisions(connection, mapping, snapshot, cohort):
         if not decision.dual_write:
             off, example = off + 1, example or key
     if off:
@@ -70,5 +77,5 @@ def _not_writing(connection: Connection, mapping: Mapping, flags: FlagFile, coho
         )
 
 
-def _unusable(error: FlagSourceUnreachable | FlagsMissing | FlagDocumentInvalid) -> Reason:
-    return str(error), "mend the flag file; then: walletmigrate flags list"
+def _unusable(error: WalletMigrateError) -> Reason:
+    return str(error), "mend the flag source; then: walletmigrate flags check"

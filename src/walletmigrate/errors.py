@@ -102,17 +102,20 @@ class FlagSourceUnreachable(WalletMigrateError):
 
 @dataclass(eq=False)
 class FlagsMissing(WalletMigrateError):
-    """The source does not know all three flags."""
+    """The source does not know all three flags; ``near`` are (name that it has, name that is probably meant)."""
 
     source: str
     missing: Sequence[str]
+    near: Sequence[tuple[str, str]] = ()
 
     code = "flags_missing"
     exit_code = 4
 
     def __str__(self) -> str:
+        near = "".join(f" It has {found}, which must be spelt {wanted}." for found, wanted in self.near)
         names = ", ".join(self.missing)
-        return f"{self.source} has no flag named {names}. Make it there, spelt exactly so (names are case-sensitive)."
+        mend = "Make it there, spelt exactly so (names are case-sensitive)."
+        return f"{self.source} has no flag named {names}.{near} {mend}"
 
 
 @dataclass(eq=False)
@@ -126,6 +129,39 @@ class FlagDocumentInvalid(UsageError):
 
     def __str__(self) -> str:
         return f"{self.source} is not a flag document: {self.detail}. The last good document stays in force."
+
+
+@dataclass(eq=False)
+class FlagServerRefused(WalletMigrateError):
+    """The flag server refused a call of its Admin API (HTTP ``status``). What was asked for was not done."""
+
+    source: str
+    what: str
+    status: int
+    detail: str
+
+    code = "flag_server_refused"
+    exit_code = 4
+
+    def __str__(self) -> str:
+        return f"{self.source} refused to {self.what} ({self.status}): {self.detail}"
+
+
+@dataclass(eq=False)
+class FlagChangeIncomplete(WalletMigrateError):
+    """A change of several calls stopped in the midst; ``left`` are (what is not done, the command that does it)."""
+
+    source: str
+    cause: str
+    done: Sequence[str]
+    left: Sequence[tuple[str, str]]
+
+    code = "flag_change_incomplete"
+
+    def __str__(self) -> str:
+        done = [f"  - done: {what}" for what in self.done]
+        left = [f"  - not done, or not known to be: {what}\n    → {mend}" for what, mend in self.left]
+        return f"{self.source}: the change is not complete. {self.cause}\n" + "\n".join(done + left)
 
 
 class PostingRefused(WalletMigrateError):

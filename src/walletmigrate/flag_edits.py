@@ -7,8 +7,7 @@ traits off wins over on, so that switching a cohort off holds for all of it.
 from __future__ import annotations
 
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Literal, TypeAlias
@@ -16,8 +15,6 @@ from typing import Final, Literal, TypeAlias
 from walletmigrate.errors import UsageError
 from walletmigrate.flags import (
     ALL_FLAGS,
-    DUAL_WRITE,
-    READ_FROM_LEDGER,
     Json,
     all_states,
     leaf_conditions,
@@ -54,7 +51,7 @@ class FlagState:
 
 def set_everyone(content: Json, flag: str, enabled: bool) -> None:
     """Switch the default; off also ends every override of the flag that is on."""
-    _default(content, flag)["enabled"] = enabled
+    default(content, flag)["enabled"] = enabled
     if not enabled:
         # Whoever says "off for everyone" is rolling back, and a forgotten cohort must not stay behind.
         drop(content, flag, lambda override: override.enabled)
@@ -63,7 +60,7 @@ def set_everyone(content: Json, flag: str, enabled: bool) -> None:
 def set_trait(content: Json, flag: str, enabled: bool, trait: tuple[str, str]) -> None:
     """Switch the flag for the accounts of a trait (name, value), in the segment that all flags share."""
     name, value = _checked_trait(trait)
-    found = [s for s in _segments(content) if _shape(s) == ("trait", name, value)]
+    found = [s for s in segments(content) if shape(s) == ("trait", name, value)]
     segment = found[0] if found else _new_segment(content, f"{name}-{value}", "EQUAL", name, value)
     _switch(content, segment, flag, enabled, TRAIT_ON if enabled else TRAIT_OFF)
 
@@ -75,7 +72,7 @@ def set_percent(content: Json, flag: str, enabled: bool, percent: int, of: str |
     segment = _percent_segment(content, path)
     if segment is None:
         segment = _new_segment(content, f"percent-of-{of or 'accounts'}", "PERCENTAGE_SPLIT", path, str(percent))
-    _, _, standing = _shape(segment)
+    _, _, standing = shape(segment)
     inside = [state["feature"]["name"] for state in segment.get("feature_states") or ()]
     if standing not in (str(percent), f"{percent}.0"):
         if inside and flag not in inside:
@@ -90,17 +87,34 @@ def set_percent(content: Json, flag: str, enabled: bool, percent: int, of: str |
 def _percent_segment(content: Json, path: str) -> Json | None:
     # Two segments of one percentage pick different people, so there is one; a segment that also carries the
     # application's own flags is left alone, since moving it would move those.
-    found = [s for s in _segments(content) if _shape(s)[0] == "percent" and _only_ours(s)]
+    found = [s for s in segments(content) if shape(s)[0] == "percent" and _only_ours(s)]
     if not found:
         return None
     wanted = _shape_path(path)
     for segment in found:
-        if _shape(segment)[1] == wanted:
+        if shape(segment)[1] == wanted:
             return segment
     raise UsageError(
         f"the percentage is shared by all flags, and {found[0]['name']!r} splits by "
-        f"{_shape(found[0])[1] or 'account'}: take the percentage of that"
+        f"{shape(found[0])[1] or 'account'}: take the percentage of that"
     )
+
+
+def set_segment(content: Json, flag: str, enabled: bool, name: str) -> None:
+    """Switch the flag for a segment that the document has, whatever its rules."""
+    segment = named_segment(content, name)
+    kind = shape(segment)[0]
+    _switch(content, segment, flag, enabled, PERCENT if kind == "percent" else TRAIT_ON if enabled else TRAIT_OFF)
+
+
+def named_segment(content: Json, name: str) -> Json:
+    """The segment of that name. Raises UsageError, with the names that there are."""
+    found = [segment for segment in segments(content) if segment["name"] == name]
+    if len(found) != 1:
+        names = ", ".join(sorted(segment["name"] for segment in segments(content))) or "none"
+        what = "several segments are" if found else "no segment is"
+        raise UsageError(f"{what} named {name!r} (there are: {names}). A trait is written tenant=acme.")
+    return found[0]
 
 
 def set_account(content: Json, flag: str, enabled: bool, account: str) -> None:
@@ -119,7 +133,7 @@ def set_account(content: Json, flag: str, enabled: bool, account: str) -> None:
     if not own:
         own = [_new_identity(content, account)]
         overrides.extend(own)
-    own[0]["identity_features"].append(_new_state(content, flag, enabled, None))
+    own[0]["identity_features"].append(new_state(content, flag, enabled, None))
 
 
 def _switch(content: Json, segment: Json, flag: str, enabled: bool, priority: int) -> None:
@@ -129,12 +143,12 @@ def _switch(content: Json, segment: Json, flag: str, enabled: bool, priority: in
             state["enabled"] = enabled
             state["feature_segment"] = {**(state.get("feature_segment") or {}), "priority": priority}
             return
-    states.append(_new_state(content, flag, enabled, {"priority": priority}))
+    states.append(new_state(content, flag, enabled, {"priority": priority}))
 
 
 def drop(content: Json, flag: str, ended: Callable[[Override], bool]) -> None:
     """End the overrides of the flag for which ``ended`` says so."""
-    for segment in list(_segments(content)):
+    for segment in list(segments(content)):
         states = segment.get("feature_states") or []
         kept = [s for s in states if not (_is(s, flag) and ended(_segment_override(segment, s)))]
         if len(kept) != len(states):
@@ -142,7 +156,7 @@ def drop(content: Json, flag: str, ended: Callable[[Override], bool]) -> None:
             # A trait cohort that no flag uses says nothing. A percentage stays: under a new id it would
             # pick other people.
             if not kept and _made(segment):
-                _segments(content).remove(segment)
+                segments(content).remove(segment)
     for own in content.get("identity_overrides") or ():
         states = own["identity_features"]
         kept = [s for s in states if not (_is(s, flag) and ended(_account_override(own, s)))]
@@ -155,7 +169,7 @@ def state_of(content: Json, flag: str) -> FlagState:
     """What the document says of one flag."""
     overrides = [
         _segment_override(segment, state)
-        for segment in _segments(content)
+        for segment in segments(content)
         for state in segment.get("feature_states") or ()
         if _is(state, flag)
     ]
@@ -165,11 +179,11 @@ def state_of(content: Json, flag: str) -> FlagState:
         for state in own["identity_features"]
         if _is(state, flag)
     ]
-    return FlagState(flag, _default(content, flag)["enabled"], tuple(overrides))
+    return FlagState(flag, default(content, flag)["enabled"], tuple(overrides))
 
 
 def _segment_override(segment: Json, state: Json) -> Override:
-    kind, name, value = _shape(segment)
+    kind, name, value = shape(segment)
     return Override(segment["name"], kind, f"{name}={value}" if kind == "trait" else value, state["enabled"])
 
 
@@ -177,7 +191,7 @@ def _account_override(own: Json, state: Json) -> Override:
     return Override("", "account", own["identifier"], state["enabled"])
 
 
-def _shape(segment: Json) -> tuple[Kind, str, str]:
+def shape(segment: Json) -> tuple[Kind, str, str]:
     """What a segment's rules come to: kind, trait (empty: the account itself) and value."""
     conditions = list(leaf_conditions(segment["rules"]))
     if len(conditions) == 1 and not _negates(segment["rules"]):
@@ -198,7 +212,7 @@ def _negates(rules: list[Json]) -> bool:
 
 
 def _made(segment: Json) -> bool:
-    kind, name, value = _shape(segment)
+    kind, name, value = shape(segment)
     return kind == "trait" and segment["name"] == f"{name}-{value}"
 
 
@@ -206,53 +220,27 @@ def _only_ours(segment: Json) -> bool:
     return all(state["feature"]["name"] in ALL_FLAGS for state in segment.get("feature_states") or ())
 
 
-def doubts(content: Json) -> Iterator[str]:
-    """What Flagsmith's engine takes without a word, and nobody can have meant."""
-    names = Counter(state["feature"]["name"] for state in content["feature_states"])
-    for name in (name for name in ALL_FLAGS if names[name] > 1):
-        yield f"{name} stands in feature_states {names[name]} times; the last one counts."
-    ids = Counter(str(segment["id"]) for segment in _segments(content))
-    for number in (number for number, count in ids.items() if count > 1):
-        yield f"{ids[number]} segments have the id {number}; only the last one counts. Give each its own."
-    splits = [s for s in _segments(content) if _shape(s)[0] == "percent" and s.get("feature_states")]
-    ours = [s["name"] for s in splits if any(_is(state, f) for state in s["feature_states"] for f in ALL_FLAGS)]
-    if len(ours) > 1:
-        yield f"the percentages {', '.join(ours)} pick different accounts. Use one for all flags."
-    yield from _reads_without_writes(content)
-
-
-def _reads_without_writes(content: Json) -> Iterator[str]:
-    writes, reads = state_of(content, DUAL_WRITE), state_of(content, READ_FROM_LEDGER)
-    if reads.default and not writes.default:
-        yield f"{READ_FROM_LEDGER} is on for everyone and {DUAL_WRITE} is not: it counts as off without it."
-    written = {(o.segment, o.value): o.enabled for o in writes.overrides}
-    for override in reads.overrides:
-        if override.enabled and not written.get((override.segment, override.value), writes.default):
-            yield f"{READ_FROM_LEDGER} is on for {_who(override)} and {DUAL_WRITE} is not: it counts as off."
-
-
-def _who(override: Override) -> str:
-    return f"account {override.value}" if override.kind == "account" else f"segment {override.segment}"
-
-
-def _segments(content: Json) -> list[Json]:
-    segments: list[Json] = content["project"]["segments"]
-    return segments
+def segments(content: Json) -> list[Json]:
+    """The segments of the document, to be changed in place."""
+    found: list[Json] = content["project"]["segments"]
+    return found
 
 
 def _is(state: Json, flag: str) -> bool:
     return bool(state["feature"]["name"] == flag)
 
 
-def _default(content: Json, flag: str) -> Json:
+def default(content: Json, flag: str) -> Json:
+    """The feature state that everyone has, to be changed in place."""
     # The last one, as Flagsmith's engine takes it.
     found: Json = [state for state in content["feature_states"] if _is(state, flag)][-1]
     return found
 
 
-def _new_state(content: Json, flag: str, enabled: bool, segment: Json | None) -> Json:
+def new_state(content: Json, flag: str, enabled: bool, segment: Json | None) -> Json:
+    """A feature state; ``segment`` holds the priority of a segment's."""
     return {
-        "feature": dict(_default(content, flag)["feature"]),
+        "feature": dict(default(content, flag)["feature"]),
         "enabled": enabled,
         "feature_state_value": None,
         "django_id": 1 + max((state.get("django_id") or 0 for state in all_states(content)), default=0),
@@ -266,12 +254,12 @@ def _new_segment(content: Json, name: str, operator: str, path: str, value: str)
     condition = {"operator": operator, "property_": path, "value": value}
     inner = {"type": "ANY", "rules": [], "conditions": [condition]}
     segment: Json = {
-        "id": 1 + max((_number(known["id"]) for known in _segments(content)), default=0),
+        "id": 1 + max((_number(known["id"]) for known in segments(content)), default=0),
         "name": name,
         "rules": [{"type": "ALL", "conditions": [], "rules": [inner]}],
         "feature_states": [],
     }
-    _segments(content).append(segment)
+    segments(content).append(segment)
     return segment
 
 

@@ -9,17 +9,11 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Final
-from urllib.parse import urlsplit
-
-import requests
-from urllib3.exceptions import TimeoutError as WireTimeout
 
 from walletmigrate.errors import ConfigError, FlagSourceUnreachable
+from walletmigrate.flag_http import NoAnswer, call, server_name
 from walletmigrate.flag_sources import Clock, DocumentSource
 from walletmigrate.flags import FlagNotice, Json, Report, Snapshot, tell
-
-MAX_BYTES: Final = 64 * 1024 * 1024
 
 
 class FlagsmithSource(DocumentSource):
@@ -47,7 +41,7 @@ class FlagsmithSource(DocumentSource):
         report: Report | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        super().__init__(_server_name(api_url), report, clock)
+        super().__init__(server_name(api_url), report, clock)
         if not environment_key:
             raise ConfigError("no environment key for Flagsmith", fix="set WALLETMIGRATE_FLAGSMITH_KEY")
         self._url = api_url.rstrip("/") + "/environment-document/"
@@ -120,7 +114,7 @@ class FlagsmithSource(DocumentSource):
     def _poll(self) -> None:
         try:
             body = _fetch(self._url, self._key, self._timeout)
-        except _NoDocument as error:
+        except NoAnswer as error:
             self._fail(FlagSourceUnreachable(self.name, str(error)))
             return
         if self._take(body):
@@ -174,40 +168,12 @@ def _poll_until(source: weakref.ref[FlagsmithSource], stop: threading.Event, pau
         stop.wait(pause)
 
 
-class _NoDocument(Exception):
-    """Why a poll gave no document; never says the key."""
-
-
 def _fetch(url: str, key: str, timeout: float) -> bytes:
-    # Unconditional: the server's updated-at header lags the document by a minute. Errors are described here,
-    # not by their own text, which can quote the header with the key. No redirect is followed: it would take
-    # the key along.
-    deadline = time.monotonic() + timeout
-    try:
-        with requests.get(
-            url, headers={"X-Environment-Key": key}, timeout=timeout, stream=True, allow_redirects=False
-        ) as response:
-            if response.status_code != 200:
-                raise _NoDocument(_refusal(response.status_code))
-            return _body(response, deadline)
-    except _NoDocument:
-        raise
-    except (requests.Timeout, WireTimeout):
-        raise _NoDocument(f"no answer within {timeout:g} s") from None
-    except Exception as error:  # noqa: BLE001 - whatever it was, the polling must go on
-        raise _NoDocument(f"the connection failed ({type(error).__name__})") from None
-
-
-def _body(response: requests.Response, deadline: float) -> bytes:
-    # The time-out bounds each wait, not their sum: a server that sends a byte a second would hold us forever.
-    body = bytearray()
-    while chunk := response.raw.read1(65536, decode_content=True):
-        body += chunk
-        if time.monotonic() > deadline:
-            raise _NoDocument("the answer did not end in time")
-        if len(body) > MAX_BYTES:
-            raise _NoDocument(f"the answer is longer than {MAX_BYTES} bytes")
-    return bytes(body)
+    # Unconditional: the server's updated-at header lags the document by a minute.
+    status, body = call("GET", url, {"X-Environment-Key": key}, timeout)
+    if status != 200:
+        raise NoAnswer(_refusal(status))
+    return body
 
 
 def _refusal(status: int) -> str:
@@ -218,16 +184,3 @@ def _refusal(status: int) -> str:
     if 300 <= status < 400:
         return f"the server redirects ({status}), which is not followed; put its own address in api_url"
     return f"the server answered {status}"
-
-
-def _server_name(api_url: str) -> str:
-    # Neither the name nor the error repeats what may stand before an @.
-    unusable = ConfigError("api_url is no http or https address", fix="write http://host:port/api/v1/")
-    try:
-        parts = urlsplit(api_url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        raise unusable from None
-    if not usable:
-        raise unusable
-    return f"flagsmith {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -19,6 +19,7 @@ from typing import Any, Final, Literal, Protocol, TypeAlias
 
 from flagsmith import Flagsmith
 
+from walletmigrate import flag_shape
 from walletmigrate.errors import FlagDocumentInvalid, FlagsMissing, UsageError
 
 DUAL_WRITE: Final = "wallet.dualWrite"
@@ -135,13 +136,13 @@ def read_document(body: bytes, source: str) -> Json:
         raise FlagDocumentInvalid(source, f"it is not JSON ({error})") from None
     if not isinstance(content, dict):
         raise FlagDocumentInvalid(source, f"it is a JSON {type(content).__name__}, not an object")
-    try:
-        missing = missing_flags(content)
-        _check_switches(content, source)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _misshapen(source, error) from None
+    fault = flag_shape.fault(content)
+    if fault is not None:
+        raise FlagDocumentInvalid(source, fault)
+    _check_switches(content, source)
+    missing = missing_flags(content)
     if missing:
-        raise FlagsMissing(source + _near_names(content, missing), missing)
+        raise FlagsMissing(source, missing, _near_names(content, missing))
     return content
 
 
@@ -178,6 +179,27 @@ class Document:
     def needs_traits(self) -> bool:
         """Whether a trait can change a decision."""
         return self._scope.opaque or bool(self._scope.traits)
+
+    @property
+    def traits(self) -> tuple[str, ...]:
+        """The traits that decisions look at."""
+        return self._scope.traits
+
+    @property
+    def named(self) -> frozenset[str]:
+        """The identifiers that have an override of their own."""
+        return self._scope.named
+
+    @property
+    def by_identity(self) -> bool:
+        """Whether others than those that are `named` can differ although their traits are equal."""
+        return self._scope.opaque or self._scope.by_identity
+
+    def causes(self, identifier: str, traits: Traits) -> dict[str, tuple[bool, str]]:
+        """Each flag as the document has it, unguarded, and the engine's word on where that came from."""
+        flags = self._client.get_identity_flags(identifier, dict(traits))
+        found = {name: flags.get_flag(name) for name in ALL_FLAGS}
+        return {name: (flag.enabled, str(getattr(flag, "reason", None) or "")) for name, flag in found.items()}
 
     @property
     def memoised(self) -> int:
@@ -334,11 +356,11 @@ def _check_switches(content: Json, source: str) -> None:
             raise FlagDocumentInvalid(source, f"'enabled' of {name} is {state['enabled']!r}, not true or false")
 
 
-def _near_names(content: Json, missing: tuple[str, ...]) -> str:
+def _near_names(content: Json, missing: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     # The dashboard lowercases what people type, so the likeliest fault is a name that differs in case alone.
-    wanted = {name.casefold() for name in missing}
-    near = [name for name in _names(content) if name.casefold() in wanted]
-    return f" (which knows {', '.join(near)})" if near else ""
+    known = {name.casefold(): name for name in _names(content) if name not in ALL_FLAGS}
+    close = [(get_close_matches(name.casefold(), known, n=1, cutoff=0.8), name) for name in missing]
+    return tuple((known[found[0]], name) for found, name in close if found)
 
 
 def _misshapen(source: str, error: Exception) -> FlagDocumentInvalid:

@@ -1,7 +1,9 @@
-"""Flag flips on record: the flag file and the audit row together, or neither."""
+"""Flag flips on record: the flags and the audit row together, or neither."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,15 +11,19 @@ from sqlalchemy import Connection, Engine
 
 from walletmigrate.audit import Act, record
 from walletmigrate.config import Settings
-from walletmigrate.errors import UsageError
+from walletmigrate.errors import FlagChangeIncomplete, UsageError
+from walletmigrate.flag_editor import Change, FlagEditor
 from walletmigrate.flag_edits import FlagState
-from walletmigrate.flag_file import FlagFile
+from walletmigrate.flag_impact import Impact, impact
 from walletmigrate.standing import require_installed
 
 
 @dataclass(frozen=True)
 class FlagChange:
-    """One edit of a flag. ``who`` is "everyone", "tenant=acme", "25 %" …; ``also`` are flags that moved along."""
+    """One edit of a flag. ``who`` is "everyone", "tenant=acme", "25 %" …; ``also`` are flags that moved along.
+
+    ``impact`` is counted in a dry run only; None where there was no database to count in.
+    """
 
     flag: str
     who: str
@@ -27,12 +33,13 @@ class FlagChange:
     dry_run: bool
     audit_id: int | None
     also: tuple[str, ...] = ()
+    impact: tuple[Impact, ...] | None = None
 
 
 def set_flag(
     engine: Engine | None,
     settings: Settings,
-    flags: FlagFile,
+    flags: FlagEditor,
     flag: str,
     enabled: bool | None,
     act: Act,
@@ -40,21 +47,36 @@ def set_flag(
     dry_run: bool = False,
     **who: Any,
 ) -> FlagChange:
-    """Switch a flag (None: end the override) for exactly one of trait, percent, account, everyone.
+    """Switch a flag (None: end the override) for exactly one of trait, segment, percent, account, everyone.
 
-    ``engine`` None leaves no audit row. ``who`` are the arguments of `FlagFile.set` or `FlagFile.remove`.
+    ``engine`` None leaves no audit row, and counts nothing in a dry run. ``who`` are the arguments of
+    `FlagEditor.set` or `FlagEditor.remove`.
     """
-    if engine is None or dry_run:
-        return _edit(flags, flag, enabled, dry_run=dry_run, **who)
+    if engine is None:
+        return _told(_edit(flags, flag, enabled, dry_run=dry_run, **who), flag, who, dry_run=dry_run)
+    with on_record(engine) as connection:
+        if not dry_run:
+            require_installed(connection, settings)
+        return flip(connection, settings, flags, "flags set", act, flag, enabled, dry_run=dry_run, **who)
+
+
+@contextmanager
+def on_record(engine: Engine) -> Iterator[Connection]:
+    """A transaction for flips. A change that stopped in the midst is committed with what it did, then raised."""
+    incomplete: FlagChangeIncomplete | None = None
     with engine.begin() as connection:
-        require_installed(connection, settings)
-        return flip(connection, settings, flags, "flags set", act, flag, enabled, dry_run=False, **who)
+        try:
+            yield connection
+        except FlagChangeIncomplete as error:
+            incomplete = error
+    if incomplete is not None:
+        raise incomplete
 
 
 def flip(
     connection: Connection,
     settings: Settings,
-    flags: FlagFile,
+    flags: FlagEditor,
     action: str,
     act: Act,
     flag: str,
@@ -63,41 +85,58 @@ def flip(
     dry_run: bool,
     **who: Any,
 ) -> FlagChange:
-    """Edit the file and leave the audit row. The row comes first: without a row there is no flip."""
-    change = _edit(flags, flag, enabled, dry_run=True, **who)
-    if dry_run or not change.changed:
-        return replace(change, dry_run=dry_run)
+    """Switch the flag and leave the audit row. The row comes first: without a row there is no flip.
+
+    Wants a transaction of `on_record`. A dry run counts the accounts that would change.
+    """
+    planned = _edit(flags, flag, enabled, dry_run=True, **who)
+    change = _told(planned, flag, who, dry_run=dry_run)
+    if dry_run:
+        return replace(change, impact=impact(connection, settings, *planned.documents))
+    if not change.changed:
+        return change
     details = {
         "flag": flag,
         "who": change.who,
+        "source": flags.name,
         "before": _plain(change.before),
         "after": _plain(change.after),
         "also": list(change.also),
     }
     audit_id = record(connection, settings, action, act, details=details)
-    return replace(_edit(flags, flag, enabled, dry_run=False, **who), audit_id=audit_id)
+    try:
+        done = _edit(flags, flag, enabled, dry_run=False, **who)
+    except FlagChangeIncomplete as error:
+        left = {"done": list(error.done), "left": [what for what, _ in error.left], "cause": error.cause}
+        record(connection, settings, f"{action} incomplete", act, details={"who": change.who, **left})
+        raise
+    return replace(_told(done, flag, who, dry_run=False), audit_id=audit_id)
 
 
-def _edit(flags: FlagFile, flag: str, enabled: bool | None, *, dry_run: bool, **who: Any) -> FlagChange:
-    named = _named(who)
-    if enabled is None:
-        if who.get("everyone"):
-            raise UsageError("everyone has no override to remove: switch the flag on or off for everyone")
-        change = flags.remove(
-            flag,
-            trait=who.get("trait"),
-            percent=who.get("percent") is not None,
-            account=who.get("account"),
-            dry_run=dry_run,
-        )
-    else:
-        change = flags.set(flag, enabled, dry_run=dry_run, **who)
-    return FlagChange(flag, named, change.before, change.after, change.changed, dry_run, None, change.also)
+def _edit(flags: FlagEditor, flag: str, enabled: bool | None, *, dry_run: bool, **who: Any) -> Change:
+    if enabled is not None:
+        return flags.set(flag, enabled, dry_run=dry_run, **who)
+    if who.get("everyone"):
+        raise UsageError("everyone has no override to remove: switch the flag on or off for everyone")
+    return flags.remove(
+        flag,
+        trait=who.get("trait"),
+        segment=who.get("segment"),
+        percent=who.get("percent") is not None,
+        account=who.get("account"),
+        dry_run=dry_run,
+    )
+
+
+def _told(change: Change, flag: str, who: dict[str, Any], *, dry_run: bool) -> FlagChange:
+    return FlagChange(flag, _named(who), change.before, change.after, change.changed, dry_run, None, change.also)
 
 
 def _named(who: dict[str, Any]) -> str:
     if who.get("trait"):
         return "=".join(who["trait"])
+    if who.get("segment") is not None:
+        return f"segment {who['segment']}"
     if who.get("account") is not None:
         return f"account {who['account']}"
     if who.get("percent"):

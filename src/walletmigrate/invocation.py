@@ -24,12 +24,13 @@ from walletmigrate.config import Mapping, Settings
 from walletmigrate.configfile import ENVIRONMENT_PREFIX
 from walletmigrate.console import Answer
 from walletmigrate.errors import ConfigError, PreconditionRefused, UnknownMapping, UsageError
-from walletmigrate.flag_file import FlagFile
+from walletmigrate.flag_editor import FlagEditor
 from walletmigrate.flag_server import FlagsmithSource
 from walletmigrate.flags import FlagSource
-from walletmigrate.sources import source_of
+from walletmigrate.sources import editor_of, source_of
 from walletmigrate.standing import confirmation, refreshed
 
+KEYS: Final = "WALLETMIGRATE_FLAGSMITH_KEY and WALLETMIGRATE_FLAGSMITH_ADMIN_KEY"
 NO_URL: Final = "set WALLETMIGRATE_DATABASE_URL, or pass --database-url"
 
 
@@ -109,18 +110,16 @@ class Run:
             self._stack.callback(made.close)
         return refreshed(made)
 
-    @property
-    def flag_file(self) -> FlagFile | None:
-        """The flag file to edit; None where flags come from a server."""
-        flags = self.settings.flags
-        return FlagFile(flags.path) if flags.source == "file" else None
+    @cached_property
+    def editor(self) -> FlagEditor | None:
+        """The flags to switch; None where they come from a server and its admin key is not set."""
+        return editor_of(self.settings)
 
-    def editable_flags(self, flag: str, what: str) -> FlagFile:
-        """The flag file to edit. Raises PreconditionRefused, with the manual steps, where there is a server."""
-        file = self.flag_file
-        if file is None:
+    def editable_flags(self, flag: str, what: str) -> FlagEditor:
+        """The flags to switch. Raises PreconditionRefused, with the manual steps, where it must be done by hand."""
+        if self.editor is None:
             raise PreconditionRefused(self.command, [server_steps(self.settings, flag, what)])
-        return file
+        return self.editor
 
     def act(self, default_reason: str | None = None) -> Act:
         """Who does this and why. Raises UsageError without a reason; a dry run needs none."""
@@ -202,9 +201,10 @@ def cohort(value: str | None) -> Cohort | None:
 
 def server_steps(settings: Settings, flag: str, what: str) -> tuple[str, str]:
     """Why a flag is not switched here, and how to do it on the flag server by hand."""
+    by_hand = f"in Flagsmith, open the environment, then the feature {flag}, and {what}"
     return (
-        f"flags come from {settings.flags.api_url}, which this release only reads",
-        f"in Flagsmith, open the environment, then the feature {flag}, and {what}; then: walletmigrate flags list",
+        f"flags come from {settings.flags.api_url}, which is only read without an admin key",
+        f"set {KEYS}, and run it again; or {by_hand}; then: walletmigrate flags list",
     )
 
 

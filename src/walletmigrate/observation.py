@@ -182,7 +182,7 @@ def read_by_everyone(connection: Connection, settings: Settings, source: FlagSou
 
 
 def _switch_on(settings: Settings, flag: str, kept_off: list[Override]) -> str:
-    if settings.flags.source != "file":
+    if settings.flags.source != "file" and settings.flagsmith_admin_key is None:
         return f"switch {flag} on for the environment in Flagsmith, and end each override that is off"
     if kept_off:
         return f"walletmigrate flags set {flag} remove {_option(kept_off[0])} {REASON}"
@@ -192,12 +192,12 @@ def _switch_on(settings: Settings, flag: str, kept_off: list[Override]) -> str:
 
 
 def _option(override: Override) -> str:
-    """How `flags set` names who an override is for; a segment with rules of its own is mended in the file."""
+    """How `flags set` names who an override is for."""
     if override.kind == "trait":
         return f"--cohort {shlex.quote(override.value)}"
     if override.kind == "account":
         return f"--account {shlex.quote(override.value)}"
-    return f"--percent {override.value}" if override.kind == "percent" else f"(segment {override.segment}, in the file)"
+    return f"--percent {override.value}" if override.kind == "percent" else f"--cohort {shlex.quote(override.segment)}"
 
 
 def _flipped_at(connection: Connection, settings: Settings) -> datetime | None:

@@ -1,6 +1,6 @@
 """The phase machine: one step at a time, forward through a gate, back at any time, each on record.
 
-The flag functions edit the flag file; a Flagsmith server is only read, so they take a `FlagFile`.
+The flag functions take a `FlagEditor`: the file, or a Flagsmith server through its Admin API.
 """
 
 from __future__ import annotations
@@ -14,16 +14,10 @@ from walletmigrate.audit import Act, record
 from walletmigrate.census import Cohort
 from walletmigrate.config import Settings
 from walletmigrate.cutovers import cohort_reasons
-from walletmigrate.errors import (
-    FlagDocumentInvalid,
-    FlagsMissing,
-    FlagSourceUnreachable,
-    PreconditionRefused,
-    UsageError,
-)
-from walletmigrate.flag_file import FlagFile
+from walletmigrate.errors import PreconditionRefused, UsageError
+from walletmigrate.flag_editor import FLAG_PROBLEMS, FlagEditor
 from walletmigrate.flags import READ_FROM_LEDGER, FlagSource
-from walletmigrate.flips import FlagChange, flip, set_flag
+from walletmigrate.flips import FlagChange, flip, on_record, set_flag
 from walletmigrate.gates import reasons
 from walletmigrate.schema import quoted
 from walletmigrate.standing import PHASES, REASON, PhaseState, confirmation, reached, require_installed, show
@@ -62,7 +56,7 @@ class PhaseChange:
 @dataclass(frozen=True)
 class Rollback:
     """Reads back to legacy. ``flag`` is None where the flag was not switched; ``flag_problem`` says what kept
-    the file from being written.
+    it from being switched.
     """
 
     phase_before: str
@@ -174,7 +168,7 @@ def leave_frozen(engine: Engine, settings: Settings, act: Act, *, dry_run: bool 
 def cutover(
     engine: Engine,
     settings: Settings,
-    flags: FlagFile,
+    flags: FlagEditor,
     cohort: Cohort | None,
     act: Act,
     *,
@@ -184,7 +178,7 @@ def cutover(
 
     Raises PreconditionRefused with every reason at once, UsageError for a trait that no mapping has.
     """
-    with engine.begin() as connection:
+    with on_record(engine) as connection:
         found = cohort_reasons(connection, settings, flags, cohort)
         if found:
             raise PreconditionRefused(f"cutover of {_who(cohort)}", found)
@@ -194,7 +188,7 @@ def cutover(
 def rollback(
     engine: Engine,
     settings: Settings,
-    flags: FlagFile | None,
+    flags: FlagEditor | None,
     act: Act,
     *,
     cohort: Cohort | None = None,
@@ -204,7 +198,7 @@ def rollback(
 
     For everyone the phase goes back to dual_write, which is enough on its own: the phase is the ceiling of the
     flags, so ``flags`` may be None. Never gated. Raises PreconditionRefused in phase frozen, where the ledger
-    alone is true, and UsageError for a cohort without a flag file.
+    alone is true, and UsageError for a cohort without flags to switch.
     """
     if cohort is not None and flags is None:
         raise UsageError("a cohort is rolled back by its flag, and the flag source cannot be written from here")
@@ -216,18 +210,17 @@ def rollback(
         moved = target != state.phase
         if moved:
             _move(connection, settings, "rollback", state.phase, target, act, dry_run=dry_run)
-        flag, problem = None, None
-        try:
-            if flags is not None:
-                with connection.begin_nested():
-                    flag = _switch_reads(
-                        connection, settings, flags, "rollback", act, cohort, on=False, dry_run=dry_run
-                    )
-        except (FlagSourceUnreachable, FlagDocumentInvalid, FlagsMissing, UsageError) as error:
-            if cohort is not None:
-                raise
-            problem = str(error)  # the phase alone sends every read to legacy, and must not wait for a file
-        return Rollback(state.phase, target, flag, problem, moved or bool(flag and flag.changed), dry_run)
+    # The phase alone sends every read to legacy: it is in force by now, whatever a file or a server does.
+    flag, problem = None, None
+    try:
+        if flags is not None:
+            with on_record(engine) as connection:
+                flag = _switch_reads(connection, settings, flags, "rollback", act, cohort, on=False, dry_run=dry_run)
+    except FLAG_PROBLEMS as error:
+        if cohort is not None:
+            raise
+        problem = str(error)
+    return Rollback(state.phase, target, flag, problem, moved or bool(flag and flag.changed), dry_run)
 
 
 def exercise(engine: Engine, settings: Settings, source: FlagSource, act: Act, *, dry_run: bool = False) -> Exercise:
@@ -264,7 +257,7 @@ def exercise(engine: Engine, settings: Settings, source: FlagSource, act: Act, *
 def _switch_reads(
     connection: Connection,
     settings: Settings,
-    flags: FlagFile,
+    flags: FlagEditor,
     action: str,
     act: Act,
     cohort: Cohort | None,

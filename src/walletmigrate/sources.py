@@ -6,10 +6,14 @@ import json
 from typing import Any
 
 from sqlalchemy import Engine, text
+from sqlalchemy.pool import NullPool
 
 from walletmigrate.config import Settings
 from walletmigrate.connect import engine
 from walletmigrate.errors import ConfigError
+from walletmigrate.flag_admin import FlagAdmin
+from walletmigrate.flag_editor import FlagEditor
+from walletmigrate.flag_file import FlagFile
 from walletmigrate.flag_server import FlagsmithSource
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.schema import quoted
@@ -40,15 +44,29 @@ def source_of(settings: Settings) -> FileSource | FlagsmithSource:
     return source
 
 
+def editor_of(settings: Settings) -> FlagEditor | None:
+    """The flags of the configured source, to be switched; None for a server without both its keys.
+
+    Raises ConfigError for an address that is none.
+    """
+    flags = settings.flags
+    if flags.source == "file":
+        return FlagFile(flags.path)
+    if settings.flagsmith_key is None or settings.flagsmith_admin_key is None:
+        return None
+    return FlagAdmin(
+        flags.api_url, settings.flagsmith_key.get_secret_value(), settings.flagsmith_admin_key.get_secret_value()
+    )
+
+
 class _Memory:
     """The last good document, in a table. Runs in the polling thread, on connections of its own."""
 
     def __init__(self, settings: Settings) -> None:
         assert settings.database_url is not None
         self._table = f"{quoted(settings.ledger_schema)}.flag_documents"
-        self._engine: Engine = engine(
-            settings.database_url, application_name="walletmigrate flags", pool_size=1, max_overflow=0
-        )
+        # No pool: a forked worker would go on with the connection of its parent, and both would spoil it.
+        self._engine: Engine = engine(settings.database_url, application_name="walletmigrate flags", poolclass=NullPool)
 
     def fetch(self) -> dict[str, Any] | None:
         """The stored document, None when there is none."""

@@ -1,0 +1,482 @@
+"""Commands of flags: who would change, why an account is where it is, what is wrong, and flips on a server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flagsmith_stub
+import ledger
+from commandline import REASON, Project, project_at
+from flag_documents import document, segment, state, tenant
+from flagsmith_stub import ADMIN_KEY, ENVIRONMENT_KEY, FlagsmithStub
+from walletmigrate.flags import ALL_FLAGS, DUAL_WRITE, ENABLE_WITHDRAWALS, READ_FROM_LEDGER, Json
+
+KEYS = {"WALLETMIGRATE_FLAGSMITH_KEY": ENVIRONMENT_KEY, "WALLETMIGRATE_FLAGSMITH_ADMIN_KEY": ADMIN_KEY}
+
+
+class Served(Project):
+    """A project whose flags come from a server, and whose commands have both keys."""
+
+    def environment(self, url: str | None) -> dict[str, str]:
+        return super().environment(url) | KEYS
+
+
+@pytest.fixture
+def flagsmith() -> Iterator[FlagsmithStub]:
+    with flagsmith_stub.running() as server:
+        yield server
+
+
+@pytest.fixture
+def served(flagsmith: FlagsmithStub, database_url: str, tmp_path: Path) -> Served:
+    """A project in phase read_ledger, whose flags then come from the server: dual-write is on for everyone."""
+    project_at(tmp_path, database_url, "read_ledger")
+    flagsmith.project.defaults[flagsmith.flag(DUAL_WRITE)] = True
+    return Served(tmp_path, database_url, flags=f'source = "flagsmith"\napi_url = "{flagsmith.api_url}"')
+
+
+@pytest.fixture
+def project(database_url: str, tmp_path: Path) -> Project:
+    """A project in phase read_ledger with flags from a file: dual-write is on for everyone."""
+    return project_at(tmp_path, database_url, "read_ledger")[0]
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Project:
+    """A project without a database."""
+    return Project(tmp_path, "")
+
+
+def audited(project: Project) -> list[tuple[Any, ...]]:
+    engine = ledger.engine_named(project.url)
+    query = "select action, actor, reason, details from wallet.audit_log where details ? 'who' order by id"
+    return ledger.rows(engine, query)
+
+
+def explained(project: Project, account: str) -> dict[str, Any]:
+    said = project.run("flags", "explain", account, "--json")
+    assert said.exit_code == 0, said
+    return said.document
+
+
+def pocket(project: Project, account: str) -> tuple[str, str, str]:
+    (found,) = explained(project, account)["pockets"]
+    return found["state"], found["reads"], found["writes"]
+
+
+# A dry run counts
+
+
+@pytest.mark.parametrize(
+    ("who", "changed"),
+    [
+        (("--everyone",), 10),
+        (("--tenant", "acme"), 5),
+        (("--cohort", "role=vip"), 2),
+        (("--cohort", "tenant=nobody"), 0),
+        (("--account", "7"), 1),
+        (("--account", "70"), 0),
+        (("--percent", "100", "--percent-of", "tenant"), 10),
+    ],
+)
+def test_a_dry_run_counts_the_accounts_that_would_change(project: Project, who: tuple[str, ...], changed: int) -> None:
+    said = project.run("flags", "set", READ_FROM_LEDGER, "on", *who, "--dry-run", "--json")
+    (counted,) = said.document["flag"]["impact"]
+    assert (counted["mapping"], counted["accounts"], counted["changed"]) == ("users", 10, changed)
+    assert counted["flags"] == ([{"flag": READ_FROM_LEDGER, "on": changed, "off": 0}] if changed else [])
+    shown = project.run("flags", "set", READ_FROM_LEDGER, "on", *who, "--dry-run").stdout
+    assert f"users: {changed} of 10 accounts would change" in shown
+
+
+def test_a_count_follows_what_stands_already_and_what_flags_do_to_each_other(project: Project) -> None:
+    project.change("flags", "set", READ_FROM_LEDGER, "on", "--everyone")
+    project.change("flags", "set", READ_FROM_LEDGER, "off", "--account", "3")
+
+    def counted(*words: str) -> Any:
+        return project.run("flags", "set", *words, "--dry-run", "--json").document["flag"]["impact"][0]
+
+    assert counted(READ_FROM_LEDGER, "on", "--tenant", "acme")["changed"] == 0
+    off = counted(DUAL_WRITE, "off", "--tenant", "acme")  # without dual-write, reads count as off
+    assert off["flags"] == [{"flag": DUAL_WRITE, "on": 0, "off": 5}, {"flag": READ_FROM_LEDGER, "on": 0, "off": 4}]
+    assert counted(READ_FROM_LEDGER, "remove", "--account", "3")["flags"][0]["on"] == 1
+
+
+def test_a_percentage_of_accounts_is_counted_account_by_account(project: Project) -> None:
+    ledger.add_users(ledger.engine_named(project.url), 11, 400)
+    words = ("flags", "set", READ_FROM_LEDGER, "on", "--percent", "30")
+    counted = project.run(*words, "--dry-run", "--json").document["flag"]["impact"][0]
+    project.change(*words)
+    keys = [str(key) for key in range(1, 401)]
+    decide = project.flags.document().decide
+    assert counted["changed"] == sum(decide(key, {}).read_from_ledger for key in keys)
+    assert 60 < counted["changed"] < 180
+
+
+def test_a_dry_run_of_a_cutover_and_of_a_rollback_counts_as_well(project: Project) -> None:
+    said = project.run("cutover", "--cohort", "tenant=acme", "--dry-run")
+    assert "users: 5 of 10 accounts would change (wallet.readFromLedger 5 on, 0 off)" in said.stdout
+    project.change("cutover", "--everyone", "--confirm", "users")
+    assert "users: 10 of 10 accounts would change" in project.run("rollback", "--dry-run").stdout
+
+
+def test_a_dry_run_without_a_database_says_that_nothing_was_counted(bare: Project) -> None:
+    said = bare.run("flags", "set", DUAL_WRITE, "on", "--everyone", "--dry-run")
+    assert said.exit_code == 0
+    assert "were not counted" in said.stderr
+
+
+def test_a_trait_that_no_mapping_has_is_told(project: Project) -> None:
+    said = project.run("flags", "set", DUAL_WRITE, "on", "--cohort", "plan=pro", *REASON)
+    assert "no mapping has the trait plan" in said.stderr
+
+
+def test_a_tenant_is_a_cohort_and_a_segment_is_named_by_its_name(project: Project) -> None:
+    project.change("flags", "set", DUAL_WRITE, "off", "--tenant", "acme")
+    said = project.run("flags", "set", DUAL_WRITE, "on", "--cohort", "tenant-acme", "--json", *REASON)
+    assert said.document["flag"]["who"] == "segment tenant-acme"
+    assert project.flags.document().decide("1", {"tenant": "acme"}).dual_write
+    wrong = project.run("flags", "set", DUAL_WRITE, "on", "--cohort", "acme", *REASON)
+    assert (wrong.exit_code, "there are: tenant-acme" in wrong.stderr) == (2, True)
+    both = project.run("flags", "set", DUAL_WRITE, "on", "--cohort", "acme", "--tenant", "acme", *REASON)
+    assert both.exit_code == 2
+
+
+# Check
+
+
+def put(project: Project, content: Json) -> None:
+    project.flag_path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def told(project: Project) -> list[str]:
+    said = project.run("flags", "check", "--json")
+    assert said.exit_code == 4, said
+    return [one["what"] for one in said.document["error"]["fields"]["reasons"]]
+
+
+def test_good_flags_pass_the_check(bare: Project) -> None:
+    put(bare, document(DUAL_WRITE, segments=[tenant(1, "acme", READ_FROM_LEDGER)]))
+    said = bare.run("flags", "check")
+    assert (said.exit_code, "all three flags are known" in said.stdout) == (0, True)
+
+
+@pytest.mark.parametrize("name", ["wallet.dualwrite", "wallet.dual_write", "Wallet.DualWrite", "wallet.dualWrites"])
+def test_a_misspelt_flag_is_named_with_the_right_spelling(bare: Project, name: str) -> None:
+    put(bare, document(names=(name, *ALL_FLAGS[1:])))
+    said = bare.run("flags", "check")
+    assert said.exit_code == 4
+    assert f"has {name}, which must be spelt {DUAL_WRITE}" in said.stderr
+
+
+def test_reads_without_writes_are_named_with_what_mends_them(bare: Project) -> None:
+    put(bare, document(segments=[tenant(1, "acme", READ_FROM_LEDGER)]))
+    said = bare.run("flags", "check", "--json")
+    assert (said.exit_code, said.document["error"]["code"]) == (4, "precondition")
+    assert said.document["error"]["fields"]["reasons"] == [
+        {
+            "what": f"{READ_FROM_LEDGER} is on for segment segment-1 and {DUAL_WRITE} is not: it counts as off.",
+            "mend": f"walletmigrate flags set {DUAL_WRITE} on --cohort segment-1 --reason '…'",
+        }
+    ]
+    bare.run("flags", "set", DUAL_WRITE, "on", "--cohort", "segment-1", "--no-audit", *REASON)
+    assert bare.run("flags", "check").exit_code == 0
+
+
+def split(number: int, flag: str, enabled: bool, priority: int) -> Json:
+    return segment(number, "PERCENTAGE_SPLIT", "tenant", "50", [state(flag, enabled, priority)])
+
+
+def trait(number: int, name: str, value: str, enabled: bool, priority: int) -> Json:
+    return segment(number, "EQUAL", name, value, [state(DUAL_WRITE, enabled, priority)])
+
+
+@pytest.mark.parametrize(
+    ("segments", "said"),
+    [
+        ([trait(1, "tenant", "acme", True, 1), trait(2, "tenant", "acme", False, 2)], "they are the same accounts"),
+        ([trait(1, "tenant", "acme", True, 1), trait(2, "role", "vip", False, 2)], "is off for segment segment-2"),
+        ([trait(1, "tenant", "acme", True, 1), trait(2, "role", "vip", False, 1)], "ranks no lower"),
+        ([trait(1, "tenant", "acme", True, 5), split(2, DUAL_WRITE, False, 1)], "is on for segment segment-1"),
+        ([trait(1, "plan", "pro", True, 5)], "the trait plan, which no mapping has"),
+        ([split(1, DUAL_WRITE, True, 1), split(2, ENABLE_WITHDRAWALS, True, 1)], "pick different accounts"),
+    ],
+)
+def test_overrides_that_contradict_are_named(bare: Project, segments: list[Json], said: str) -> None:
+    put(bare, document(segments=segments))
+    (what,) = told(bare)
+    assert said in what
+
+
+def test_overrides_that_do_not_meet_or_rank_as_they_should_pass(bare: Project) -> None:
+    apart = [trait(1, "tenant", "acme", True, 1), trait(2, "tenant", "globex", False, 2)]
+    ranked = [trait(3, "role", "vip", False, 0), split(4, DUAL_WRITE, False, 9)]
+    put(bare, document(segments=apart + ranked))
+    assert bare.run("flags", "check").exit_code == 0
+
+
+def test_an_account_that_is_both_on_and_off_is_named(bare: Project) -> None:
+    content = document()
+    for enabled in (True, False):
+        features = [state(DUAL_WRITE, enabled)]
+        content["identity_overrides"].append({"identifier": "7", "identity_features": features})
+    put(bare, content)
+    assert told(bare) == [f"{DUAL_WRITE} is both on and off for account 7."]
+
+
+BROKEN: list[tuple[str, Any, str]] = [
+    ("feature_states", None, "feature_states is not a valid list"),
+    ("feature_states", [{"enabled": True}], "feature_states[0].feature is missing"),
+    ("feature_states", [{"feature": {"id": 1}, "enabled": True}], "feature_states[0].feature.name is missing"),
+    ("feature_states", [state(DUAL_WRITE, "false")], "'enabled' of wallet.dualWrite is 'false'"),  # type: ignore[arg-type]
+    (
+        "project",
+        {"segments": [{"id": 1, "name": "x", "rules": "all"}]},
+        "project.segments[0].rules is not a valid list",
+    ),
+    ("project", {}, "project.segments is missing"),
+    ("identity_overrides", [{"identifier": 7, "identity_features": []}], "identity_overrides[0].identifier is not"),
+    ("api_key", 5, "api_key is not a valid string"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "said"), BROKEN, ids=[said for _, _, said in BROKEN])
+def test_a_broken_document_is_refused_with_the_place_that_is_wrong(
+    bare: Project, name: str, value: object, said: str
+) -> None:
+    put(bare, {**document(), name: value})
+    for words in (["check"], ["list"], ["set", DUAL_WRITE, "on", "--everyone", "--no-audit", *REASON]):
+        found = bare.run("flags", *words, "--json")
+        assert (found.exit_code, found.document["error"]["code"]) == (2, "flag_document")
+        assert said in found.document["error"]["fields"]["detail"]
+
+
+def test_a_broken_file_ends_the_check_with_2_and_one_that_is_gone_with_5(bare: Project) -> None:
+    bare.flag_path.write_text('{"feature_states": [')
+    assert "not JSON" in bare.run("flags", "check").stderr
+    assert bare.run("flags", "check").exit_code == 2
+    bare.flag_path.unlink()
+    assert bare.run("flags", "check").exit_code == 5
+
+
+# The server
+
+
+def test_a_flip_on_the_server_leaves_an_audit_row(served: Served, flagsmith: FlagsmithStub) -> None:
+    said = served.run("flags", "set", READ_FROM_LEDGER, "on", "--tenant", "acme", "--json", *REASON)
+    assert said.exit_code == 0, said
+    (number,) = flagsmith.project.overrides[flagsmith.flag(READ_FROM_LEDGER)]
+    assert flagsmith.project.segments[number]["name"] == "tenant-acme"
+    action, actor, reason, details = audited(served)[-1]
+    assert (action, actor, reason, details["who"]) == ("flags set", "tests", "a test", "tenant=acme")
+    assert flagsmith.api_url in details["source"]
+    assert said.document["flag"]["audit_id"]
+
+
+def test_a_dry_run_against_the_server_counts_and_writes_nothing(served: Served, flagsmith: FlagsmithStub) -> None:
+    rows = audited(served)
+    said = served.run("flags", "set", READ_FROM_LEDGER, "on", "--tenant", "acme", "--dry-run")
+    assert "users: 5 of 10 accounts would change" in said.stdout
+    assert "estimate" in served.run("flags", "set", READ_FROM_LEDGER, "on", "--percent", "20", "--dry-run").stderr
+    assert (flagsmith.writes, audited(served)) == ([], rows)
+
+
+def test_a_cohort_is_cut_over_and_rolled_back_on_the_server(served: Served, flagsmith: FlagsmithStub) -> None:
+    served.change("cutover", "--cohort", "tenant=acme", "--confirm", "users")
+    assert pocket(served, "1") == ("mirrored", "ledger", "legacy and ledger")
+    assert pocket(served, "2") == ("mirrored", "legacy", "legacy and ledger")
+    served.change("rollback", "--cohort", "tenant=acme")
+    assert pocket(served, "1") == ("mirrored", "legacy", "legacy and ledger")
+    assert [row[0] for row in audited(served)[-2:]] == ["cutover", "rollback"]
+
+
+def test_a_cutover_is_refused_by_what_the_server_says_of_dual_write(served: Served, flagsmith: FlagsmithStub) -> None:
+    served.change("flags", "set", DUAL_WRITE, "off", "--account", "7")
+    said = served.run("cutover", "--everyone", "--confirm", "users", *REASON)
+    assert said.exit_code == 4
+    assert "wallet.dualWrite is off for 1 accounts of users, for example 7" in said.stderr
+
+
+def test_a_rollback_of_everyone_switches_the_server_and_lowers_the_phase(
+    served: Served, flagsmith: FlagsmithStub
+) -> None:
+    served.change("cutover", "--everyone", "--confirm", "users")
+    said = served.run("rollback", "--json", *REASON)
+    assert (said.exit_code, said.document["phase_after"], said.document["flag_problem"]) == (0, "dual_write", None)
+    assert not flagsmith.project.defaults[flagsmith.flag(READ_FROM_LEDGER)]
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 401}, {}], ids=["500", "401", "cut off"])
+def test_a_rollback_of_everyone_lowers_the_phase_whatever_the_server_does(
+    served: Served, flagsmith: FlagsmithStub, fault: dict[str, Any]
+) -> None:
+    flagsmith.fail("GET", "projects", **fault)
+    said = served.run("rollback", "--json", *REASON)
+    assert (said.exit_code, said.document["phase_after"]) == (0, "dual_write")
+    assert "the flag was not switched" in said.stderr
+
+
+def test_the_phase_is_lowered_before_the_server_is_asked(served: Served, flagsmith: FlagsmithStub) -> None:
+    seen: list[Any] = []
+    answer = flagsmith.document
+
+    def document_of() -> Json:
+        seen.append(ledger.scalar(ledger.engine_named(served.url), "select phase from wallet.control"))
+        return answer()
+
+    flagsmith.document = document_of  # type: ignore[method-assign]
+    served.change("rollback")
+    assert seen
+    assert set(seen) == {"dual_write"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "exit_code", "code"),
+    [
+        ({"status": 401}, 4, "flag_server_refused"),
+        ({"status": 409}, 4, "flag_server_refused"),
+        ({"status": 500}, 5, "flag_source_unreachable"),
+    ],
+)
+def test_a_flip_that_the_server_refuses_leaves_no_audit_row(
+    served: Served, flagsmith: FlagsmithStub, fault: dict[str, Any], exit_code: int, code: str
+) -> None:
+    rows = audited(served)
+    flagsmith.fail("PATCH", "features", **fault)
+    for words in (["flags", "set", DUAL_WRITE, "off", "--everyone"], ["rollback", "--cohort", "tenant=acme"]):
+        said = served.run(*words, "--json", *REASON)
+        assert (said.exit_code, said.document["error"]["code"]) == (exit_code, code)
+    assert audited(served) == rows
+
+
+def test_a_change_that_stops_in_the_midst_is_on_record_with_what_is_left(
+    served: Served, flagsmith: FlagsmithStub
+) -> None:
+    served.change("flags", "set", READ_FROM_LEDGER, "on", "--tenant", "acme")
+    served.change("flags", "set", READ_FROM_LEDGER, "on", "--everyone")
+    flagsmith.fail("DELETE", "segment-overrides", status=403)
+    said = served.run("flags", "set", READ_FROM_LEDGER, "off", "--everyone", "--json", *REASON)
+    assert (said.exit_code, said.document["error"]["code"]) == (1, "flag_change_incomplete")
+    (intended, stopped) = audited(served)[-2:]
+    assert (intended[0], stopped[0]) == ("flags set", "flags set incomplete")
+    assert stopped[3]["done"] == [f"switch {READ_FROM_LEDGER} off for everyone, off for tenant-acme"]
+    assert stopped[3]["left"] == [f"end the override of {READ_FROM_LEDGER} for tenant-acme"]
+
+
+def test_no_flip_without_an_audit_row_on_the_server(served: Served, flagsmith: FlagsmithStub) -> None:
+    ledger.execute(ledger.engine_named(served.url), "alter table wallet.audit_log rename to hidden")
+    assert served.run("flags", "set", DUAL_WRITE, "off", "--everyone", *REASON).exit_code != 0
+    assert flagsmith.writes == []
+
+
+def test_check_tries_the_admin_key_and_says_whether_flags_can_be_switched(
+    served: Served, flagsmith: FlagsmithStub
+) -> None:
+    assert served.run("flags", "check", "--json").document["writable"]
+    assert "only read" in served.run("flags", "check", env={"WALLETMIGRATE_FLAGSMITH_ADMIN_KEY": ""}).stdout
+    assert served.run("flags", "check", env={"WALLETMIGRATE_FLAGSMITH_ADMIN_KEY": "wrong"}).exit_code == 4
+    flagsmith.project.features[31] = "wallet.dualwrite"
+    assert "must be spelt wallet.dualWrite" in served.run("flags", "check").stderr
+    flagsmith.fail("GET", "environment-document", status=502)
+    assert served.run("flags", "check").exit_code == 5
+
+
+def test_no_command_shows_a_key(served: Served, flagsmith: FlagsmithStub) -> None:
+    flagsmith.fail("PATCH", "features", status=400)
+    for words in (["flags", "check"], ["flags", "set", DUAL_WRITE, "off", "--everyone", *REASON], ["flags", "list"]):
+        for form in ([], ["--json"]):
+            said = served.run(*words, *form)
+            assert ADMIN_KEY not in said.stdout + said.stderr
+            assert ENVIRONMENT_KEY not in said.stdout + said.stderr
+
+
+# Explain
+
+
+def test_explain_says_where_each_flag_came_from(project: Project) -> None:
+    project.change("flags", "set", READ_FROM_LEDGER, "on", "--tenant", "acme")
+    project.change("flags", "set", ENABLE_WITHDRAWALS, "on", "--percent", "100")
+    project.change("flags", "set", DUAL_WRITE, "off", "--account", "9")
+    flags = {flag["flag"]: flag for flag in explained(project, "1")["flags"]}
+    assert flags[DUAL_WRITE]["cause"] == "what everyone has"
+    assert flags[READ_FROM_LEDGER]["cause"] == "segment tenant-acme (tenant=acme)"
+    assert flags[ENABLE_WITHDRAWALS]["cause"] == "segment percent-of-accounts (100 %)"
+    assert [flag["heard"] for flag in flags.values()] == [True, True, False]
+    assert flags[ENABLE_WITHDRAWALS]["why_not"] == "the phase is read_ledger, and lets it count from wallet_only on"
+    nine = {flag["flag"]: flag for flag in explained(project, "9")["flags"]}
+    assert (nine[DUAL_WRITE]["on"], nine[DUAL_WRITE]["cause"]) == (False, "the override of account 9")
+    assert "without it this counts as off" in nine[READ_FROM_LEDGER]["why_not"]
+
+
+def test_explain_reads_as_a_sentence(project: Project) -> None:
+    project.change("cutover", "--cohort", "tenant=acme", "--confirm", "users")
+    said = project.run("flags", "explain", "1").stdout
+    assert "account 1 of users: tenant=acme, role=member" in said
+    assert "phase read_ledger, the line runs; flags from file" in said
+    assert "  cash, EUR: mirrored; legacy 100.00, ledger 100.00" in said
+    assert "reads: ledger, because wallet.readFromLedger is on, and the account is mirrored" in said
+    assert "writes: legacy and ledger, because wallet.dualWrite is on, and the account is mirrored" in said
+
+
+def test_explain_follows_the_state_of_the_account(project: Project) -> None:
+    engine = ledger.engine_named(project.url)
+    project.change("flags", "set", READ_FROM_LEDGER, "on", "--everyone")
+    ledger.add_users(engine, 11, 11)
+    ledger.execute(engine, "update public.users set total_coins = 7 where id = 2")
+    ledger.execute(engine, "delete from public.users where id = 3")
+    assert pocket(project, "1") == ("mirrored", "ledger", "legacy and ledger")
+    assert pocket(project, "11") == ("absent", "legacy", "legacy and ledger")
+    assert pocket(project, "2") == ("stale", "legacy", "legacy and ledger")
+    assert pocket(project, "3") == ("closed", "nothing", "nothing")
+    project.change("stop-the-line")
+    assert pocket(project, "1") == ("mirrored", "ledger", "legacy")
+    assert "the line is stopped; the account turns stale" in project.run("flags", "explain", "1").stdout
+    project.change("resume")
+    project.change("rollback")
+    assert pocket(project, "1") == ("mirrored", "legacy", "legacy and ledger")
+    project.change("phase", "back")
+    assert pocket(project, "1") == ("mirrored", "legacy", "legacy")
+    assert "the phase is legacy, and lets it count from dual_write on" in project.run("flags", "explain", "1").stdout
+
+
+def test_explain_says_of_a_frozen_account_that_flags_do_not_matter(database_url: str, tmp_path: Path) -> None:
+    project, engine = project_at(tmp_path, database_url, "frozen")
+    project.change("flags", "set", DUAL_WRITE, "off", "--everyone")
+    assert pocket(project, "1") == ("frozen", "ledger", "ledger")
+    ledger.add_users(engine, 11, 11)
+    assert pocket(project, "11") == ("absent", "legacy", "legacy")
+    project.change("flags", "set", DUAL_WRITE, "on", "--everyone")
+    assert pocket(project, "11") == ("absent", "legacy", "ledger")
+
+
+def test_explain_before_an_install_and_of_nobody(project: Project, database_url: str) -> None:
+    said = project.run("flags", "explain", "4711")
+    assert (said.exit_code, "4711" in said.stderr) == (2, True)
+    assert project.run("flags", "explain", "not-a-number").exit_code == 2
+    project.change("rollback")
+    project.change("phase", "back")
+    project.change("uninstall", "--confirm", "users", "--drop-ledger")
+    assert pocket(project, "1") == ("absent", "legacy", "legacy")
+    assert "the ledger is not installed" in project.run("flags", "explain", "1").stdout
+
+
+def test_explain_tells_the_same_as_the_adapter_does(project: Project) -> None:
+    """What is explained for a write is what a posting then does."""
+    engine = ledger.engine_named(project.url)
+    project.change("flags", "set", DUAL_WRITE, "off", "--tenant", "globex")
+    settings = project.settings
+    for account, dual in (("1", True), ("2", False)):
+        _, _, writes = pocket(project, account)
+        with engine.begin() as connection:
+            ledger.post(connection, settings, "credit", account, "1.00", dual=dual)
+        kinds = ledger.scalar(
+            engine,
+            "select count(*) from wallet.transactions as t inner join wallet.accounts as a "
+            "on a.id in (t.debit_account, t.credit_account) where a.key = :key and t.kind = 'posting'",
+            key=account,
+        )
+        assert (writes == "legacy and ledger") is (kinds > 0)
