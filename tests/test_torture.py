@@ -171,7 +171,13 @@ FOUND: dict[str, tuple[Mutant, str]] = {
         Mutant(("post_movement",), r"if m\.idempotency_key is not null and not p_reserved", "if false"),
         "absent:same.rc.commit,same.rc.commit:1-2-e1-e2",
     ),
-    "state asked before the lock is there": (
+    "a key in use is not asked for": (
+        Mutant(
+            ("fence_users",), r"on conflict do nothing;\s+if not found then", "on conflict do nothing; if false then"
+        ),
+        "mirrored:same.rc.commit,same.rc.commit:1-2-e1-e2",
+    ),
+    "neither state nor balance asked by the update": (
         Mutant(("fence_users",), r"a\.state = 'mirrored' and a\.balance = \S+\s+returning", "true returning"),
         "frozen:forged.rc.commit,stop.rc.commit:1-e1-2-e2",
     ),

@@ -125,7 +125,7 @@ class Arena:
         if scene.stopped:
             self._crew.monitor.exec_driver_sql("select wallet.set_line(true)")
             scene.stopped = False
-        problems += self._send_again(scene, players)
+        problems += [*_twice(players), *self._send_again(scene, players)]
         problems += self._check(scene, "after everything was sent again and a backfill", final=True)
         if scene.whole:
             self._crew.monitor.exec_driver_sql("select wallet.fold_system_accounts()")
@@ -202,3 +202,11 @@ def _unexpected(scene: Scene, players: list[Player]) -> list[str]:
         if player.outcome and player.outcome not in allowed:
             problems.append(f"session {player.number} ({player.actor.operation}) got {player.outcome}")
     return problems
+
+
+def _twice(players: list[Player]) -> list[str]:
+    """Whether operations that share their keys moved more than one of them would."""
+    sharing = [player for player in players if player.operation.once is not None and player.committed]
+    moved = sum(change for player in sharing for effect in player.effects for change in effect.values())
+    limit = max((player.operation.once or 0 for player in sharing), default=0)
+    return [f"under one key {moved} moved instead of {limit}"] if moved > limit else []

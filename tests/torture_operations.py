@@ -35,8 +35,8 @@ _SHARED = "{base}-shared"
 _ROW = "insert into users (id, tenant, role, total_coins) values ({key}, 'acme', 'member', {coins})"
 
 
-def _adapter(step: Step, *allowed: str) -> Operation:
-    return Operation((step,), frozenset({GONE, *allowed}), again=step)
+def _adapter(step: Step, *allowed: str, once: int | None = None) -> Operation:
+    return Operation((step,), frozenset({GONE, *allowed}), again=step, once=once)
 
 
 def _plain(*steps: Step, allowed: tuple[str, ...] = ()) -> Operation:
@@ -147,13 +147,15 @@ _JOBS = {
     "fold": Operation((_fold,), job=True),
 }
 _KEYS = {
-    "same": _adapter(posting(_credit(), key=_SHARED, a=10), REUSED),
-    "same_long": _adapter(posting(_long(), key=_SHARED, a=10), REUSED),
-    "same_off": _adapter(posting(_credit(), key=_SHARED, flags="off", a=10), REUSED),
-    "same_failed": _adapter(posting(_credit(kind="fail 23514"), key=_SHARED, tolerant=True, a=10), REUSED),
-    "same_other": _adapter(posting(_credit("b"), key=_SHARED, b=10), REUSED),
-    "batch": _adapter(postings((_credit(), {"a": 10}, "{base}-x"), (_credit("b"), {"b": 10}, "{base}-y"))),
-    "batch_back": _adapter(postings((_credit("b"), {"b": 10}, "{base}-y"), (_credit(), {"a": 10}, "{base}-x"))),
+    "same": _adapter(posting(_credit(), key=_SHARED, a=10), REUSED, once=10),
+    "same_long": _adapter(posting(_long(), key=_SHARED, a=10), REUSED, once=10),
+    "same_off": _adapter(posting(_credit(), key=_SHARED, flags="off", a=10), REUSED, once=10),
+    "same_failed": _adapter(posting(_credit(kind="fail 23514"), key=_SHARED, tolerant=True, a=10), REUSED, once=10),
+    "same_other": _adapter(posting(_credit("b"), key=_SHARED, b=10), REUSED, once=10),
+    "batch": _adapter(postings((_credit(), {"a": 10}, "{base}-x"), (_credit("b"), {"b": 10}, "{base}-y")), once=20),
+    "batch_back": _adapter(
+        postings((_credit("b"), {"b": 10}, "{base}-y"), (_credit(), {"a": 10}, "{base}-x")), once=20
+    ),
 }
 _FAILURES = {
     "fail_check": _adapter(_failing("23514")),

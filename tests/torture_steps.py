@@ -76,6 +76,7 @@ class Operation:
     """Statements of one transaction, and the SQLSTATEs and refusals that it may meet.
 
     ``before`` is a statement that commits first; ``again`` is what the caller sends again under its idempotency key.
+    ``once`` is the sum that operations with the same keys may move together, however many there are.
     """
 
     steps: tuple[Step, ...]
@@ -83,6 +84,7 @@ class Operation:
     job: bool = False
     before: str = ""
     again: Step | None = None
+    once: int | None = None
 
 
 def adapters(settings: Settings) -> dict[str, LegacyBalanceAdapter]:
