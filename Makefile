@@ -3,6 +3,7 @@
 PYTHON ?= python3
 WORKERS ?= 4
 JOBS ?= 2
+SHARE ?= 1
 TRANSACTIONS ?=
 REPORT ?= report.json
 BALANCES ?= balances.csv
@@ -12,7 +13,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench model dashboards clean
+.PHONY: help setup demo test torture check format bench model dashboards clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -39,6 +40,9 @@ demo: $(READY) ## rehearse a whole migration in a scratch database, and back
 
 test: $(READY) ## run all tests on real PostgreSQL
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+torture: $(READY) ## play every interleaving of the protocol, for an hour or two; SHARE=10: one of ten
+	$(BIN)/python -m pytest -n $(JOBS) --timeout 0 --torture $(SHARE) tests/test_torture.py $(ARGS)
 
 check: $(READY) ## format, lint, types, layers and SQL
 	$(BIN)/ruff format --check

@@ -35,6 +35,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="a PostgreSQL to run on: 18 or 16 (embedded), 15 or 17 (Debian's package), a bin folder, "
         "or docker:16. May be repeated. Default: 18, and 15 where it is installed.",
     )
+    parser.addoption(
+        "--torture",
+        nargs="?",
+        type=int,
+        const=1,
+        default=0,
+        metavar="SHARE",
+        help="play all interleavings of test_torture.py, or one of every SHARE; else a few of each kind",
+    )
+    parser.addoption("--order", action="append", metavar="NAME", help="an interleaving to play, by its name")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,6 +57,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"postgres: {', '.join(servers.identifier(spec) for spec in _specs(config))}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = terminalreporter.getreports("passed")
+    orders = [value for report in reports for name, value in report.user_properties if name == "orders"]
+    if orders:
+        terminalreporter.write_line(f"interleavings played: {sum(orders)}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

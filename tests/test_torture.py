@@ -1,0 +1,260 @@
+"""Every interleaving of the protocol's operations, a share of them in each test run and all with `make torture`.
+
+What an order is, and how its name is read, stands in torture_scheduler.py. `pytest tests/test_torture.py --order NAME`
+plays one again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+
+import pytest
+from sqlalchemy.engine.interfaces import IsolationLevel
+from sqlalchemy.pool import NullPool
+
+import interleaving
+import servers
+from interleaving import LEVELS
+from invariants import assert_sound
+from ledger import ACT, execute, install_users, set_phase, users_settings
+from test_mutants import ACCOUNT_LOCKS, PROBE, Mutant, remove
+from torture import Arena, OrderFailedError, arena
+from torture_orders import PAIRED, pairs, pauses, sample
+from torture_scheduler import Order
+from torture_steps import adapters
+from torture_stories import STORIES, partitions
+from walletmigrate import connect
+from walletmigrate.errors import PreconditionRefused
+from walletmigrate.freeze import freeze
+from walletmigrate.install import install
+
+_ORDERS_PER_DATABASE = 3000
+_PARTITIONS_PER_DATABASE = 60
+
+SHARES = {
+    "pairs": 307,
+    "pauses": 1009,
+    "a_old_snapshots": 11,
+    "b_postings_that_wait_for_jobs": 13,
+    "c_backfills_that_wait": 5,
+    "d_keys": 211,
+    "e_failing_legs": 127,
+    "f_readers": 29,
+    "g_triggers": 401,
+    "h_forgeries": 307,
+    "i_transfers": 307,
+    "j_folds": 331,
+    "l_partitions": 31,
+}
+"""One order of so many is played without --torture; primes, so that every kind of order comes."""
+
+
+@dataclass
+class Theatre:
+    """Arenas on one server, each used for some thousand orders: what a ledger holds makes its checks slower."""
+
+    server: servers.Postgres
+    share: int
+    counts: Counter[str] = field(default_factory=Counter)
+    _stack: ExitStack = field(default_factory=ExitStack)
+    _arena: Arena | None = None
+
+    def chosen(self, kind: str, orders: Iterable[Order]) -> Iterator[Order]:
+        """The orders to be played of a kind."""
+        return sample(orders, self.share or SHARES[kind])
+
+    def play(self, orders: Iterator[Order]) -> int:
+        """Play orders, and check each database as a whole. Returns how many there were."""
+        played = 0
+        while some := list(islice(orders, _ORDERS_PER_DATABASE)):
+            if self._arena is None or self._arena.counts["orders"] > _ORDERS_PER_DATABASE:
+                self.renew()
+            assert self._arena is not None
+            played += self._arena.run_all(some)["orders"]
+            assert_sound(self._arena.engine, self._arena.settings)
+        return played
+
+    def renew(self) -> Arena:
+        """Go on in a fresh database."""
+        self.close()
+        url = self._stack.enter_context(connect.scratch_database(self.server.url, None))
+        self._arena = self._stack.enter_context(arena(url, install_users(url, rows=0, phase="dual_write")[1]))
+        return self._arena
+
+    def close(self) -> None:
+        """Close the sessions and drop the database."""
+        self._stack.close()
+
+
+@pytest.fixture(scope="module")
+def theatre(server: servers.Postgres, pytestconfig: pytest.Config) -> Iterator[Theatre]:
+    made = Theatre(server, pytestconfig.getoption("torture"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def count(record_property: Callable[[str, object], None]) -> Callable[[int], None]:
+    """Tell how many orders were played; the summary of the run adds them up."""
+
+    def told(played: int) -> None:
+        assert played > 0
+        record_property("orders", played)
+
+    return told
+
+
+@pytest.mark.parametrize("first", PAIRED)
+def test_after_every_interleaving_of_two_transactions_the_money_is_right(
+    theatre: Theatre, count: Callable[[int], None], first: str
+) -> None:
+    count(theatre.play(theatre.chosen("pairs", pairs(first=first))))
+
+
+@pytest.mark.parametrize("first", PAIRED)
+def test_after_every_pause_inside_a_call_the_money_is_right(
+    theatre: Theatre, count: Callable[[int], None], first: str
+) -> None:
+    count(theatre.play(theatre.chosen("pauses", pauses(first=first))))
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_after_every_order_of_a_story_the_money_is_right(
+    theatre: Theatre, count: Callable[[int], None], story: str
+) -> None:
+    count(theatre.play(theatre.chosen(story, STORIES[story]())))
+
+
+def test_after_partitions_are_truncated_detached_or_made_the_money_is_right(
+    theatre: Theatre, count: Callable[[int], None]
+) -> None:
+    orders, played = theatre.chosen("l_partitions", partitions()), 0
+    while some := list(islice(orders, _PARTITIONS_PER_DATABASE)):
+        with connect.scratch_database(theatre.server.url, None) as url, partitioned(url) as made:
+            played += made.run_all(some)["orders"]
+    count(played)
+
+
+def test_an_order_by_its_name(theatre: Theatre, count: Callable[[int], None], pytestconfig: pytest.Config) -> None:
+    names = pytestconfig.getoption("order") or ["mirrored:credit.rc.commit,backfill.rc.rollback:1-2-e1-e2"]
+    orders = [Order.named(name) for name in names]
+    assert [str(order) for order in orders] == names
+    count(theatre.play(iter(orders)))
+
+
+# The orders find what they are there for
+
+
+def test_a_reader_in_two_statements_needs_a_snapshot(theatre: Theatre) -> None:
+    """That is why the library reads in one."""
+    name = (
+        "stale+reading:read_in_two.{}.commit,backfill.rc.commit,freeze.rc.commit,credit.rc.commit:1-2-e2-3-e3-4-e4-1-e1"
+    )
+    place = theatre.renew()
+    place.run(Order.named(name.format("rr")))
+    with pytest.raises(OrderFailedError, match="and 111"):
+        place.run(Order.named(name.format("rc")))
+
+
+FOUND: dict[str, tuple[Mutant, str]] = {
+    "accounts read without a lock": (ACCOUNT_LOCKS, "stale:raw.rr.commit,backfill.rc.commit:l1-2-e2-1-e1"),
+    "no probe": (PROBE, "absent:raw.rr.commit,backfill.rc.commit:l1-2-e2-1-e1"),
+    "rows read without a lock": (
+        Mutant(("lock_users",), "for no key update", ""),
+        "absent:credit.rc.commit,backfill.rc.commit:1-2-e1-e2",
+    ),
+    "no key in the long way": (
+        Mutant(("post_movement",), r"if m\.idempotency_key is not null and not p_reserved", "if false"),
+        "absent:same.rc.commit,same.rc.commit:1-2-e1-e2",
+    ),
+    "a key in use is not asked for": (
+        Mutant(
+            ("fence_users",), r"on conflict do nothing;\s+if not found then", "on conflict do nothing; if false then"
+        ),
+        "mirrored:same.rc.commit,same.rc.commit:1-2-e1-e2",
+    ),
+    "neither state nor balance asked by the update": (
+        Mutant(("fence_users",), r"a\.state = 'mirrored' and a\.balance = \S+\s+returning", "true returning"),
+        "frozen:forged.rc.commit,stop.rc.commit:1-e1-2-e2",
+    ),
+}
+"""A guard, and an order that ends badly without it."""
+
+
+@pytest.mark.parametrize("guard", FOUND)
+def test_an_order_ends_well_and_without_a_guard_badly(theatre: Theatre, guard: str) -> None:
+    mutant, name = FOUND[guard]
+    place = theatre.renew()
+    place.run(Order.named(name))
+    remove(place.engine, mutant)
+    with pytest.raises(OrderFailedError):
+        place.run(Order.named(name))
+    theatre.close()
+
+
+# The fence taken down, or replaced by one that looks the same
+
+DOWN = {
+    "disabled": ("alter table users disable trigger {}", "alter table users enable always trigger {}"),
+    "removed": ("drop trigger {} on users", ""),
+}
+
+
+@pytest.mark.parametrize("isolation", LEVELS, ids=lambda level: level.replace(" ", "_").lower())
+@pytest.mark.parametrize("way", DOWN)
+def test_what_was_written_while_the_fence_was_down_is_not_frozen_and_not_read(
+    database_url: str, isolation: IsolationLevel, way: str
+) -> None:
+    engine, settings = install_users(database_url, rows=3, phase="dual_write")
+    execute(engine, "select * from wallet.backfill_users(null, 1000, null)")
+    adapter, mapping = adapters(settings)["on"], settings.mapping(None)
+    down, up = (each.format("walletmigrate_users_update") for each in DOWN[way])
+    raw = "update users set total_coins = total_coins + 7 where id = {}"
+    with interleaving.stage(database_url) as stage:
+        writer, operator, late = stage.session(isolation), stage.session(), stage.session(isolation)
+        writer.sql(raw.format(1))
+        late.look()
+        waiting = operator.waiting(lambda c: c.exec_driver_sql(down), on=writer)  # writers in flight meet the fence
+        writer.commit()
+        waiting.result(interleaving.PATIENCE_SECONDS)
+        operator.commit()
+        late.sql(raw.format(2))
+        late.commit()
+        if up:
+            operator.sql(up)
+            operator.commit()
+    set_phase(engine, "frozen")
+    with pytest.raises(PreconditionRefused, match="walletmigrate_users_update"):
+        freeze(engine, settings, mapping, ACT)
+    install(engine, settings, ACT)
+    done = freeze(engine, settings, mapping, ACT)
+    assert (done.changed, done.refused) == (1, 2)
+    with engine.begin() as connection:
+        assert adapters(settings)["read"].balance(connection, 2).amount == 107
+        assert adapter.credit(connection, 2, 10, type="test").legacy_balance == 117
+        found = connection.exec_driver_sql("select key, state::text from wallet.accounts order by key").all()
+    assert [tuple(row) for row in found] == [("1", "stale"), ("2", "stale"), ("3", "frozen")]
+
+
+@contextmanager
+def partitioned(url: str) -> Iterator[Arena]:
+    """An arena whose table has a partition for the rows A and B of each order."""
+    engine = connect.engine(url, application_name="torture", poolclass=NullPool)
+    bounds = range(10, 10 * _PARTITIONS_PER_DATABASE + 10, 10)
+    parts = [
+        f"create table users_{base} partition of users for values from ({base + 1}) to ({base + 3})" for base in bounds
+    ]
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "create table users (id bigint primary key, tenant text, role text, total_coins numeric(20, 2)) "
+            "partition by range (id); " + "; ".join(parts)
+        )
+    settings = users_settings(url)
+    install(engine, settings, ACT)
+    set_phase(engine, "dual_write")
+    with arena(url, settings) as made:
+        yield made

@@ -1,0 +1,212 @@
+"""A database in which orders are played, and the judgement of what each of them left."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from pathlib import Path
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
+
+from interleaving import PATIENCE_SECONDS
+from invariants import violations
+from torture_operations import DEADLOCK, FROZEN
+from torture_scheduler import Crew, Order, OrderImpossibleError, Player
+from torture_steps import Scene, adapters
+from walletmigrate import connect
+from walletmigrate.config import Settings
+from walletmigrate.errors import WalletMigrateError
+from walletmigrate.functions import fingerprint
+
+BALANCES = {
+    "absent": Decimal(100),
+    "mirrored": Decimal(100),
+    "stale": Decimal(101),
+    "frozen": Decimal(105),
+    "closed": Decimal(0),
+}
+"""What is true of A and B at the start, by state."""
+
+_WORDS = frozenset({"stopped", "reading"})
+_KEYS_PER_ORDER = 10
+_SQL = Path(__file__).with_name("torture.sql")
+_TALLY = "select key, sum(change) from tally where key between %s and %s group by key"
+_OF_TRIGGERS = frozenset({DEADLOCK, FROZEN, "WM020"})
+"""What an application's trigger that writes rows of its own can bring about."""
+
+
+class OrderFailedError(AssertionError):
+    """After this order something does not hold."""
+
+
+class Arena:
+    """One database with a ledger, whose orders work on fresh keys each."""
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        self.settings = settings
+        self.engine: Engine = connect.engine(
+            url,
+            application_name="torture",
+            lock_timeout_ms=int(PATIENCE_SECONDS * 1000),
+            poolclass=NullPool,
+            connect_args={"options": f"-c deadlock_timeout=20ms -c lock_timeout={PATIENCE_SECONDS:g}s"},
+        )
+        self.counts: Counter[str] = Counter()
+        self._impossible: set[tuple[str, ...]] = set()
+        self._adapters = adapters(settings)
+        self._base = 0
+        self._crew = Crew(self.engine)
+        self._clerk: Connection = self.engine.connect()
+        made = _SQL.read_text().replace("FINGERPRINT", fingerprint(settings.mapping(None)))
+        self._crew.monitor.exec_driver_sql(made, execution_options={"no_parameters": True})
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._clerk.close()
+        self._crew.close()
+
+    def run(self, order: Order) -> str:
+        """Play an order and judge what it left. Returns what became of each session; raises OrderFailedError.
+
+        An order that is not possible is counted as such, and its like is not tried again.
+        """
+        if order.pause in self._impossible:
+            self.counts["impossible"] += 1
+            return "impossible"
+        scene = self._scene(order)
+        try:
+            players = self._crew.play(order, scene)
+        except OrderImpossibleError:
+            self._impossible.add(order.pause)
+            self.counts["impossible"] += 1
+            return "impossible"
+        problems = self._judge(scene, players)
+        told = ", ".join(f"{p.actor.operation}: {p.outcome or 'done'}" for p in players)
+        if problems:
+            raise OrderFailedError(f"{order}\n  ended as {told}\n  " + "\n  ".join(problems))
+        self.counts["orders"] += 1
+        self.counts["in which a session waited"] += scene.waited
+        self.counts["in which a session got an error or a refusal"] += any(p.outcome for p in players)
+        return told
+
+    def run_all(self, orders: Iterable[Order]) -> Counter[str]:
+        """Play orders and count them. Raises OrderFailedError, with their names, where some failed."""
+        before, failed = self.counts.copy(), []
+        for order in orders:
+            try:
+                self.run(order)
+            except OrderFailedError as error:
+                failed.append(str(error))
+        if failed:
+            raise OrderFailedError(f"{len(failed)} orders failed:\n" + "\n".join(failed[:20]))
+        return self.counts - before
+
+    def _scene(self, order: Order) -> Scene:
+        words = order.start.split("+")
+        states = [word for word in words if word in BALANCES]
+        states *= 3 - len(states)
+        role = next((word for word in words if word not in BALANCES and word not in _WORDS), "")
+        phase = "frozen" if "frozen" in states else "read_ledger" if "reading" in words else "dual_write"
+        self._base += _KEYS_PER_ORDER
+        balances = [*(BALANCES[state] for state in states), Decimal(0), Decimal(0)]
+        truth = dict(enumerate(balances, start=self._base + 1))
+        scene = Scene(self._base, self._adapters, truth, stopped="stopped" in words, role=role, tolerant=bool(role))
+        self._crew.monitor.exec_driver_sql(
+            "select torture_start(%s, %s::text[], %s, %s, %s)", (scene.base, states, role, phase, not scene.stopped)
+        )
+        return scene
+
+    def _judge(self, scene: Scene, players: list[Player]) -> list[str]:
+        problems = [*scene.complaints, *_unexpected(scene, players), *self._check(scene, "after the order")]
+        if scene.stopped:
+            self._crew.monitor.exec_driver_sql("select wallet.set_line(true)")
+            scene.stopped = False
+        problems += [*_twice(players), *self._send_again(scene, players)]
+        problems += self._check(scene, "after everything was sent again and a backfill", final=True)
+        if scene.whole:
+            self._crew.monitor.exec_driver_sql("select wallet.fold_system_accounts()")
+            problems += violations(self._crew.monitor, self.settings)
+        return problems
+
+    def _send_again(self, scene: Scene, players: list[Player]) -> list[str]:
+        """Every posting once more under its key: a replay where it was committed, the posting itself where not."""
+        problems = []
+        for player in players:
+            again, effect = player.operation.again, {}
+            if again is None:
+                continue
+            moved = player.committed and any(player.effects)
+            try:
+                effect = again(scene, player.number, self._clerk)
+                self._clerk.commit()
+            except (WalletMigrateError, DBAPIError) as error:
+                self._clerk.rollback()
+                if moved:
+                    problems.append(f"session {player.number} sent again: {error}")
+            if moved and effect:
+                problems.append(f"session {player.number} sent again under its key moved money a second time")
+            scene.add([effect])
+        return problems
+
+    def _check(self, scene: Scene, when: str, *, final: bool = False) -> list[str]:
+        """What does not hold of the accounts of this order; ``final`` runs a backfill first."""
+        monitor, truth = self._crew.monitor, dict(scene.truth)
+        found = monitor.exec_driver_sql("select * from torture_look(%s, %s)", (scene.base, final)).all()
+        if scene.role:
+            for key, change in monitor.exec_driver_sql(_TALLY, (scene.base, scene.base + _KEYS_PER_ORDER)):
+                truth[key] += change
+        problems = []
+        for row in found:
+            broken = []
+            gone = row.legacy is None
+            true = row.ledger if row.state == "frozen" else row.legacy or Decimal(0)
+            if true != truth[row.key]:
+                broken.append(f"the committed operations make {truth[row.key]}")
+            if row.state == "mirrored" and row.ledger != row.legacy and not (gone and scene.detached):
+                broken.append("the mirror is not true")
+            if row.ledger is not None and (row.ledger != row.journal or row.broken):
+                broken.append(f"the journal says {row.journal}, and has {row.broken} broken links")
+            if final and not gone and row.state not in ("mirrored", "frozen"):
+                broken.append("a backfill did not bring it up")
+            if row.accounts > 1:
+                broken.append(f"it has {row.accounts} accounts")
+            if row.failure and not scene.tolerant:
+                broken.append(f"a ledger leg failed: {row.failure}")
+            said = f"{when}: key {row.key - scene.base} is {row.state}, legacy {row.legacy}, ledger {row.ledger}"
+            problems += [f"{said}: {each}" for each in broken]
+        return problems
+
+
+@contextmanager
+def arena(url: str, settings: Settings) -> Iterator[Arena]:
+    """Give an arena in a database where `ledger.install_users` has been, with no row of users."""
+    made = Arena(url, settings)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def _unexpected(scene: Scene, players: list[Player]) -> list[str]:
+    problems = []
+    for player in players:
+        allowed = set(player.operation.allowed)
+        if player.actor.level != "rc":
+            allowed.add("40001")
+        if scene.role:
+            allowed |= _OF_TRIGGERS
+        if player.outcome and player.outcome not in allowed:
+            problems.append(f"session {player.number} ({player.actor.operation}) got {player.outcome}")
+    return problems
+
+
+def _twice(players: list[Player]) -> list[str]:
+    """Whether operations that share their keys moved more than one of them would."""
+    sharing = [player for player in players if player.operation.once is not None and player.committed]
+    moved = sum(change for player in sharing for effect in player.effects for change in effect.values())
+    limit = max((player.operation.once or 0 for player in sharing), default=0)
+    return [f"under one key {moved} moved instead of {limit}"] if moved > limit else []
