@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from walletmigrate import cli_flags, cli_jobs, cli_phases, cli_setup, cli_watch
+from walletmigrate import cli_flags, cli_jobs, cli_line, cli_phases, cli_setup, cli_watch
 from walletmigrate.commands import CONFIG, DATABASE_URL, JSON, Group, command
 from walletmigrate.console import DIFFERENCE, OK, Answer
 from walletmigrate.invocation import Run
@@ -64,6 +64,7 @@ def rehearse(
 
 cli_setup.register(app)
 cli_phases.register(app)
+cli_line.register(app)
 cli_jobs.register(app)
 cli_flags.register(app)
 cli_watch.register(app)
