@@ -76,13 +76,16 @@ def test_a_posting_in_flight_is_named_and_waited_for_until_it_is_committed(
     bystander.sql("select count(*) from users")
     writer = sessions.session(isolation)
     assert writer.do(credit(at)).mode == "dual_write"
+    only_the_long_way = "writes a description"
+    posted = writer.do(lambda on: at.adapter.credit(on, 1, 5, type="test", description=only_the_long_way))
+    assert posted.mode == "dual_write"
     stop(at)
     ends = Ends(writer.commit)
     assert wait(at, told=ends) == ()
     ((one,),) = ends.heard
     assert (one.application_name, one.pid, one.prepared) == ("interleaving", writer.pid, None)
     assert one.since is not None
-    assert at.account(1) == ("mirrored", Decimal(110))
+    assert at.account(1) == ("mirrored", Decimal(115))
     at.check()
 
 
