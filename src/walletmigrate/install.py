@@ -282,12 +282,13 @@ def _grant(connection: Connection, settings: Settings) -> None:
     connection.exec_driver_sql(f"grant usage on schema {name} to {app}, {operator}, {auditor}")
     connection.exec_driver_sql(f"revoke all on all functions in schema {name} from public")
     connection.exec_driver_sql(f"grant select on all tables in schema {name} to {operator}, {auditor}")
-    connection.exec_driver_sql(f"grant select on {name}.line to {app}, {operator}, {auditor}")
+    connection.exec_driver_sql(f"grant select on {name}.line to {operator}, {auditor}")
     connection.exec_driver_sql(
         f"grant select on {name}.accounts, {name}.transactions, {name}.wallet_entries, {name}.control, "
         f"{name}.mappings, {name}.flag_documents to {app}"
     )
     connection.exec_driver_sql(f"grant insert, update on {name}.flag_documents to {app}, {operator}")
+    connection.exec_driver_sql(f"grant select on {name}.line to {app}")  # a decision asks whether it runs
     connection.exec_driver_sql(f"grant insert on {name}.jobs, {name}.audit_log, {name}.verifications to {operator}")
     connection.exec_driver_sql(f"grant update on {name}.jobs, {name}.control to {operator}")
     shared = ["turn_stale", "diverged", "resolve", "replay", "enter_batch", "labelled"]
