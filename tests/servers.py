@@ -15,6 +15,7 @@ from walletmigrate.errors import EmbeddedUnavailable
 
 DEBIAN = "/usr/lib/postgresql/{}/bin"
 DOCKER = "docker:"
+SETTINGS = {**DURABILITY_OFF, "max_prepared_transactions": "8"}
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,14 @@ def running(spec: str) -> Iterator[Postgres]:
 
 
 def _embedded(spec: str) -> Iterator[Postgres]:
-    with Server.start(binaries_of(spec), settings=DURABILITY_OFF) as server:
+    with Server.start(binaries_of(spec), settings=SETTINGS) as server:
         yield Postgres(identifier(spec), server.url, server.version, server.binaries)
 
 
 def _container(spec: str) -> Iterator[Postgres]:
     from testcontainers.postgres import PostgresContainer
 
-    flags = " ".join(f"-c {name}={value}" for name, value in DURABILITY_OFF.items())
+    flags = " ".join(f"-c {name}={value}" for name, value in SETTINGS.items())
     image = f"postgres:{spec.removeprefix(DOCKER)}"
     made = PostgresContainer(image, username="postgres", dbname="postgres", driver=None)
     with made.with_command(f"postgres {flags} -c max_connections=200") as container:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psycopg
@@ -25,9 +26,10 @@ import pytest
 from sqlalchemy import Engine, make_url, text
 
 from servers import Postgres
-from walletmigrate import phases, rehearsal_crew, rehearsal_steps, traffic
+from walletmigrate import line, phases, rehearsal_crew, rehearsal_steps, traffic
 from walletmigrate.errors import DatabaseUnreachable, PreconditionRefused, UnreadableInput, UsageError
 from walletmigrate.rehearsal_crew import Crew
+from walletmigrate.rehearsal_raw import is_raw
 from walletmigrate.rehearsal_report import AccountBalances, Report, judge, stage
 from walletmigrate.rehearsal_stages import STAGES, legs_of
 from walletmigrate.rehearse import rehearse, rehearse_traffic
@@ -35,6 +37,7 @@ from walletmigrate.traffic import Traffic
 
 HEADER = "transaction_id,account_id,tenant,date,type,amount"
 UNREACHABLE = "postgresql://nobody@127.0.0.1:1/none"
+FLAG_LAG = 0.2
 
 
 def left_on(server: Postgres) -> tuple[list[str], list[str]]:
@@ -68,7 +71,9 @@ def login(server: Postgres, rights: str) -> Iterator[str]:
 
 
 def run(server: Postgres, made: Traffic, *, workers: int = 2, seed: int = 1) -> Report:
-    return rehearse_traffic(made, workers=workers, seed=seed, database_url=server.url, progress=False)
+    return rehearse_traffic(
+        made, workers=workers, seed=seed, database_url=server.url, progress=False, flag_lag=FLAG_LAG
+    )
 
 
 @pytest.mark.usefixtures("nothing_is_left")
@@ -87,6 +92,34 @@ def test_generated_traffic_migrates_and_goes_back_with_every_balance_right(
     assert [each.name for each in report.stages] == [name for name, _ in STAGES]
     assert sum(each.transactions for each in report.stages) == 900
     assert report.postgres_version == server.version
+    raw = [[is_raw(seed, one) for one in leg] for leg in legs_of(made.transactions)]
+    legs = [name for name, of_stage in STAGES for _ in of_stage]
+    refusable = sum(sum(each) for name, each in zip(legs, raw, strict=True) if name in {"ledger only", "unfreeze"})
+    assert sum(map(sum, raw)) - refusable <= report.bypass_writes <= sum(map(sum, raw))
+    assert report.bypass_writes > 0
+    assert report.replayed > 0
+    assert report.resyncs > 0
+    assert report.serialization_retries > 0
+
+
+@pytest.mark.usefixtures("nothing_is_left")
+def test_all_that_a_killed_worker_had_sent_is_replayed_and_moves_no_money_again(
+    server: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, shares = Crew.replace_one, []
+
+    def once_all_is_sent(crew: Crew) -> str:
+        crew._wait_for(lambda: crew.quiet)
+        shares.append(crew._assignments[0].legs[crew._leg])
+        return honest(crew)
+
+    monkeypatch.setattr(Crew, "replace_one", once_all_is_sent)
+    report = run(server, traffic.generate(9, 800), workers=1, seed=9)
+    assert (report.errors, report.verdict, report.applied) == ((), "pass", 800)
+    (share,) = shares
+    raw = sum(is_raw(9, one) for one in share)
+    assert raw > 0
+    assert report.replayed >= len(share) - raw > 0
 
 
 @pytest.mark.usefixtures("nothing_is_left")
@@ -94,9 +127,19 @@ def test_the_files_say_what_the_report_says(server: Postgres, tmp_path: Path) ->
     source, report, balances = (tmp_path / name for name in ("in.csv", "report.json", "balances.csv"))
     rows = ["a,x-1,north,2026-01-01,deposit,10.10", "b,x-2,south,2026-01-01,fee,-0.05"]
     source.write_text("\n".join([HEADER, *rows, rows[0], "c,x-3,south,2026-01-01,none,0.00"]), encoding="utf-8")
-    made = rehearse(source, workers=3, report=report, balances=balances, database_url=server.url, progress=False)
+    made = rehearse(
+        source,
+        workers=3,
+        report=report,
+        balances=balances,
+        database_url=server.url,
+        progress=False,
+        flag_lag=0,
+    )
     document = json.loads(report.read_text(encoding="utf-8"))
     stages = document.pop("stages")
+    counts = {name: document.pop(name) for name in ("replayed", "resyncs", "serialization_retries")}
+    assert all(isinstance(count, int) for count in counts.values())
     assert document == {
         "schema_version": 1,
         "verdict": "pass",
@@ -109,6 +152,7 @@ def test_the_files_say_what_the_report_says(server: Postgres, tmp_path: Path) ->
         "legacy_total": "10.05",
         "ledger_total": "10.05",
         "expected_total": "10.05",
+        "bypass_writes": sum(is_raw(1, one) for one in traffic.read(source).transactions),
         "postgres_version": server.version,
     }
     keys = {"name", "transactions", "seconds", "per_second", "p50_ms", "p99_ms"}
@@ -126,7 +170,7 @@ def test_the_files_say_what_the_report_says(server: Postgres, tmp_path: Path) ->
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("nothing_is_left")
 def test_real_bank_transactions_migrate_and_go_back(server: Postgres, shared_data: Path) -> None:
-    report = rehearse(shared_data, workers=4, database_url=server.url, progress=False)
+    report = rehearse(shared_data, workers=4, database_url=server.url, progress=False, flag_lag=1)
     assert report.errors == ()
     assert report.verdict == "pass"
     assert (report.accounts, report.transactions, report.applied) == (591, 23_932, 23_932)
@@ -136,7 +180,8 @@ def test_real_bank_transactions_migrate_and_go_back(server: Postgres, shared_dat
 def test_progress_off_a_terminal_is_one_line_per_stage_on_standard_error(
     server: Postgres, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    rehearse_traffic(traffic.generate(3, 200), workers=1, seed=3, database_url=server.url, progress=True)
+    made = traffic.generate(3, 200)
+    rehearse_traffic(made, workers=2, seed=3, database_url=server.url, progress=True, flag_lag=FLAG_LAG)
     said = capfd.readouterr()
     assert said.out == ""
     lines = said.err.splitlines()
@@ -144,7 +189,9 @@ def test_progress_off_a_terminal_is_one_line_per_stage_on_standard_error(
         name for name, _ in STAGES
     ]
     assert "240 opened" in lines[1]
-    assert "240 accounts frozen" in lines[5]
+    assert "killed, its transactions sent again by process" in lines[2]
+    assert "stopped, postings in flight waited out; resumed" in lines[4]
+    assert "240 accounts frozen" in lines[6]
 
 
 def test_a_worker_that_is_killed_fails_the_rehearsal_and_nothing_hangs(server: Postgres, nothing_is_left: None) -> None:
@@ -211,12 +258,17 @@ def test_a_step_that_is_refused_fails_the_rehearsal_with_its_reasons(
 
 
 @pytest.mark.usefixtures("nothing_is_left")
-def test_a_step_without_an_effect_fails_the_rehearsal(server: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phases, "rollback", lambda *_: None)
-    report = run(server, traffic.generate(1, 1_200))
+@pytest.mark.parametrize(
+    ("module", "step", "told"),
+    [(phases, "rollback", "read in mode ledger"), (line, "stop", "while the line was stopped")],
+)
+def test_a_step_without_an_effect_fails_the_rehearsal(
+    server: Postgres, monkeypatch: pytest.MonkeyPatch, module: ModuleType, step: str, told: str
+) -> None:
+    monkeypatch.setattr(module, step, lambda *_: None)
+    report = run(server, traffic.generate(1, 600))
     assert report.verdict == "fail"
-    assert report.mismatches > 0
-    assert any("read in mode ledger" in error for error in report.errors)
+    assert any(told in error for error in report.errors)
 
 
 @pytest.mark.usefixtures("nothing_is_left")
@@ -254,7 +306,8 @@ def test_rows_that_cannot_be_read_are_listed_and_nothing_is_run(tmp_path: Path) 
 @pytest.mark.usefixtures("nothing_is_left")
 def test_a_user_who_may_create_databases_and_roles_is_enough(server: Postgres) -> None:
     with login(server, "createdb createrole") as url:
-        report = rehearse_traffic(traffic.generate(1, 300), workers=2, seed=1, database_url=url, progress=False)
+        made = traffic.generate(1, 300)
+        report = rehearse_traffic(made, workers=2, seed=1, database_url=url, progress=False, flag_lag=0)
     assert report.errors == ()
     assert report.verdict == "pass"
 
@@ -275,6 +328,12 @@ def test_a_server_that_does_not_answer_is_named(tmp_path: Path) -> None:
 def test_a_senseless_number_of_workers_is_refused(workers: int) -> None:
     with pytest.raises(UsageError, match="workers"):
         rehearse(workers=workers, database_url=UNREACHABLE, progress=False)
+
+
+@pytest.mark.parametrize("seconds", [-0.1, 61, float("nan")])
+def test_a_senseless_lag_of_flags_is_refused(seconds: float) -> None:
+    with pytest.raises(UsageError, match="flag lag"):
+        rehearse(flag_lag=seconds, database_url=UNREACHABLE, progress=False)
 
 
 def test_a_result_that_could_not_be_written_is_refused_before_anything_is_run(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from typing import Unpack
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from walletmigrate import observe
+from walletmigrate import line, observe, standing
 from walletmigrate.config import Mapping, Settings, key_text
 from walletmigrate.errors import LedgerNotInstalled, UnknownTransaction, WalletMigrateError
-from walletmigrate.flags import Decision, FlagSource, Snapshot
+from walletmigrate.flags import OFF, Decision, FlagSource, Snapshot
 from walletmigrate.ledger import Entry, balance_at, history, touched_by
 from walletmigrate.legacy import LedgerAppearedError, post_legacy
 from walletmigrate.movements import Details, Key, Movement, Prepared, Traits, prepare, transaction_number
@@ -213,11 +213,19 @@ class LegacyBalanceAdapter:
             return balance_at(connection, self.settings.ledger_schema, self.mapping.name, text, column, at)
 
     def decision(self, target: Target, key: Key, *, traits: Traits | None = None) -> Decision:
-        """What the flags ask for this account; one snapshot answers all three."""
+        """What is in force for this account: what the flags ask, as far as phase and line allow it now.
+
+        One snapshot answers all three flags. While the line is stopped, dual-write and the features of the
+        wallet alone are off. Raises LedgerNotInstalled where the ledger is gone since the last call.
+        """
         connection = connection_of(target)
-        site = self._sites.at(connection)
-        text = key_text(key, site.key_type, self.mapping.name)
-        return self._decide(connection, site, self._snapshot(), text, traits)
+        with self._typed(connection):
+            site = self._sites.at(connection)
+            text = key_text(key, site.key_type, self.mapping.name)
+            if not site.installed:
+                return OFF
+            wanted = self._decide(connection, site, self._snapshot(), text, traits)
+            return line.in_force(wanted, standing.show(connection, self.settings))
 
     def _one(self, target: Target, movement: Movement) -> Posting:
         return self.apply(target, [movement])[0]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from walletmigrate import cli_capture, cli_discover, cli_flags, cli_jobs, cli_phases, cli_setup, cli_watch
+from walletmigrate import cli_capture, cli_discover, cli_flags, cli_jobs, cli_line, cli_phases, cli_setup, cli_watch
 from walletmigrate.commands import CONFIG, DATABASE_URL, JSON, Group, command
 from walletmigrate.console import DIFFERENCE, OK, Answer
 from walletmigrate.invocation import Run
@@ -37,6 +37,9 @@ def rehearse(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Worker processes.")] = 4,
     seed: Annotated[int, typer.Option(help="Decides the made-up traffic and who is in which cohort.")] = 1,
+    flag_lag: Annotated[
+        float, typer.Option(min=0, max=60, metavar="SECONDS", help="How far apart workers see a flag flip.")
+    ] = 5.0,
     report: Annotated[Path | None, typer.Option(help="Write the report here, as JSON.")] = None,
     balances: Annotated[Path | None, typer.Option(help="Write every account's balances here, as CSV.")] = None,
 ) -> Answer:
@@ -51,12 +54,15 @@ def rehearse(
         balances=balances,
         database_url=run.url_given,
         progress=not run.as_json,
+        flag_lag=flag_lag,
     )
     passed = made.verdict == "pass"
     counts = f"{made.applied} of {made.transactions} transactions on {made.accounts} accounts"
+    replays = f"{made.replayed} replayed, {made.resyncs} resyncs"
     lines = [
         f"verdict: {made.verdict}",
         f"{counts}, {made.mismatches} mismatches, {made.drift_accounts} accounts with drift",
+        f"{made.bypass_writes} bypass writes, {replays}, {made.serialization_retries} serialization retries",
         f"totals: legacy {made.legacy_total}, ledger {made.ledger_total}, expected {made.expected_total}",
     ]
     return Answer(json.loads(made.to_json()), tuple(lines), exit_code=OK if passed else DIFFERENCE)
@@ -64,6 +70,7 @@ def rehearse(
 
 cli_setup.register(app)
 cli_phases.register(app)
+cli_line.register(app)
 cli_jobs.register(app)
 cli_flags.register(app)
 cli_capture.register(app)

@@ -1,22 +1,19 @@
-"""Commands that move the migration: phases, reads of cohorts, the line."""
+"""Commands that move the migration: phases, and reads of cohorts."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 import typer
-from sqlalchemy import text
 
 from walletmigrate import phases
-from walletmigrate.audit import record
 from walletmigrate.commands import command
 from walletmigrate.console import Answer, plain, reasons_as_json, reasons_as_lines
 from walletmigrate.errors import UsageError
 from walletmigrate.flags import READ_FROM_LEDGER
 from walletmigrate.invocation import Run, cohort, server_steps
 from walletmigrate.phases import FlagChange, PhaseChange
-from walletmigrate.schema import quoted
-from walletmigrate.standing import REASON, require_installed, shown_time
+from walletmigrate.standing import REASON, shown_time
 
 _TO = Annotated[str | None, typer.Option("--to", help="The phase to be in after it; being there already is fine.")]
 _COHORT = Annotated[str | None, typer.Option("--cohort", metavar="TRAIT=VALUE", help="For example tenant=acme.")]
@@ -32,8 +29,6 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="phase")
     command(app, "cutover", changes=True, confirms=True)(cutover)
     command(app, "rollback", changes=True)(rollback)
-    command(app, "stop-the-line", changes=True)(stop_the_line)
-    command(app, "resume", changes=True)(resume)
 
 
 def show(run: Run) -> Answer:
@@ -100,16 +95,6 @@ def rollback(
     return Answer(plain(done), tuple(lines), tuple(notes))
 
 
-def stop_the_line(run: Run) -> Answer:
-    """Stop all dual-writes at the next statement of every process: legacy alone is written."""
-    return _set_line(run, running=False)
-
-
-def resume(run: Run) -> Answer:
-    """Let dual-writes go on after stop-the-line. Accounts written meanwhile are stale: backfill them."""
-    return _set_line(run, running=True)
-
-
 def flag_line(change: FlagChange) -> str:
     """A flag's flip in a sentence."""
     if not change.changed:
@@ -149,28 +134,6 @@ def _exercise(run: Run) -> Answer:
         {"exercise": plain(done)},
         (f"{said} from {done.phase} to {done.through} and to {done.phase} again",),
         () if done.dry_run else (note,),
-    )
-
-
-def _set_line(run: Run, *, running: bool) -> Answer:
-    act, settings = run.act(), run.settings
-    with run.engine.begin() as connection:
-        require_installed(connection, settings)
-        before = phases.show(connection, settings).line_running
-        changed = before != running
-        if changed and not run.dry_run:
-            record(connection, settings, run.command, act, details={"running": running})
-            connection.execute(
-                text(f"select {quoted(settings.ledger_schema)}.set_line(:running)"), {"running": running}
-            )
-    word = "runs" if running else "is stopped"
-    line = f"the line {word}" + ("" if changed else " already") + (" (dry run: unchanged)" if run.dry_run else "")
-    after = f"walletmigrate resume {REASON} && walletmigrate backfill {REASON}"
-    notes = (f"accounts written from now on turn stale; afterwards: {after}",)
-    return Answer(
-        {"line_running": before if run.dry_run else running, "changed": changed, "dry_run": run.dry_run},
-        (line,),
-        () if running or run.dry_run else notes,
     )
 
 

@@ -302,6 +302,7 @@ def _grant(connection: Connection, settings: Settings) -> None:
         f"{name}.mappings, {name}.flag_documents to {app}"
     )
     connection.exec_driver_sql(f"grant insert, update on {name}.flag_documents to {app}, {operator}")
+    connection.exec_driver_sql(f"grant select on {name}.line to {app}")  # a decision asks whether it runs
     connection.exec_driver_sql(f"grant insert on {name}.jobs, {name}.audit_log, {name}.verifications to {operator}")
     connection.exec_driver_sql(f"grant update on {name}.jobs, {name}.control to {operator}")
     connection.exec_driver_sql(f"grant delete on {name}.bypasses to {operator}")

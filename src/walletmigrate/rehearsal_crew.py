@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.context import SpawnProcess
@@ -16,18 +16,8 @@ from types import TracebackType
 from typing import Final, Self
 
 from walletmigrate.errors import WalletMigrateError
-from walletmigrate.rehearsal_worker import (
-    Assignment,
-    Beat,
-    Failed,
-    Message,
-    Order,
-    Quit,
-    Restart,
-    Run,
-    Tally,
-    work,
-)
+from walletmigrate.rehearsal_messages import Assignment, Beat, Failed, Message, Order, Quit, Restart, Run, Tally
+from walletmigrate.rehearsal_worker import work
 
 STALL_SECONDS: Final = 120.0
 """How long no worker may get any further before the rehearsal gives up."""
@@ -57,6 +47,8 @@ class _Member:
     beat: Beat | None = None
     tally: Tally | None = None
     failed: bool = False
+    killed: bool = False
+    before: int = 0
 
     @property
     def name(self) -> str:
@@ -103,14 +95,42 @@ class Crew:
     ) -> None:
         self._stop(at_once=kind is not None)
 
-    def run(self, leg: int) -> None:
-        """Let every worker post its share of a leg."""
+    @property
+    def quiet(self) -> bool:
+        """Whether all traffic of the leg is done."""
+        return all(member.tally for member in self._members)
+
+    def run(self, leg: int, seconds: float = 0.0) -> None:
+        """Let every worker post its share of a leg, spread over so many seconds (0: as fast as can be)."""
         with self._condition:
             self._leg, self._before = leg, self.done
             self._started = self._moved = time.monotonic()
             for member in self._members:
-                member.tally = None
-        self._order(Run(leg))
+                member.tally, member.before = None, member.beat.done if member.beat else 0
+        self._order(Run(leg, seconds))
+
+    def replace_one(self) -> str:
+        """Kill a worker amid the leg by SIGKILL, and give its whole share of the leg to a new process.
+
+        Returns what was done. Raises WorkersFailed.
+        """
+        self._wait_for(lambda: self.quiet or any(_has_begun(member) for member in self._members))
+        at = next((place for place, member in enumerate(self._members) if _has_begun(member)), 0)
+        with self._condition:
+            victim = self._members[at]
+            victim.killed = True
+        victim.process.kill()
+        _end(victim.process)
+        if victim.listener:
+            victim.listener.join(_QUIT_SECONDS)
+        victim.pipe.close()
+        with self._condition, _interrupt_blocked():
+            successor = self._members[at] = _hired(replace(victim.assignment, from_leg=self._leg))
+        self._heed(successor)
+        self._wait_for(lambda: successor.beat is not None)
+        with contextlib.suppress(OSError):
+            successor.pipe.send(Run(self._leg))
+        return f"{victim.name} killed, its transactions sent again by process {successor.process.pid}"
 
     def wait_for_share(self, share: float) -> None:
         """Wait until this share (0 to 1) of the leg's transactions is done. Raises WorkersFailed."""
@@ -137,25 +157,22 @@ class Crew:
         self._wait_for(lambda: all(m.beat and m.beat.document_id == document_id for m in self._members))
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
         with _interrupt_blocked():
             for assignment in self._assignments:
-                mine, theirs = context.Pipe()
-                name = f"walletmigrate-rehearse-{assignment.number}"
-                process = context.Process(target=work, args=(assignment, theirs), name=name, daemon=True)
-                self._members.append(_Member(assignment, process, mine))
-                process.start()
-                theirs.close()  # so that the worker's end of the pipe ends with the worker
+                self._members.append(_hired(assignment))
         for member in self._members:
-            member.listener = threading.Thread(target=self._listen, args=(member,), daemon=True)
-            member.listener.start()
+            self._heed(member)
+
+    def _heed(self, member: _Member) -> None:
+        member.listener = threading.Thread(target=self._listen, args=(member,), daemon=True)
+        member.listener.start()
 
     def _listen(self, member: _Member) -> None:
         try:
             while True:
                 self._take(member, member.pipe.recv())
         except (EOFError, OSError):
-            if self._stopping or member.failed:
+            if self._stopping or member.failed or member.killed:
                 return
             member.process.join(_QUIT_SECONDS)
             with self._condition:
@@ -212,6 +229,22 @@ class Crew:
             if member.listener:
                 member.listener.join(_QUIT_SECONDS)
             member.pipe.close()
+
+
+def _hired(assignment: Assignment) -> _Member:
+    """A new worker process; call it with Ctrl-C blocked."""
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    name = f"walletmigrate-rehearse-{assignment.number}"
+    process = context.Process(target=work, args=(assignment, theirs), name=name, daemon=True)
+    process.start()
+    theirs.close()  # so that the worker's end of the pipe ends with the worker
+    return _Member(assignment, process, mine)
+
+
+def _has_begun(member: _Member) -> bool:
+    """Whether it has posted something of the leg."""
+    return member.beat is not None and member.beat.done > member.before
 
 
 def _end(process: SpawnProcess) -> None:

@@ -60,7 +60,10 @@ class Report:
     ``applied`` counts what workers posted and committed, each transaction once. ``mismatches`` counts answers
     of the adapter that were not as the file says, and failures that the ledger recorded. ``drift_accounts``
     are accounts whose legacy, ledger and expected balance are not all equal; ``drift_amount`` is the sum of
-    their largest differences. ``errors`` is why it failed, when it did not come to its end.
+    their largest differences. ``bypass_writes`` are raw updates that the legacy column took, ``replayed``
+    answers to transactions that were sent before, ``resyncs`` transactions that brought an account back to its
+    legacy balance, ``serialization_retries`` postings tried again after SQLSTATE 40001. ``errors`` is why it
+    failed, when it did not come to its end.
     """
 
     verdict: Literal["pass", "fail"]
@@ -77,6 +80,10 @@ class Report:
     postgres_version: str
     balances: tuple[AccountBalances, ...]
     errors: tuple[str, ...] = ()
+    bypass_writes: int = 0
+    replayed: int = 0
+    resyncs: int = 0
+    serialization_retries: int = 0
 
     def to_json(self) -> str:
         """The report as one JSON document; amounts are strings of exact decimals."""
@@ -92,6 +99,10 @@ class Report:
             "legacy_total": plain(self.legacy_total),
             "ledger_total": plain(self.ledger_total),
             "expected_total": plain(self.expected_total),
+            "bypass_writes": self.bypass_writes,
+            "replayed": self.replayed,
+            "resyncs": self.resyncs,
+            "serialization_retries": self.serialization_retries,
             "stages": [
                 {
                     "name": stage.name,
@@ -117,6 +128,10 @@ def judge(
     stages: Sequence[Stage],
     postgres_version: str,
     errors: Sequence[str],
+    bypass_writes: int = 0,
+    replayed: int = 0,
+    resyncs: int = 0,
+    serialization_retries: int = 0,
 ) -> Report:
     """Make the report. It passes only if nothing at all is wrong."""
     drifting = [each for each in balances if not each.agrees]
@@ -132,6 +147,10 @@ def judge(
         legacy_total=sum((each.legacy or Decimal(0) for each in balances), Decimal("0.00")),
         ledger_total=sum((each.ledger or Decimal(0) for each in balances), Decimal("0.00")),
         expected_total=sum((each.expected for each in balances), Decimal("0.00")),
+        bypass_writes=bypass_writes,
+        replayed=replayed,
+        resyncs=resyncs,
+        serialization_retries=serialization_retries,
         stages=tuple(stages),
         postgres_version=postgres_version,
         balances=tuple(balances),

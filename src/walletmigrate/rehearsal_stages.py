@@ -14,20 +14,24 @@ from typing import Final
 
 from walletmigrate.rehearsal_crew import Crew
 from walletmigrate.rehearsal_display import Display
+from walletmigrate.rehearsal_messages import Tally
 from walletmigrate.rehearsal_report import Stage, stage
 from walletmigrate.rehearsal_steps import Migration
-from walletmigrate.rehearsal_worker import Tally
 from walletmigrate.traffic import Transaction
 
 BEGIN_STEP_AT: Final = 0.25
 """The share of a leg's transactions that is done before its step begins."""
+
+BEGIN_FLIP_AT: Final = 0.05
+"""The same for a step that waits until a flag has arrived everywhere: most traffic is to run meanwhile."""
 
 
 @dataclass(frozen=True)
 class Leg:
     """A part of a stage: the step beside its traffic, or how that traffic must be written and read.
 
-    ``settled`` lets the step wait for the end of the traffic.
+    ``settled`` lets the step wait for the end of the traffic. ``flips``: the step waits until a flag flip has
+    arrived in every process, and the traffic is spread over that time.
     """
 
     step: Callable[[Migration, Crew], str] | None = None
@@ -35,6 +39,12 @@ class Leg:
     mode: str | None = None
     source: str | None = None
     settled: bool = False
+    flips: bool = False
+
+    @property
+    def begin_at(self) -> float:
+        """The share of the traffic that is done before the step begins."""
+        return 1 if self.settled else BEGIN_FLIP_AT if self.flips else BEGIN_STEP_AT
 
 
 STAGES: Final[tuple[tuple[str, tuple[Leg, ...]], ...]] = (
@@ -51,8 +61,8 @@ STAGES: Final[tuple[tuple[str, tuple[Leg, ...]], ...]] = (
     (
         "dual-write",
         (
-            Leg(Migration.write_all, "dual-write for all, backfill"),
-            Leg(mode="dual_write", source="legacy"),
+            Leg(Migration.write_all, "dual-write for all, backfill", flips=True),
+            Leg(Migration.lose_a_worker, "a worker killed, its work sent again", mode="dual_write", source="legacy"),
         ),
     ),
     (
@@ -60,7 +70,16 @@ STAGES: Final[tuple[tuple[str, tuple[Leg, ...]], ...]] = (
         (
             Leg(Migration.read_some, "verify, ledger reads for a cohort"),
             Leg(mode="dual_write"),
-            Leg(Migration.read_all, "ledger reads for all"),
+            Leg(Migration.read_all, "ledger reads for all", flips=True),
+            Leg(mode="dual_write", source="ledger"),
+        ),
+    ),
+    (
+        "the line stopped",
+        (
+            Leg(Migration.stop_the_line, "stop the line"),
+            Leg(mode="legacy"),
+            Leg(Migration.resume, "resume"),
             Leg(mode="dual_write", source="ledger"),
         ),
     ),
@@ -69,7 +88,7 @@ STAGES: Final[tuple[tuple[str, tuple[Leg, ...]], ...]] = (
         (
             Leg(Migration.roll_back, "reads back to legacy"),
             Leg(mode="dual_write", source="legacy"),
-            Leg(Migration.forward, "verify, ledger reads for all"),
+            Leg(Migration.forward, "verify, ledger reads for all", flips=True),
             Leg(mode="dual_write", source="ledger"),
         ),
     ),
@@ -108,33 +127,38 @@ def legs_of(transactions: Sequence[Transaction]) -> tuple[tuple[Transaction, ...
 class Walk:
     """The walk through all stages. ``stages`` and ``total`` hold what is finished, however the walk ends."""
 
-    def __init__(self, migration: Migration, crew: Crew, shown: Display) -> None:
+    def __init__(self, migration: Migration, crew: Crew, shown: Display, flag_lag: float) -> None:
+        """``flag_lag`` is how many seconds a flag flip takes to the last process."""
         self.stages: list[Stage] = []
         self.total = Tally(-1)
         self._migration = migration
         self._crew = crew
         self._shown = shown
+        self._flag_lag = flag_lag
         self._leg = 0
 
     def go(self) -> None:
         """Walk. Raises WorkersFailed, or what a step was refused or failed with."""
         for name, legs in STAGES:
             self._shown.begin(name)
-            count, seconds, durations, remarks = 0, 0.0, array("d"), []
+            count, seconds, durations, remarks, rejected = 0, 0.0, array("d"), [], 0
             for leg in legs:
                 tally, took, remark = self._walk_leg(leg)
                 count, seconds = count + tally.applied, seconds + took
                 durations.extend(tally.seconds)
                 remarks += [remark] if remark else []
+                rejected += tally.rejected
                 self.total.add(tally)
+            if rejected:
+                remarks.append(f"{rejected} raw writes rejected, and sent again through the adapter")
             self.stages.append(stage(name, count, seconds, durations))
             self._shown.end(self.stages[-1], "; ".join(remarks))
 
     def _walk_leg(self, leg: Leg) -> tuple[Tally, float, str]:
         remark = ""
-        self._crew.run(self._leg)
+        self._crew.run(self._leg, self._flag_lag if leg.flips else 0)
         if leg.step is not None:
-            self._crew.wait_for_share(1 if leg.settled else BEGIN_STEP_AT)
+            self._crew.wait_for_share(leg.begin_at)
             self._shown.step(leg.what)
             remark = leg.step(self._migration, self._crew)
         tally, seconds = self._crew.finish()

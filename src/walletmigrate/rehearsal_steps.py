@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
-from walletmigrate import phases
+from walletmigrate import line, phases
 from walletmigrate.audit import Act
 from walletmigrate.backfill import backfill
 from walletmigrate.config import Settings
-from walletmigrate.errors import WalletMigrateError
+from walletmigrate.errors import PreconditionRefused, WalletMigrateError
 from walletmigrate.flag_file import FlagFile
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.flags import DUAL_WRITE
 from walletmigrate.freeze import FreezeResult, freeze, unfreeze
 from walletmigrate.install import install
 from walletmigrate.rehearsal_crew import Crew
+from walletmigrate.schema import quoted
 from walletmigrate.traffic import Traffic
 from walletmigrate.verify import Verification, verify
 
@@ -34,6 +35,11 @@ SHOWN: Final = 3
 
 BATCH_SIZE: Final = 100
 """Small batches, so that jobs meet traffic in the midst of their work."""
+
+STOP_SECONDS: Final = 30.0
+"""How long a posting in flight may go on after the line is stopped."""
+
+Done = TypeVar("Done")
 
 
 class StepFailed(WalletMigrateError):
@@ -55,6 +61,7 @@ class Migration:
         random.Random(f"{seed} cohorts").shuffle(tenants)
         self.writing = tenants[: (len(tenants) + 1) // 2]
         self.reading = self.writing[:COHORT_TENANTS]
+        self._written = 0
 
     def install(self, crew: Crew) -> str:
         """Make ledger and fence; the application notices at its restart."""
@@ -67,7 +74,6 @@ class Migration:
         phases.advance(self.engine, self.settings, self.source, _act("dual-write may begin"))
         for tenant in self.writing:
             self._dual_write(tenant)
-        self._agreed(crew)
         return f"dual-write for {len(self.writing)} tenants; {self._backfill(crew)}"
 
     def exercise(self, crew: Crew) -> str:
@@ -80,52 +86,76 @@ class Migration:
     def write_all(self, crew: Crew) -> str:
         """Dual-write for everyone; then bring every account up to its legacy balance."""
         self._dual_write(None)
+        first = self._backfill(crew)
         self._agreed(crew)
-        return self._backfill(crew)
+        return f"{first}; {self._backfill(crew)}"
+
+    def lose_a_worker(self, crew: Crew) -> str:
+        """A worker is killed in the midst; its transactions are sent again with the same idempotency keys."""
+        return crew.replace_one()
 
     def read_some(self, crew: Crew) -> str:
         """Verify, open the phase, and read a cohort's balances from the ledger."""
-        said = self.verified()
-        phases.advance(self.engine, self.settings, self.source, _act("reads may come from the ledger"))
-        for tenant in self.reading:
-            act = _act("a cohort reads from the ledger")
-            phases.cutover(self.engine, self.settings, self.flags, ("tenant", tenant), act)
-        self._agreed(crew)
+        said = self._gated(crew, lambda: self._advance_verified("reads may come from the ledger"))
+        self._gated(crew, lambda: self._cut_over(*[("tenant", tenant) for tenant in self.reading]))
         return f"{said}; ledger reads for {len(self.reading)} tenants"
 
     def read_all(self, crew: Crew) -> str:
         """Read everybody's balances from the ledger."""
-        phases.cutover(self.engine, self.settings, self.flags, None, _act("everyone reads from the ledger"))
+        self._gated(crew, lambda: self._cut_over(None))
         self._agreed(crew)
         return "ledger reads for everyone"
 
-    def roll_back(self, crew: Crew) -> str:
-        """Read everybody's balances from legacy again."""
+    def stop_the_line(self, crew: Crew) -> str:  # noqa: ARG002 - as all steps
+        """Nothing more is written to the ledger, in any process, once the postings in flight have ended."""
+        line.stop(self.engine, self.settings, _act("stop the line under traffic"))
+        left = line.wait(self.engine, self.settings, timeout=STOP_SECONDS)
+        if left:
+            raise StepFailed(f"{len(left)} transactions in flight have not ended in {STOP_SECONDS:.0f} s")
+        self._written = self._transactions()
+        return "stopped, postings in flight waited out"
+
+    def resume(self, crew: Crew) -> str:
+        """Make sure that nothing was written, and let the line run again."""
+        since = self._transactions() - self._written
+        if since:
+            raise StepFailed(f"{since} transactions were written to the ledger while the line was stopped")
+        line.resume(self.engine, self.settings, _act("the line may run again"))
+        return f"resumed; {self._backfill(crew)}"
+
+    def roll_back(self, crew: Crew) -> str:  # noqa: ARG002 - as all steps
+        """Read everybody's balances from legacy again: by the phase at once, whenever the flag arrives."""
         phases.rollback(self.engine, self.settings, self.flags, _act("reads back to legacy"))
-        self._agreed(crew)
         return "reads back to legacy"
 
     def forward(self, crew: Crew) -> str:
         """Verify once more, and read everybody's balances from the ledger."""
-        said = self.verified()
-        phases.advance(self.engine, self.settings, self.source, _act("forward again"))
+        said = self._gated(crew, lambda: self._advance_verified("forward again"))
         return f"{said}; {self.read_all(crew)}"
 
     def freeze(self, crew: Crew) -> str:
         """The ledger alone is written, account by account."""
-        phases.advance(self.engine, self.settings, self.source, _act("the wallet's own features may be used"))
-        phases.exercise(self.engine, self.settings, self.source, _act("the way back, exercised again"))
-        self.verified()
-        phases.enter_frozen(self.engine, self.settings, self.source, _act("freeze"))
-        found = freeze(
-            self.engine,
-            self.settings,
-            self.mapping,
-            _act("freeze"),
-            batch_size=BATCH_SIZE,
-            stop=lambda: crew.failed,
-        )
-        return _moved(found, "frozen")
+        self._gated(crew, lambda: self._advance_verified("the wallet's own features may be used"))
+        again = _act("the way back, exercised again")
+        self._gated(crew, lambda: phases.exercise(self.engine, self.settings, self.source, again))
+        self._gated(crew, lambda: phases.enter_frozen(self.engine, self.settings, self.source, _act("freeze")))
+        frozen = 0
+
+        def seal() -> None:
+            nonlocal frozen
+            found = freeze(
+                self.engine,
+                self.settings,
+                self.mapping,
+                _act("freeze"),
+                batch_size=BATCH_SIZE,
+                stop=lambda: crew.failed,
+            )
+            frozen += found.changed
+            _all_moved(found, "frozen")
+
+        self._gated(crew, seal)
+        return f"{frozen} accounts frozen"
 
     def unfreeze(self, crew: Crew) -> str:
         """Bring the legacy column up to the ledger; both are written from then on."""
@@ -138,11 +168,12 @@ class Migration:
             batch_size=BATCH_SIZE,
             stop=lambda: crew.failed,
         )
-        return _moved(found, "unfrozen")
+        _all_moved(found, "unfrozen")
+        return f"{found.changed} accounts unfrozen"
 
-    def verify(self, _crew: Crew) -> str:
+    def verify(self, crew: Crew) -> str:
         """A full verification as a step of its own."""
-        return self.verified()
+        return self._gated(crew, self.verified)
 
     def verified(self) -> str:
         """A full verification, on record. Raises StepFailed unless it is clean."""
@@ -150,6 +181,35 @@ class Migration:
         if not found.clean:
             raise StepFailed(f"the verification is not clean: {'; '.join(_findings(found))}")
         return f"verified {found.accounts} accounts"
+
+    def _gated(self, crew: Crew, step: Callable[[], Done]) -> Done:
+        """Take a step whose gate closes while an account is stale, which raw SQL may make of one at any moment.
+
+        So the operator brings all accounts up, and tries again, until the traffic of the leg is over at last.
+        """
+        quiet = False
+        while True:
+            try:
+                return step()
+            except (PreconditionRefused, StepFailed):
+                if quiet or crew.failed:
+                    raise
+            quiet = crew.quiet
+            self._backfill(crew)
+
+    def _advance_verified(self, reason: str) -> str:
+        said = self.verified()
+        phases.advance(self.engine, self.settings, self.source, _act(reason))
+        return said
+
+    def _cut_over(self, *cohorts: tuple[str, str] | None) -> None:
+        for cohort in cohorts:
+            phases.cutover(self.engine, self.settings, self.flags, cohort, _act("read from the ledger"))
+
+    def _transactions(self) -> int:
+        with self.engine.begin() as connection:
+            name = quoted(self.settings.ledger_schema)
+            return int(connection.scalar(text(f"select count(*) from {name}.transactions")) or 0)
 
     def _dual_write(self, tenant: str | None) -> None:
         who: dict[str, Any] = {"everyone": True} if tenant is None else {"trait": ("tenant", tenant)}
@@ -187,10 +247,9 @@ def _findings(found: Verification) -> Iterator[str]:
     yield f"{found.drift_accounts} accounts differ, {found.missing} are missing, {found.stale} stale"
 
 
-def _moved(found: FreezeResult, how: str) -> str:
+def _all_moved(found: FreezeResult, how: str) -> None:
     if found.refused:
         raise StepFailed(f"{found.refused} accounts could not be {how}")
-    return f"{found.changed} accounts {how}"
 
 
 def _act(reason: str) -> Act:

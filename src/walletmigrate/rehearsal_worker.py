@@ -2,7 +2,9 @@
 
 A worker owns its accounts: nobody else posts to them, and it posts their transactions in order. So it knows
 what every balance must be, and compares each answer of the adapter with that. Now and then it reads a balance,
-and it sends a transaction a second time, as a client does that has lost the first answer.
+and it sends a transaction a second time, as a client does that has lost the first answer. Some transactions come
+as raw SQL from another connection: each is held back until the account's next posting has taken its snapshot, and
+is committed then, so that the posting meets it at the worst moment.
 """
 
 from __future__ import annotations
@@ -11,130 +13,40 @@ import random
 import signal
 import time
 import traceback
-from array import array
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from decimal import Decimal
 from multiprocessing.connection import Connection as Pipe
-from pathlib import Path
-from typing import Final, TypeAlias, TypeVar
+from typing import Final, TypeVar
 
 import sqlalchemy
 from sqlalchemy import Engine, event
+from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.exc import DBAPIError
 
 from walletmigrate import connect
 from walletmigrate.adapter import LegacyBalanceAdapter
-from walletmigrate.config import Settings
 from walletmigrate.errors import LedgerNotInstalled, WalletMigrateError
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.postings import Posting, sqlstate
+from walletmigrate.reads import Balance
+from walletmigrate.rehearsal_flags import LateSource
+from walletmigrate.rehearsal_messages import Assignment, Beat, Failed, Message, Order, Quit, Restart, Run, Tally
+from walletmigrate.rehearsal_raw import RawWriter, is_raw
 from walletmigrate.schema import quoted
 from walletmigrate.traffic import Transaction
 
-ATTEMPTS: Final = 10
+ATTEMPTS: Final = 20
 """How often a transaction is tried when the database says that trying again may help."""
 
 READ_SHARE: Final = 0.25
 REPEAT_SHARE: Final = 0.05
 BEAT_SECONDS: Final = 0.1
 FLAG_SECONDS: Final = 0.05
-EXAMPLES: Final = 3
 
 Answer = TypeVar("Answer")
 
 _LIMITS: Final = "set lock_timeout = '20s'; set statement_timeout = '60s'"
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What a worker gets at its start. ``url`` may hold a password: it travels through a pipe, not as argument.
-
-    ``role`` is the database role of the application; ``legs`` are its share of each leg of the rehearsal.
-    """
-
-    number: int
-    seed: int
-    url: str
-    role: str
-    settings: Settings
-    flag_file: Path
-    integer_keys: bool
-    legs: tuple[tuple[Transaction, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Order: post the transactions of this leg."""
-
-    leg: int
-
-
-@dataclass(frozen=True, slots=True)
-class Restart:
-    """Order: start the application anew, in the midst of its traffic, as a rolling deploy does."""
-
-
-@dataclass(frozen=True, slots=True)
-class Quit:
-    """Order: end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Beat:
-    """Sign of life: transactions posted so far, restarts so far, and the flag document it decides by."""
-
-    done: int
-    restarts: int
-    document_id: str
-
-
-@dataclass(slots=True)
-class Tally:
-    """What a worker counted in one leg. ``mismatches`` are answers that were not as they must be; ``seconds``
-    are the durations of its transactions, commit included; ``modes`` counts postings by mode.
-    """
-
-    leg: int
-    applied: int = 0
-    repeated: int = 0
-    retried: int = 0
-    mismatches: int = 0
-    examples: list[str] = field(default_factory=list)
-    modes: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
-    reads: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
-    seconds: array[float] = field(default_factory=lambda: array("d"))
-
-    def wrong(self, what: str) -> None:
-        """Count an answer that was not as it must be."""
-        self.mismatches += 1
-        if len(self.examples) < EXAMPLES:
-            self.examples.append(what)
-
-    def add(self, other: Tally) -> None:
-        """Add what another worker counted."""
-        self.applied += other.applied
-        self.repeated += other.repeated
-        self.retried += other.retried
-        self.mismatches += other.mismatches
-        self.examples = (self.examples + other.examples)[:EXAMPLES]
-        for mine, theirs in ((self.modes, other.modes), (self.reads, other.reads)):
-            for name, count in theirs.items():
-                mine[name] += count
-        self.seconds.extend(other.seconds)
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The worker gave up, and why."""
-
-    what: str
-    trace: str
-
-
-Order: TypeAlias = Run | Restart | Quit
-Message: TypeAlias = Beat | Tally | Failed
 
 
 def work(assignment: Assignment, pipe: Pipe[Message, Order]) -> None:
@@ -142,8 +54,9 @@ def work(assignment: Assignment, pipe: Pipe[Message, Order]) -> None:
     # Ctrl-C on a terminal reaches every process; the parent decides what it means. It was blocked until here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    engine = _engine(assignment)
-    worker = Worker(assignment, pipe, engine)
+    engine = _engine(assignment, f"walletmigrate-rehearse-{assignment.number}", assignment.isolation)
+    other = _engine(assignment, f"rehearsal-job-{assignment.number}", "READ COMMITTED")
+    worker = Worker(assignment, pipe, engine, RawWriter(other, integer_keys=assignment.integer_keys))
     try:
         worker.serve()
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -156,23 +69,31 @@ def work(assignment: Assignment, pipe: Pipe[Message, Order]) -> None:
         raise SystemExit(1) from None
     finally:
         engine.dispose()
+        other.dispose()
 
 
 class Worker:
     """The application in one process. ``place`` says what it is at."""
 
-    def __init__(self, assignment: Assignment, pipe: Pipe[Message, Order], engine: Engine) -> None:
+    def __init__(self, assignment: Assignment, pipe: Pipe[Message, Order], engine: Engine, raw: RawWriter) -> None:
         self.assignment = assignment
         self.place = ""
         self._engine = engine
+        self._raw = raw
         self._pipe = pipe
         self._dice = random.Random(f"{assignment.seed} worker {assignment.number}")
         self._balances: defaultdict[str, Decimal] = defaultdict(Decimal)
         self._keyed: list[Transaction] = []
+        self._held: dict[str, Transaction] = {}
         self._done = 0
-        self._restarts = 0
+        self._restarts = int(assignment.from_leg > 0)
+        self._resent = False
         self._next_beat = 0.0
         self._adapter = self._new_adapter()
+        for leg in assignment.legs[: assignment.from_leg]:
+            for one in leg:
+                self._done += 1
+                self._balances[one.account] += one.amount
 
     def serve(self) -> None:
         """Follow orders until told to quit."""
@@ -184,8 +105,8 @@ class Worker:
 
     def _follow(self, order: Order) -> bool:
         match order:
-            case Run(leg):
-                self._pipe.send(self._run(leg))
+            case Run(leg, seconds):
+                self._pipe.send(self._run(leg, seconds))
             case Restart():
                 self._restarts += 1
                 self._adapter = self._new_adapter()
@@ -202,35 +123,53 @@ class Worker:
 
     def _new_adapter(self) -> LegacyBalanceAdapter:
         source = FileSource(self.assignment.flag_file, FLAG_SECONDS)
-        return LegacyBalanceAdapter(self.assignment.settings, source)
+        return LegacyBalanceAdapter(self.assignment.settings, LateSource(source, self.assignment.flag_delay))
 
-    def _run(self, leg: int) -> Tally:
-        tally = Tally(leg)
-        for one in self.assignment.legs[leg]:
-            if self._pipe.poll():
-                self._follow(self._pipe.recv())
-            self._beat()
-            self._apply(one, tally)
-            if self._dice.random() < READ_SHARE:
-                self._read(one, tally)
+    def _run(self, leg: int, seconds: float) -> Tally:
+        tally, share, began = Tally(leg), self.assignment.legs[leg], time.monotonic()
+        self._resent = 0 < self.assignment.from_leg == leg
+        for place, one in enumerate(share):
+            self._attend(began + seconds * place / len(share))
+            held = self._held.pop(one.account, None)
+            if is_raw(self.assignment.seed, one):
+                if held is not None:
+                    self._send_raw(held, tally)
+                self._held[one.account] = one
+            else:
+                self._apply(one, tally, held)
+                if self._dice.random() < READ_SHARE and not self._resent:
+                    self._read(one, tally)
             if self._keyed and self._dice.random() < REPEAT_SHARE:
                 self._repeat(self._dice.choice(self._keyed), tally)
+        for one in self._held.values():
+            self._send_raw(one, tally)
+        self._held.clear()
         self.place = ""
         self._next_beat = 0.0
         self._beat()
         return tally
 
-    def _apply(self, one: Transaction, tally: Tally) -> None:
+    def _attend(self, until: float) -> None:
+        """Give signs of life and follow orders, at least once, until that time of the monotonic clock."""
+        waiting = True
+        while waiting:
+            left = until - time.monotonic()
+            waiting = left > 0
+            if self._pipe.poll(max(0.0, min(left, BEAT_SECONDS))):
+                self._follow(self._pipe.recv())
+            self._beat()
+
+    def _apply(self, one: Transaction, tally: Tally, held: Transaction | None = None) -> None:
         started = time.perf_counter()
-        posted = self._post(one, tally)
-        tally.seconds.append(time.perf_counter() - started)
-        if posted.replayed:
+        posted = self._post(one, tally) if held is None else self._post_overtaken(one, held, tally)
+        if held is None:
+            tally.seconds.append(time.perf_counter() - started)
+        tally.replayed += posted.replayed
+        if posted.replayed and not self._resent:
             tally.wrong(f"{self.place}it was posted before")
             return
-        tally.applied += 1
         tally.modes[posted.mode] += 1
-        self._done += 1
-        self._balances[one.account] += one.amount
+        self._count(one, tally)
         if self._restarts:  # before the first restart the ledger was not there to keep the key
             self._keyed.append(one)
         expected = self._balances[one.account]
@@ -240,16 +179,50 @@ class Worker:
         if posted.mismatch or posted.outcome == "ledger_failed":
             tally.wrong(f"{self.place}the ledger did not follow ({posted.outcome})")
 
+    def _count(self, one: Transaction, tally: Tally) -> None:
+        tally.applied += 1
+        self._done += 1
+        self._balances[one.account] += one.amount
+
+    def _post_overtaken(self, one: Transaction, held: Transaction, tally: Tally) -> Posting:
+        """Post in a transaction that took its snapshot before a raw write to the same account was committed."""
+        written = False
+        if not self._resent:  # what is sent again may stand in the database already: a read would see the future
+            try:
+                with self._engine.begin() as connection:
+                    self._compare(one, self._balance(connection, one), tally)
+                    self.place = _place(held)
+                    written = self._raw.write(held)
+                    if written:
+                        self._count(held, tally)
+                        return self._call(connection, one)
+            except (LedgerNotInstalled, DBAPIError) as error:
+                _retry(error, tally)
+        if not written:
+            self._send_raw(held, tally)
+        return self._post(one, tally)
+
+    def _send_raw(self, one: Transaction, tally: Tally) -> None:
+        """Raw SQL; through the adapter if the fence rejects it, as a job does that has been moved to it."""
+        self.place = _place(one)
+        if self._raw.write(one):
+            self._count(one, tally)
+        else:
+            tally.rejected += 1
+            self._apply(one, tally)
+
     def _repeat(self, one: Transaction, tally: Tally) -> None:
         if self._post(one, tally).replayed:
-            tally.repeated += 1
+            tally.replayed += 1
         else:
             tally.wrong(f"{self.place}sent a second time, it was posted a second time")
 
     def _read(self, one: Transaction, tally: Tally) -> None:
-        key, traits = self._key(one.account), {"tenant": one.tenant}
-        found = self._again(tally, lambda connection: self._adapter.balance(connection, key, traits=traits))
+        found = self._again(tally, lambda connection: self._balance(connection, one))
         tally.reads[found.source] += 1
+        self._compare(one, found, tally)
+
+    def _compare(self, one: Transaction, found: Balance, tally: Tally) -> None:
         expected = self._balances[one.account]
         if found.amount != expected or found.compare == "mismatch":
             tally.wrong(
@@ -257,20 +230,23 @@ class Worker:
                 f"{found.legacy_balance}, ledger {found.ledger_balance}), and it must be {expected}"
             )
 
+    def _balance(self, connection: sqlalchemy.Connection, one: Transaction) -> Balance:
+        return self._adapter.balance(connection, self._key(one.account), traits={"tenant": one.tenant})
+
     def _post(self, one: Transaction, tally: Tally) -> Posting:
-        self.place = f"transaction {one.id} (line {one.line}): "
+        return self._again(tally, lambda connection: self._call(connection, one))
+
+    def _call(self, connection: sqlalchemy.Connection, one: Transaction) -> Posting:
+        self.place = _place(one)
         post = self._adapter.credit if one.amount > 0 else self._adapter.debit
-        return self._again(
-            tally,
-            lambda connection: post(
-                connection,
-                self._key(one.account),
-                abs(one.amount),
-                type=one.type,
-                reference=("transaction", one.id),
-                idempotency_key=f"tx:{one.id}",
-                traits={"tenant": one.tenant},
-            ),
+        return post(
+            connection,
+            self._key(one.account),
+            abs(one.amount),
+            type=one.type,
+            reference=("transaction", one.id),
+            idempotency_key=f"tx:{one.id}",
+            traits={"tenant": one.tenant},
         )
 
     def _again(self, tally: Tally, call: Callable[[sqlalchemy.Connection], Answer]) -> Answer:
@@ -279,12 +255,8 @@ class Worker:
             try:
                 with self._engine.begin() as connection:
                     return call(connection)
-            except LedgerNotInstalled:
-                tally.retried += 1
-            except DBAPIError as error:
-                if not (sqlstate(error).startswith("40") or sqlstate(error) == "55P03"):
-                    raise
-                tally.retried += 1
+            except (LedgerNotInstalled, DBAPIError) as error:
+                _retry(error, tally)
         with self._engine.begin() as connection:
             return call(connection)
 
@@ -292,12 +264,27 @@ class Worker:
         return int(account) if self.assignment.integer_keys else account
 
 
-def _engine(assignment: Assignment) -> Engine:
+def _place(one: Transaction) -> str:
+    return f"transaction {one.id} (line {one.line}): "
+
+
+def _retry(error: LedgerNotInstalled | DBAPIError, tally: Tally) -> None:
+    """Count a failure after which trying again may help; raise any other."""
+    if isinstance(error, DBAPIError):
+        state = sqlstate(error)
+        if not (state.startswith("40") or state == "55P03"):
+            raise error
+        tally.serialization += state == "40001"
+    tally.retried += 1
+
+
+def _engine(assignment: Assignment, name: str, isolation: IsolationLevel) -> Engine:
     """An engine as an application has one; it acts as the application's role, so that grants are rehearsed."""
     made = sqlalchemy.create_engine(
         connect.parsed(assignment.url),
         pool_size=1,
-        connect_args={"application_name": f"walletmigrate-rehearse-{assignment.number}"},
+        isolation_level=isolation,
+        connect_args={"application_name": name},
     )
 
     @event.listens_for(made, "connect")

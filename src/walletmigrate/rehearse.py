@@ -1,7 +1,9 @@
 """The whole migration, rehearsed in a scratch database on a file of transactions: `rehearse`.
 
 The legacy table starts with every account at 0. Several worker processes replay the transactions through the
-adapter, each account's in order, while the migration walks from legacy alone to the ledger alone and back.
+adapter, each account's in order, while the migration walks from legacy alone to the ledger alone and back. What
+makes dual-writes fail in practice happens on the way: raw SQL from other connections, a worker that is killed, flags
+that arrive late, old snapshots, the line stopped and resumed.
 Nothing of it touches a database of the user's: on a server of theirs, a database with a random name and four
 roles are made and dropped again.
 """
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from sqlalchemy import Engine, text
+from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
@@ -31,6 +34,8 @@ from walletmigrate.install import make_roles
 from walletmigrate.postings import sqlstate
 from walletmigrate.rehearsal_crew import Crew, WorkersFailed
 from walletmigrate.rehearsal_display import Display, display
+from walletmigrate.rehearsal_messages import Assignment
+from walletmigrate.rehearsal_raw import NOTES
 from walletmigrate.rehearsal_report import (
     AccountBalances,
     Report,
@@ -40,14 +45,17 @@ from walletmigrate.rehearsal_report import (
 )
 from walletmigrate.rehearsal_stages import Walk, legs_of
 from walletmigrate.rehearsal_steps import Migration
-from walletmigrate.rehearsal_worker import Assignment
 from walletmigrate.schema import quoted
 from walletmigrate.starter import blank_document
 from walletmigrate.traffic import Traffic, Transaction
 
-__all__ = ["MOST_WORKERS", "Report", "rehearse", "rehearse_traffic"]
+__all__ = ["FLAG_LAG_SECONDS", "MOST_WORKERS", "Report", "rehearse", "rehearse_traffic"]
 
 MOST_WORKERS: Final = 64
+FLAG_LAG_SECONDS: Final = 5.0
+"""How much later the last process decides by a flag flip than the first."""
+
+MOST_LAG_SECONDS: Final = 60.0
 CURRENCY: Final = "XXX"
 """ISO 4217's code for no currency: the file does not say."""
 
@@ -63,11 +71,13 @@ def rehearse(
     balances: Path | None = None,
     database_url: str | None = None,
     progress: bool = True,
+    flag_lag: float = FLAG_LAG_SECONDS,
 ) -> Report:
     """Rehearse the migration on a file of transactions, or on traffic made from the seed.
 
     The seed also decides which worker gets which accounts, which tenants go first, and which transactions are
-    sent twice. ``report`` and ``balances`` are files to write the JSON and the CSV to. Without ``database_url``
+    sent twice or come as raw SQL. Flag flips reach the workers up to ``flag_lag`` seconds apart, each after a delay
+    of its own. ``report`` and ``balances`` are files to write the JSON and the CSV to. Without ``database_url``
     an embedded server is started; with it, the scratch database is made on that server.
 
     Returns the report, whatever the verdict. Raises UnreadableInput or UsageError before anything is run,
@@ -76,9 +86,13 @@ def rehearse(
     """
     if not 1 <= workers <= MOST_WORKERS:
         raise UsageError(f"{workers} workers: name 1 to {MOST_WORKERS}")
+    if not 0 <= flag_lag <= MOST_LAG_SECONDS:
+        raise UsageError(f"a flag lag of {flag_lag:g} s: name 0 to {MOST_LAG_SECONDS:g}")
     check_writable(report, balances)
     read = traffic.generate(seed) if transactions is None else traffic.read(transactions)
-    made = rehearse_traffic(read, workers=workers, seed=seed, database_url=database_url, progress=progress)
+    made = rehearse_traffic(
+        read, workers=workers, seed=seed, database_url=database_url, progress=progress, flag_lag=flag_lag
+    )
     if balances is not None:
         write_balances(made, balances)
     if report is not None:
@@ -87,7 +101,13 @@ def rehearse(
 
 
 def rehearse_traffic(
-    read: Traffic, *, workers: int, seed: int, database_url: str | None = None, progress: bool = True
+    read: Traffic,
+    *,
+    workers: int,
+    seed: int,
+    database_url: str | None = None,
+    progress: bool = True,
+    flag_lag: float = FLAG_LAG_SECONDS,
 ) -> Report:
     """Rehearse on traffic that is read already; else like `rehearse`."""
     made = None
@@ -102,7 +122,7 @@ def rehearse_traffic(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="walletmigrate-")))
             engine = connect.engine(url, application_name=_APPLICATION)
             stack.callback(engine.dispose)
-            made = _Rehearsal(engine, url, _settings(roles, folder), read, workers, seed, shown).run()
+            made = _Rehearsal(engine, url, _settings(roles, folder), read, workers, seed, flag_lag, shown).run()
             for error in made.errors:
                 shown.note(error)
     except (SQLAlchemyError, DatabaseUnreachable) as error:
@@ -131,6 +151,7 @@ class _Rehearsal:
         read: Traffic,
         workers: int,
         seed: int,
+        flag_lag: float,
         shown: Display,
     ) -> None:
         self._engine = engine
@@ -139,6 +160,7 @@ class _Rehearsal:
         self._read = read
         self._workers = workers
         self._seed = seed
+        self._flag_lag = flag_lag
         self._shown = shown
         self._errors: list[str] = []
 
@@ -146,7 +168,7 @@ class _Rehearsal:
         version = self._make_legacy()
         migration = Migration(self._engine, self._settings, self._settings.flags.path, self._read, self._seed)
         crew = Crew(self._assignments(), self._shown.done)
-        walk = Walk(migration, crew, self._shown)
+        walk = Walk(migration, crew, self._shown, self._flag_lag)
         try:
             with crew:
                 walk.go()
@@ -155,13 +177,18 @@ class _Rehearsal:
         except (WalletMigrateError, SQLAlchemyError) as error:
             self._errors += [str(error), *crew.reasons]
         self._errors += walk.total.examples
+        ledger = quoted(self._settings.ledger_schema)
         return judge(
             transactions=len(self._read.transactions),
             applied=crew.done if self._errors else walk.total.applied,
-            mismatches=walk.total.mismatches + self._failures(),
+            mismatches=walk.total.mismatches + self._count(f"{ledger}.failures"),
             balances=self._balances(),
             stages=walk.stages,
             postgres_version=version,
+            bypass_writes=self._count(NOTES),
+            replayed=walk.total.replayed,
+            resyncs=self._count(f"{ledger}.transactions where kind = 'resync'"),
+            serialization_retries=walk.total.serialization,
             errors=self._errors,
         )
 
@@ -179,7 +206,9 @@ class _Rehearsal:
                 f"create table public.accounts (id {kind} primary key, tenant text not null, "
                 "balance numeric(20, 2) not null default 0) with (fillfactor = 70)"
             )
+            connection.exec_driver_sql(f"create table {NOTES} (transaction_id text primary key)")
             connection.exec_driver_sql(f"grant select, update on public.accounts to {app}")
+            connection.exec_driver_sql(f"grant select, insert on {NOTES} to {app}")
             connection.execute(text("insert into public.accounts (id, tenant) values (:id, :tenant)"), rows)
             return str(connection.scalar(text("show server_version"))).split()[0]
 
@@ -200,20 +229,22 @@ class _Rehearsal:
                 flag_file=self._settings.flags.path,
                 integer_keys=self._read.integer_keys,
                 legs=tuple(map(tuple, share)),
+                isolation=_isolation(self._workers - 1 - number),
+                flag_delay=self._flag_lag * number / max(1, self._workers - 1),
             )
             for number, share in enumerate(shares)
         ]
 
-    def _failures(self) -> int:
-        """What the ledger recorded as failed or differing postings."""
+    def _count(self, rows: str) -> int:
+        """How many rows a table of the database has; 0 if there is none."""
         try:
             with self._engine.begin() as connection:
-                if not schema.installed(connection, self._settings.ledger_schema):
+                table = rows.partition(" ")[0]
+                if connection.scalar(text("select to_regclass(:table) is null"), {"table": table}):
                     return 0
-                counted = text(f"select count(*) from {quoted(self._settings.ledger_schema)}.failures")
-                return int(connection.scalar(counted) or 0)
+                return int(connection.scalar(text(f"select count(*) from {rows}")) or 0)
         except SQLAlchemyError as error:
-            self._errors.append(f"the ledger's failures could not be read: {error}")
+            self._errors.append(f"the rows of {rows} could not be counted: {error}")
             return 0
 
     def _balances(self) -> tuple[AccountBalances, ...]:
@@ -233,6 +264,11 @@ class _Rehearsal:
             AccountBalances(account, legacy.get(account), ledger.get(account), expected)
             for account, expected in self._read.expected.items()
         )
+
+
+def _isolation(from_the_last: int) -> IsolationLevel:
+    """The last worker runs at SERIALIZABLE, the one before it at REPEATABLE READ, all others at READ COMMITTED."""
+    return ("SERIALIZABLE", "REPEATABLE READ")[from_the_last] if from_the_last < 2 else "READ COMMITTED"
 
 
 def _settings(roles: Roles, folder: Path) -> Settings:

@@ -1,0 +1,75 @@
+"""Raw SQL of a rehearsal: a job of the application's that writes the balance column past the adapter.
+
+It has a connection and an application_name of its own. That a transaction is written once, also when its sender
+was killed, is the job's own care, as in real life: it notes in the same transaction what it has written.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from typing import Final
+
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError
+
+from walletmigrate.errors import WalletMigrateError
+from walletmigrate.postings import sqlstate
+from walletmigrate.traffic import Transaction
+
+ONE_IN: Final = 20
+"""One transaction of so many comes as raw SQL: 5 %."""
+
+NOTES: Final = "public.balance_job"
+"""The job's own table of what it has written."""
+
+REJECTED: Final = frozenset({"WM030", "WM031"})
+"""How the fence says that the column is frozen, or that raw writes are rejected."""
+
+_ATTEMPTS: Final = 100
+_PAUSE_SECONDS: Final = 0.02
+
+
+class RawWriteFailed(WalletMigrateError):
+    """The job's statement failed for another reason than that the fence rejects it."""
+
+    code = "raw_write_failed"
+
+
+def is_raw(seed: int, one: Transaction) -> bool:
+    """Whether a transaction comes as raw SQL; the same in every process."""
+    return zlib.crc32(f"{seed} raw {one.id}".encode()) % ONE_IN == 0
+
+
+class RawWriter:
+    """The job, with its engine."""
+
+    def __init__(self, engine: Engine, *, integer_keys: bool) -> None:
+        self._engine = engine
+        self._key = int if integer_keys else str
+
+    def write(self, one: Transaction) -> bool:
+        """Add to the balance and commit; nothing if that was done before. False if the fence rejects it."""
+        for _ in range(_ATTEMPTS):
+            try:
+                with self._engine.begin() as connection:
+                    self._write(connection, one)
+                return True
+            except DBAPIError as error:
+                state = sqlstate(error)
+                if state in REJECTED:
+                    return False
+                if not (state.startswith("40") or state == "55P03"):
+                    raise RawWriteFailed(f"raw SQL: {error.orig}") from error
+            time.sleep(_PAUSE_SECONDS)
+        raise RawWriteFailed(f"raw SQL found no way through in {_ATTEMPTS} attempts")
+
+    def _write(self, connection: Connection, one: Transaction) -> None:
+        noted = connection.execute(
+            text(f"insert into {NOTES} (transaction_id) values (:id) on conflict do nothing"), {"id": one.id}
+        )
+        if noted.rowcount:
+            connection.execute(
+                text("update public.accounts set balance = balance + :amount where id = :key"),
+                {"amount": one.amount, "key": self._key(one.account)},
+            )
