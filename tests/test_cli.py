@@ -568,7 +568,7 @@ def test_rehearse_passes_its_options_on_and_ends_with_3_if_it_fails(
         return Report("fail", 1, 2, 2, 0, 1, Decimal("1.50"), zero, zero, zero, (), "18.4", ())
 
     monkeypatch.setattr(walletmigrate.rehearse, "rehearse", rehearse)
-    words = "rehearse --transactions t.csv --workers 3 --seed 7 --report r.json --balances b.csv --json"
+    words = "rehearse --transactions t.csv --workers 3 --seed 7 --flag-lag 0.5 --report r.json --balances b.csv --json"
     said = bare.run(*words.split())
     assert said.exit_code == 3
     assert (said.document["verdict"], said.document["drift_amount"]) == ("fail", "1.50")
@@ -580,6 +580,7 @@ def test_rehearse_passes_its_options_on_and_ends_with_3_if_it_fails(
         "balances": Path("b.csv"),
         "database_url": bare.url,
         "progress": False,
+        "flag_lag": 0.5,
     }
 
 
