@@ -138,6 +138,7 @@ class Migration:
         self._gated(crew, lambda: self._advance_verified("the wallet's own features may be used"))
         again = _act("the way back, exercised again")
         self._gated(crew, lambda: phases.exercise(self.engine, self.settings, self.source, again))
+        self._gated(crew, self.verified)
         self._gated(crew, lambda: phases.enter_frozen(self.engine, self.settings, self.source, _act("freeze")))
         frozen = 0
 
