@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
@@ -14,6 +14,7 @@ from walletmigrate.errors import UsageError
 from walletmigrate.flags import FlagSource
 from walletmigrate.observe import Observer
 from walletmigrate.sessions import Target
+from walletmigrate.watch import Watch, WatchDetails
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,3 +80,8 @@ class AsyncLegacyBalanceAdapter:
     history = _shell(LegacyBalanceAdapter.history)
     balance_at = _shell(LegacyBalanceAdapter.balance_at)
     decision = _shell(LegacyBalanceAdapter.decision)
+
+    def watch(self, attribute: Any, **details: Unpack[WatchDetails]) -> Watch:  # not awaited: it only sets listeners
+        return self.adapter.watch(attribute, **details)
+
+    watch.__doc__ = LegacyBalanceAdapter.watch.__doc__

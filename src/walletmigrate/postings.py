@@ -60,6 +60,7 @@ class Posting:
     None where the ledger was not written. ``transaction_id`` is None in mode "legacy" and where nothing had
     to move. ``replayed`` says that the key had been used before: these are the first call's figures. For a
     transfer the balances are the payer's, ``payee_legacy_balance`` and ``payee_ledger_balance`` the payee's.
+    ``legacy_change`` is by how much the functions of the ledger changed the legacy balance; None where they did not.
     """
 
     operation: Operation
@@ -76,6 +77,7 @@ class Posting:
     correlation_id: str
     payee_legacy_balance: Decimal | None = None
     payee_ledger_balance: Decimal | None = None
+    legacy_change: Decimal | None = None
 
 
 @dataclass(slots=True)
@@ -90,15 +92,17 @@ class Row:
     mismatch: bool = False
     ordinal: int = 0
     debtor: str | None = None
+    debtor_change: Decimal | None = None
     debtor_legacy: Decimal | None = None
     debtor_ledger: Decimal | None = None
     creditor: str | None = None
+    creditor_change: Decimal | None = None
     creditor_legacy: Decimal | None = None
     creditor_ledger: Decimal | None = None
 
 
 _ROW = tuple(each.name for each in fields(Row))
-_BALANCES = frozenset({"debtor_legacy", "debtor_ledger", "creditor_legacy", "creditor_ledger"})
+_BALANCES = frozenset(f"{side}_{which}" for side in ("debtor", "creditor") for which in ("change", "legacy", "ledger"))
 
 
 class Calls:
@@ -158,9 +162,9 @@ def _plain_row(answer: str, request: Request) -> Row:
         row.mode, row.outcome, row.transaction_id = "dual_write", "ok", int(transaction[0])
     ledger = now if transaction else None
     if request["debtor"] is None:
-        row.creditor_legacy, row.creditor_ledger = now, ledger
+        row.creditor_legacy, row.creditor_ledger, row.creditor_change = now, ledger, Decimal(str(request["amount"]))
     else:
-        row.debtor_legacy, row.debtor_ledger = now, ledger
+        row.debtor_legacy, row.debtor_ledger, row.debtor_change = now, ledger, -Decimal(str(request["amount"]))
     return row
 
 
@@ -194,6 +198,7 @@ def posting(prepared: Prepared, row: Row) -> Posting:
         correlation_id=str(prepared.request["correlation_id"]),
         payee_legacy_balance=getattr(row, f"{first[1]}_legacy"),
         payee_ledger_balance=getattr(row, f"{first[1]}_ledger"),
+        legacy_change=getattr(row, f"{first[0]}_change"),
     )
 
 
