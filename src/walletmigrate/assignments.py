@@ -89,6 +89,15 @@ class Rule:
         )
 
 
+def obstacle(connection: Connection) -> str | None:
+    """Why nothing can be routed on this connection, if so."""
+    if connection.get_execution_options().get("schema_translate_map"):
+        return "schema_translate_map is in use"
+    if getattr(connection.connection.dbapi_connection, "autocommit", False):
+        return "the connection is in AUTOCOMMIT: there is no transaction to post in"
+    return None
+
+
 def is_expression(value: object) -> bool:
     """Whether the value is SQL, rather than a value."""
     return isinstance(value, ClauseElement) or hasattr(value, "__clause_element__")

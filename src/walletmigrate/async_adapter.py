@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack
+from typing import Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
@@ -14,7 +14,6 @@ from walletmigrate.errors import UsageError
 from walletmigrate.flags import FlagSource
 from walletmigrate.observe import Observer
 from walletmigrate.sessions import Target
-from walletmigrate.watch import Watch, WatchDetails
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,6 +29,19 @@ def _shell(
         if not isinstance(given, AsyncSession | AsyncConnection):
             raise UsageError(f"pass an AsyncSession or an AsyncConnection, not {type(target).__name__}")
         return await target.run_sync(lambda sync: method(self.adapter, sync, *args, **kwargs))
+
+    call.__doc__ = method.__doc__
+    call.__name__ = method.__name__
+    return call
+
+
+def _same(
+    method: Callable[Concatenate[LegacyBalanceAdapter, P], R],
+) -> Callable[Concatenate[AsyncLegacyBalanceAdapter, P], R]:
+    """What touches no database is not awaited."""
+
+    def call(self: AsyncLegacyBalanceAdapter, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return method(self.adapter, *args, **kwargs)
 
     call.__doc__ = method.__doc__
     call.__name__ = method.__name__
@@ -80,8 +92,4 @@ class AsyncLegacyBalanceAdapter:
     history = _shell(LegacyBalanceAdapter.history)
     balance_at = _shell(LegacyBalanceAdapter.balance_at)
     decision = _shell(LegacyBalanceAdapter.decision)
-
-    def watch(self, attribute: Any, **details: Unpack[WatchDetails]) -> Watch:  # not awaited: it only sets listeners
-        return self.adapter.watch(attribute, **details)
-
-    watch.__doc__ = LegacyBalanceAdapter.watch.__doc__
+    watch = _same(LegacyBalanceAdapter.watch)

@@ -19,9 +19,9 @@ from sqlalchemy import Connection, inspect, select
 from sqlalchemy.orm import InstanceState, Mapper, Session, UOWTransaction, object_session
 
 from walletmigrate import observe
-from walletmigrate.assignments import Door, Rule, change, is_expression, literal
+from walletmigrate.assignments import Door, Rule, change, is_expression, literal, obstacle
 from walletmigrate.config import Column, Mapping
-from walletmigrate.errors import AssignmentRefused, PostingRefused
+from walletmigrate.errors import AssignmentRefused, LegacyValueInvalid, PostingRefused
 from walletmigrate.movements import Key, Movement
 from walletmigrate.postings import Posting
 from walletmigrate.sessions import attributes_of, tell_when_committed
@@ -41,7 +41,7 @@ class Round:
     active: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Write:
     """One watched attribute of one object, and the movement that it comes to. Balances are in major units.
 
@@ -84,9 +84,9 @@ class FlushHooks:
         alone = session.connection_callable is not None
         states = [inspect(target)] if alone else list(self._flushed(flush, mapper))
         writes = [write for state in states for write in self._writes(session, connection, flush, state)]
-        if connection.get_execution_options().get("schema_translate_map"):
+        if reason := obstacle(connection):
             for write in writes:
-                self._unrouted(session, flush, write.state, write.name, write.value, "schema_translate_map is in use")
+                self._unrouted(session, flush, write.state, write.name, write.value, reason)
             return
         self._lock(connection, flush, states, writes)
         self._post(session, connection, flush, writes)
@@ -159,7 +159,7 @@ class FlushHooks:
         names = self._names(state.mapper)
         for name, value in self._pending(flush, state).items():
             rule, key = names[name], self._key(state)
-            loaded = list(state.attrs[name].history.deleted or ())
+            loaded = state.attrs[name].history.deleted
             if is_expression(value):
                 by = change(value, rule, connection.dialect)
                 if by is None:
@@ -169,7 +169,7 @@ class FlushHooks:
                 yield Write(state, name, rule, key, value, None, None, movement)
                 continue
             to = literal(value, rule, connection.dialect)
-            if to is None or loaded == [None]:
+            if to is None:
                 self._unrouted(session, flush, state, name, value, "NULL is no balance")
                 continue
             known = literal(loaded[0], rule, connection.dialect) if loaded else None
@@ -196,11 +196,21 @@ class FlushHooks:
             connection.execute(select(key).where(key.in_(keys)).order_by(key).with_for_update(key_share=True))
 
     def _post(self, session: Session, connection: Connection, flush: Round, writes: list[Write]) -> None:
-        asked = [(write, write.movement) for write in writes if write.movement is not None]
         flush.handled.update({(write.state, write.name): write.value for write in writes})
+        asked = [(write, write.movement) for write in writes if write.movement is not None]
         if not asked:
             return
-        postings, tell = self._door.post(connection, [movement for _, movement in asked])
+        try:
+            postings, tell = self._door.post(connection, [movement for _, movement in asked])
+        except LegacyValueInvalid as error:
+            # The row holds NULL, or more decimals than money has: only the ORM's own UPDATE can overwrite that.
+            unfit = [w for w, _ in asked if (w.key, w.rule.column.column) == (error.key, error.column)]
+            if any(write.to is None for write in unfit):
+                raise
+            for write in unfit:
+                self._unrouted(session, flush, write.state, write.name, write.value, "the row holds no exact amount")
+            self._post(session, connection, flush, [write for write in writes if write not in unfit])
+            return
         for (write, _), posting in zip(asked, postings, strict=True):
             if posting.mode == "ledger" and write.to is not None and not posting.replayed:
                 raise AssignmentRefused(self._mapping.name, write.key, write.rule.attribute)

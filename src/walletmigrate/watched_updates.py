@@ -23,7 +23,17 @@ from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import BindParameter, ClauseElement
 
 from walletmigrate import observe
-from walletmigrate.assignments import Door, Rule, change, is_column, is_expression, is_literal, literal, same_table
+from walletmigrate.assignments import (
+    Door,
+    Rule,
+    change,
+    is_column,
+    is_expression,
+    is_literal,
+    literal,
+    obstacle,
+    same_table,
+)
 from walletmigrate.config import Mapping
 from walletmigrate.errors import AssignmentRefused, LegacyValueInvalid, UnknownAccount
 from walletmigrate.movements import Key, Movement
@@ -59,13 +69,18 @@ class UpdateHooks:
         written = self._written(state)
         if not written:
             return None
+        if state.session.connection_callable is not None:
+            self._unrouted(state, written, "the session is sharded")
+            return None
         connection = state.session.connection(bind_arguments=dict(state.bind_arguments))
         if not self._door.installed(connection):
             return None
         if state.bind_mapper is not None:
             state.session._autoflush()
         try:
-            if {"schema_translate_map"} & {*connection.get_execution_options(), *state.execution_options}:
+            if reason := obstacle(connection):
+                raise Unroutable(reason)
+            if state.execution_options.get("schema_translate_map"):
                 raise Unroutable("schema_translate_map is in use")
             if isinstance(state.statement, Insert):
                 raise Unroutable("INSERT … ON CONFLICT DO UPDATE")
@@ -73,8 +88,8 @@ class UpdateHooks:
                 self._post_rows(state, connection, written)
                 return None
             return self._route(state, connection, written)
-        except Unroutable as reason:
-            self._unrouted(state, written, str(reason))
+        except Unroutable as unroutable:
+            self._unrouted(state, written, str(unroutable))
             return None
 
     def _unrouted(self, state: ORMExecuteState, written: list[Written], reason: str) -> None:
@@ -117,7 +132,7 @@ class UpdateHooks:
         steps = [(each, *_step(each, connection)) for each in written]
         key = _attribute(state, rule, self._mapping.key)
         with connection.begin_nested() as savepoint:
-            rows = connection.execute(_lock(statement, written)).all()
+            rows = connection.execute(_lock(state, statement, written)).all()
             if not rows:
                 return None
             if len(rows) > ROUTED_ROWS:
@@ -243,10 +258,11 @@ def _step(written: Written, connection: Connection) -> tuple[Any, Decimal | int 
     return None, by
 
 
-def _lock(statement: Update, written: list[Written]) -> Select[Any]:
+def _lock(state: ORMExecuteState, statement: Update, written: list[Written]) -> Select[Any]:
     """The rows that the statement would write, locked by key, with their balances."""
-    key = written[0].rule.key
-    found = select(key, *(each.rule.balance for each in written)).where(*statement._where_criteria)
+    key = _attribute(state, written[0].rule, written[0].rule.mapping.key)
+    balances = [_attribute(state, each.rule, each.rule.column.column) for each in written]
+    found = select(key, *balances).where(*statement._where_criteria)
     return found.order_by(key).limit(ROUTED_ROWS + 1).with_for_update(key_share=True)
 
 
