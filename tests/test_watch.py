@@ -322,6 +322,14 @@ def test_a_deleted_object_closes_its_account(at: Place, session: Session) -> Non
     assert at.account(1) == ("closed", D(5))
 
 
+def test_a_balance_that_is_assigned_and_deleted_in_one_flush_is_not_posted(at: Place, session: Session) -> None:
+    one, two = session.get_one(User, 1), session.get_one(User, 2)
+    one.total_coins, two.total_coins = D(1), D(2)
+    session.delete(one)
+    session.commit()
+    assert (at.account(1), at.account(2), unrouted(at)) == (None, ("mirrored", D(2)), [])
+
+
 def test_a_new_object_in_the_place_of_a_deleted_one_is_an_assignment(at: Place, session: Session) -> None:
     at.adapter.credit(session, 1, 1, type="deposit")
     session.delete(session.get_one(User, 1))
@@ -409,6 +417,7 @@ def test_an_idempotency_key_moves_money_once(database_url: str) -> None:
             user = session.get_one(User, 1)
             user.total_coins += 25
             session.commit()
+            assert user.total_coins == 175
             user.__dict__["request"] = "run-1"
             user.total_coins, user.role = D(150), "vip"
             session.flush()

@@ -116,21 +116,26 @@ def test_the_condition_of_a_conditional_update_is_asked_under_the_lock(at: Place
     assert (at.coins(1), at.account(1), unrouted(at)) == (40, ("mirrored", D(40)), [])
 
 
-def test_an_update_that_waits_counts_from_the_balance_it_finds(at: Place) -> None:
+def test_an_update_that_waits_asks_its_condition_of_the_balance_it_finds(at: Place) -> None:
+    counts: list[int] = []
+
+    def take(connection: Any) -> None:
+        with Session(connection) as session:
+            for amount in (60, 30):
+                statement = update(User).where(User.id == 1, User.total_coins >= amount)
+                result: Any = session.execute(statement.values(total_coins=COINS - amount))
+                counts.append(result.rowcount)
+            session.commit()
+
     with stage(at.engine.url.render_as_string(hide_password=False)) as on:
         writer, orm = on.session(), on.session()
-        writer.do(lambda connection: at.adapter.credit(connection, 1, 7, type="deposit"))
-
-        def add(connection: Any) -> None:
-            with Session(connection) as session:
-                session.execute(update(User).where(User.id == 1).values(total_coins=COINS + 10))
-                session.commit()
-
-        waits = orm.waiting(add, on=writer)
+        writer.do(lambda connection: at.adapter.debit(connection, 1, 60, type="booking"))
+        waits = orm.waiting(take, on=writer)
         writer.commit()
         waits.result()
         orm.commit()
-    assert (at.coins(1), at.account(1)) == (117, ("mirrored", D(117)))
+    assert counts == [0, 1]
+    assert (at.coins(1), at.account(1), unrouted(at)) == (10, ("mirrored", D(10)), [])
     at.check()
 
 
@@ -230,6 +235,10 @@ def elsewhere() -> dict[str, tuple[Callable[[Session], object], str]]:
                 set_40.where(User.role != bindparam("r", callable_=lambda: "x")).values(total_coins=40)
             ),
             "a parameter without a value",
+        ),
+        "a value with a callable": (
+            lambda s: s.execute(set_40.values(total_coins=bindparam("v", callable_=lambda: 40))),
+            "neither a value",
         ),
         "a CTE": (
             lambda s: s.execute(
