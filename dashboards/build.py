@@ -229,6 +229,13 @@ def write_panels() -> list[timeseries.Panel]:
             [("sum by (where) (increase(walletmigrate_mismatch_total[$__rate_interval]))", "{{where}}")],
             unit="short",
         ),
+        lines(
+            "Watched ORM writes",
+            "lost_update: an assignment overwrote a balance newer than the one it was made from. unrouted: a write that "
+            "could not be sent through the adapter; the fence caught it.",
+            [("sum by (outcome) (increase(walletmigrate_watched_write_total[$__rate_interval]))", "{{outcome}}")],
+            unit="short",
+        ),
     ]
 
 

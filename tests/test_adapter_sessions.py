@@ -335,6 +335,19 @@ def test_a_savepoint_lost_by_an_exception_is_never_told(at: Place, session: Sess
     assert at.heard.posted == []
 
 
+def test_a_savepoint_lost_by_a_flush_that_fails_is_never_told(at: Place, session: Session) -> None:
+    def fails() -> None:
+        with session.begin_nested():
+            at.adapter.credit(session, 1, 1, type="lost")
+            session.add(User(id=2, total_coins=D(0)))
+            session.flush()
+
+    with pytest.raises(Exception, match="unique"):
+        fails()
+    session.commit()
+    assert at.heard.posted == []
+
+
 def test_a_released_savepoint_of_a_rolled_back_transaction_is_never_told(at: Place, session: Session) -> None:
     with session.begin_nested():
         at.adapter.credit(session, 1, 1, type="lost")

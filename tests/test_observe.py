@@ -71,6 +71,7 @@ def process_series() -> set[Series]:
     series |= {("walletmigrate_read_total", (("source", source),)) for source in observe.SOURCES}
     series |= {("walletmigrate_read_compare_total", (("outcome", name),)) for name in observe.COMPARES}
     series |= {("walletmigrate_mismatch_total", (("where", where),)) for where in observe.PLACES}
+    series |= {("walletmigrate_watched_write_total", (("outcome", name),)) for name in observe.WATCHED}
     series |= {("walletmigrate_flag_age_seconds", (("flag", flag),)) for flag in observe.FLAGS}
     return series
 

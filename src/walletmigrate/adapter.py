@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
@@ -27,10 +27,11 @@ from walletmigrate.legacy import LedgerAppearedError, post_legacy
 from walletmigrate.movements import Details, Key, Movement, Prepared, Traits, prepare, transaction_number
 from walletmigrate.postings import Calls, Posting, failed, posted, posting, refused, typed
 from walletmigrate.reads import Balance, read_balance, told
-from walletmigrate.sessions import Target, connection_of, expire, listen, tell_when_committed
+from walletmigrate.sessions import Target, Tell, connection_of, expire, listen, tell_when_committed
 from walletmigrate.sites import Site, Sites
 from walletmigrate.sources import source_of
 from walletmigrate.traits import TraitCache
+from walletmigrate.watch import Watch, WatchDetails, Watches
 
 
 class LegacyBalanceAdapter:
@@ -60,6 +61,7 @@ class LegacyBalanceAdapter:
         self._traits = TraitCache(self.mapping)
         self._reload = reload
         self._calls = Calls(settings.ledger_schema, self.mapping)
+        self._watches = Watches(self.mapping, _Door(self))
         listen()
 
     @classmethod
@@ -137,20 +139,26 @@ class LegacyBalanceAdapter:
         """Carry out a batch in one round trip, in the order given: all of it, or, if one is refused, nothing."""
         if not movements:
             return ()
-        connection = connection_of(target)
-        started = time.perf_counter()
-        correlation_id = observe.correlation_id()
-        try:
-            with self._typed(connection):
-                site = self._sites.at(connection)
-                prepared = [self._prepare(connection, site, each, correlation_id) for each in movements]
-                postings = self._post(connection, site, prepared)
-        except (WalletMigrateError, DBAPIError) as error:
-            self._tell(failed(self.mapping.name, movements, correlation_id, error))
-            raise
+        prepared, postings, tell = self._carry_out(connection_of(target), movements)
         expire(target, self.mapping, {key for each in prepared for key in each.keys}, reload=self._reload)
-        self._tell_posted(target, postings, time.perf_counter() - started)
-        return tuple(postings)
+        tell_when_committed(target, tell)
+        return postings
+
+    def watch(self, attribute: Any, **details: Unpack[WatchDetails]) -> Watch:
+        """Send what the application's ORM code writes to a balance through this adapter, the code unchanged.
+
+        ``attribute`` is the mapped attribute, for example ``User.total_coins``. A value that is assigned to a loaded
+        object becomes a `set_balance` in the flush, with legacy's own meaning: the assigned value wins; an update
+        that was lost by that is told to the observers (`observe.LostUpdate`). ``column + amount`` becomes a credit or
+        a debit. What cannot be routed is left as it is, the fence catches it, and it is told (`observe.Unrouted`).
+        Works for every Session and AsyncSession of the process, until the watch is stopped. Where the ledger is not
+        installed nothing changes.
+
+        ``type`` (default "orm") names the movements; ``actor`` is a text, or a function of the session; ``reason``
+        stands in the ledger; ``idempotency_key`` is a function of the object that is flushed. Raises UsageError for
+        what is no plain attribute of a configured column. See docs/watch.md.
+        """
+        return self._watches.add(attribute, details)
 
     def balance(
         self,
@@ -227,6 +235,28 @@ class LegacyBalanceAdapter:
             wanted = self._decide(connection, site, self._snapshot(), text, traits)
             return line.in_force(wanted, standing.show(connection, self.settings))
 
+    def _carry_out(
+        self, connection: Connection, movements: Sequence[Movement]
+    ) -> tuple[list[Prepared], tuple[Posting, ...], Tell]:
+        """Post on a connection; nothing of a session is flushed or expired. The caller tells when it is committed."""
+        started = time.perf_counter()
+        correlation_id = observe.correlation_id()
+        try:
+            with self._typed(connection):
+                site = self._sites.at(connection)
+                prepared = [self._prepare(connection, site, each, correlation_id) for each in movements]
+                postings = self._post(connection, site, prepared)
+        except (WalletMigrateError, DBAPIError) as error:
+            self._tell(failed(self.mapping.name, movements, correlation_id, error))
+            raise
+        seconds = time.perf_counter() - started
+
+        def tell(committed: bool) -> None:
+            for place, each in enumerate(postings if len(self._observers) else ()):
+                self._tell(posted(self.mapping.name, each, seconds if place == 0 else None, committed))
+
+        return prepared, tuple(postings), tell
+
     def _one(self, target: Target, movement: Movement) -> Posting:
         return self.apply(target, [movement])[0]
 
@@ -288,16 +318,33 @@ class LegacyBalanceAdapter:
                 raise
             raise found from error
 
-    def _tell_posted(self, target: Target, postings: Sequence[Posting], seconds: float) -> None:
-        if not len(self._observers):
-            return
-
-        def tell(committed: bool) -> None:
-            for place, each in enumerate(postings):
-                self._tell(posted(self.mapping.name, each, seconds if place == 0 else None, committed))
-
-        tell_when_committed(target, tell)
-
     def _tell(self, events: Iterable[observe.Event]) -> None:
         for event in events:
             self._observers.tell(event)
+
+
+class _Door:
+    """What the hooks of a watched attribute use of the adapter: all of it on a connection, inside a flush."""
+
+    def __init__(self, adapter: LegacyBalanceAdapter) -> None:
+        self._adapter = adapter
+
+    def installed(self, connection: Connection) -> bool:
+        with self._adapter._typed(connection):
+            return self._adapter._sites.at(connection).installed
+
+    def dual_written(self, connection: Connection, keys: Sequence[Key]) -> list[Key]:
+        adapter = self._adapter
+        site, snapshot = adapter._sites.at(connection), adapter._snapshot()
+
+        def asked(key: Key) -> bool:
+            text = key_text(key, site.key_type, adapter.mapping.name)
+            return adapter._decide(connection, site, snapshot, text, None).dual_write
+
+        return [key for key in keys if asked(key)]
+
+    def post(self, connection: Connection, movements: Sequence[Movement]) -> tuple[tuple[Posting, ...], Tell]:
+        return self._adapter._carry_out(connection, movements)[1:]
+
+    def tell(self, event: observe.Event) -> None:
+        self._adapter._tell([event])

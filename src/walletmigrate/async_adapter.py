@@ -35,6 +35,19 @@ def _shell(
     return call
 
 
+def _same(
+    method: Callable[Concatenate[LegacyBalanceAdapter, P], R],
+) -> Callable[Concatenate[AsyncLegacyBalanceAdapter, P], R]:
+    """What touches no database is not awaited."""
+
+    def call(self: AsyncLegacyBalanceAdapter, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return method(self.adapter, *args, **kwargs)
+
+    call.__doc__ = method.__doc__
+    call.__name__ = method.__name__
+    return call
+
+
 class AsyncLegacyBalanceAdapter:
     """`LegacyBalanceAdapter` with ``await``: the same methods, arguments, results and errors.
 
@@ -79,3 +92,4 @@ class AsyncLegacyBalanceAdapter:
     history = _shell(LegacyBalanceAdapter.history)
     balance_at = _shell(LegacyBalanceAdapter.balance_at)
     decision = _shell(LegacyBalanceAdapter.decision)
+    watch = _same(LegacyBalanceAdapter.watch)

@@ -410,6 +410,24 @@ class LegacyTableAltered(WalletMigrateError):
 
 
 @dataclass(eq=False)
+class AssignmentRefused(WalletMigrateError):
+    """A value was assigned to a watched attribute of a frozen account, whose column is no longer true. Roll back."""
+
+    mapping: str
+    key: object
+    attribute: str
+
+    code = "assignment_refused"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.attribute} of account {self.key!r} in mapping {self.mapping!r} was assigned, but the account is "
+            "frozen: the ledger alone is true, and the value was made from a column that is not. Roll back, and write "
+            "through the adapter (credit, debit, set_balance)"
+        )
+
+
+@dataclass(eq=False)
 class Retryable(WalletMigrateError):
     """A serialization failure, deadlock or lock time-out inside a job that ran out of attempts."""
 

@@ -39,6 +39,7 @@ OUTCOMES: Final[tuple[Outcome, ...]] = get_args(Outcome)
 SOURCES: Final[tuple[Source, ...]] = get_args(Source)
 COMPARES: Final[tuple[Compare, ...]] = get_args(Compare)
 PLACES: Final[tuple[Where, ...]] = get_args(Where)
+WATCHED: Final = ("lost_update", "unrouted")
 FLAGS: Final = ("wallet.dualWrite", "wallet.readFromLedger", "wallet.enableWithdrawals")
 
 # 0.5 ms to 5 s: one round trip to a near database is below the first bounds, a lock wait above the last ones.
@@ -90,6 +91,13 @@ METRICS: Final = _catalogue(
     Metric("read_total", "counter", "Balance reads by the side that answered.", ("source",), "process"),
     Metric("read_compare_total", "counter", "Compared balance reads by result.", ("outcome",), "process"),
     Metric("mismatch_total", "counter", "Differences seen between legacy and ledger.", ("where",), "process"),
+    Metric(
+        "watched_write_total",
+        "counter",
+        "Writes to watched ORM attributes that overwrote a newer balance, or went past the adapter.",
+        ("outcome",),
+        "process",
+    ),
     Metric("flag_age_seconds", "gauge", "Age of the flag document last decided by.", ("flag",), "process"),
     Metric("phase", "gauge", "1 for the phase in force, 0 for the others.", ("phase",)),
     Metric("line_stopped", "gauge", "1 while the line is stopped, else 0."),
@@ -184,7 +192,40 @@ class FlagsSeen:
     document_id: str
 
 
-Event = Posted | Read | Mismatch | FlagsSeen
+@dataclass(frozen=True, slots=True)
+class LostUpdate:
+    """A watched attribute was assigned a value made from a balance that was not the latest: the update in between
+    is lost, as it was before the attribute was watched. Balances are in major units.
+
+    ``expected`` is what the object had loaded, ``found`` what the row held under its lock.
+    """
+
+    mapping: str
+    bucket: str
+    currency: str
+    attribute: str
+    correlation_id: str | None = None
+    transaction_id: int | None = None
+    key: object = None
+    expected: Decimal | None = None
+    found: Decimal | None = None
+    assigned: Decimal | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unrouted:
+    """A write to a watched column that could not be sent through the adapter. Legacy alone was written; the fence has
+    caught it. ``where`` says whether in a flush or by an UPDATE or INSERT statement, ``reason`` why.
+    """
+
+    where: Literal["flush", "update", "insert"]
+    mapping: str
+    attribute: str
+    reason: str
+    key: object = None
+
+
+Event = Posted | Read | Mismatch | FlagsSeen | LostUpdate | Unrouted
 
 
 class Observer(Protocol):
@@ -244,6 +285,7 @@ class PrometheusObserver:
         reads = _counter("read_total", registry)
         compares = _counter("read_compare_total", registry)
         mismatches = _counter("mismatch_total", registry)
+        watched = _counter("watched_write_total", registry)
         timing = METRICS["dual_write_duration_seconds"]
         seconds = Histogram(timing.full_name, timing.help, timing.labels, registry=registry, buckets=BUCKETS)
         flag_age = METRICS["flag_age_seconds"]
@@ -254,6 +296,7 @@ class PrometheusObserver:
         self._reads = {source: reads.labels(source) for source in SOURCES}
         self._compares = {outcome: compares.labels(outcome) for outcome in COMPARES}
         self._mismatches = {where: mismatches.labels(where) for where in PLACES}
+        self._lost, self._unrouted = (watched.labels(outcome) for outcome in WATCHED)
         self._ages = [age.labels(flag) for flag in FLAGS]
 
     def __call__(self, event: Event, /) -> None:
@@ -270,6 +313,10 @@ class PrometheusObserver:
                     self._compares[event.compare].inc()
             case Mismatch():
                 self._mismatches[event.where].inc()
+            case LostUpdate():
+                self._lost.inc()
+            case Unrouted():
+                self._unrouted.inc()
             case FlagsSeen():
                 for age in self._ages:
                     age.set(event.age_seconds)
@@ -284,7 +331,8 @@ class LogObserver:
     """Writes events as structured log lines with their correlation id.
 
     Without ``logger`` they go as JSON to the standard library's logger ``walletmigrate``: postings at INFO,
-    reads at DEBUG, a failed ledger leg and a mismatch at WARNING. Pass a structlog logger to use your own
+    reads at DEBUG, a failed ledger leg, a mismatch, a lost update and an
+    unrouted write at WARNING. Pass a structlog logger to use your own
     chain. Account keys, amounts and balances are left out unless ``log_values`` is true.
     """
 
@@ -302,6 +350,11 @@ class LogObserver:
                 self._log.debug("wallet.read", **self._fields(event, ("key", "balance")))
             case Mismatch():
                 self._log.warning("wallet.mismatch", **self._fields(event, ("key", "legacy", "ledger")))
+            case LostUpdate():
+                values = ("key", "expected", "found", "assigned")
+                self._log.warning("wallet.lost_update", **self._fields(event, values))
+            case Unrouted():
+                self._log.warning("wallet.unrouted", **self._fields(event, ("key",)))
             case FlagsSeen():
                 pass  # told with every call; the metric has it
 

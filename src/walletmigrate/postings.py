@@ -66,6 +66,7 @@ class Posting:
     transfer the balances are the payer's, ``payee_legacy_balance`` and ``payee_ledger_balance`` the payee's.
     ``amount`` is what this call moved, without a sign; None where nothing moved, as in a replay, and where it is not
     known: an adjustment in a database without a ledger.
+    ``legacy_change`` is by how much the functions of the ledger changed the legacy balance; None where they did not.
     """
 
     operation: Operation
@@ -83,6 +84,7 @@ class Posting:
     payee_legacy_balance: Decimal | None = None
     payee_ledger_balance: Decimal | None = None
     amount: Decimal | None = None
+    legacy_change: Decimal | None = None
 
 
 @dataclass(slots=True)
@@ -98,15 +100,19 @@ class Row:
     ordinal: int = 0
     amount: Decimal | None = None
     debtor: str | None = None
+    debtor_change: Decimal | None = None
     debtor_legacy: Decimal | None = None
     debtor_ledger: Decimal | None = None
     creditor: str | None = None
+    creditor_change: Decimal | None = None
     creditor_legacy: Decimal | None = None
     creditor_ledger: Decimal | None = None
 
 
 _ROW = tuple(each.name for each in fields(Row))
-_NUMBERS = frozenset({"amount", "debtor_legacy", "debtor_ledger", "creditor_legacy", "creditor_ledger"})
+_NUMBERS = frozenset(
+    {"amount", *(f"{side}_{which}" for side in ("debtor", "creditor") for which in ("change", "legacy", "ledger"))}
+)
 
 
 class Calls:
@@ -166,9 +172,9 @@ def _plain_row(answer: str, request: Request) -> Row:
         row.mode, row.outcome, row.transaction_id = "dual_write", "ok", int(transaction[0])
     ledger = now if transaction else None
     if request["debtor"] is None:
-        row.creditor_legacy, row.creditor_ledger = now, ledger
+        row.creditor_legacy, row.creditor_ledger, row.creditor_change = now, ledger, Decimal(str(request["amount"]))
     else:
-        row.debtor_legacy, row.debtor_ledger = now, ledger
+        row.debtor_legacy, row.debtor_ledger, row.debtor_change = now, ledger, -Decimal(str(request["amount"]))
     return row
 
 
@@ -203,6 +209,7 @@ def posting(prepared: Prepared, row: Row) -> Posting:
         payee_legacy_balance=getattr(row, f"{first[1]}_legacy"),
         payee_ledger_balance=getattr(row, f"{first[1]}_ledger"),
         amount=_moved(prepared, row),
+        legacy_change=getattr(row, f"{first[0]}_change"),
     )
 
 

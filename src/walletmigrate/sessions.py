@@ -52,14 +52,17 @@ def expire(target: Target, mapping: Mapping, keys: Iterable[str], *, reload: boo
     wanted = set(keys)
     classes = {key[0] for key in session.identity_map.keys()}  # noqa: SIM118 - no plain dict
     for mapper in map(inspect, classes):
-        names = _attributes(mapper, mapping, *(column.column for column in mapping.columns))
+        names = attributes_of(mapper, mapping, *(column.column for column in mapping.columns))
         for found in _loaded(session, mapper, mapping, wanted) if names else ():
-            session.expire(found, names)
-            if reload:
-                session.refresh(found, names)
+            # A change that is not flushed yet (a session without autoflush) is the program's to keep.
+            known = [name for name in names if not inspect(found).attrs[name].history.has_changes()]
+            if known:
+                session.expire(found, known)
+            if known and reload:
+                session.refresh(found, known)
 
 
-def _attributes(mapper: Mapper[Any], mapping: Mapping, *columns: str) -> list[str]:
+def attributes_of(mapper: Mapper[Any], mapping: Mapping, *columns: str) -> list[str]:
     """The attributes that hold these columns of the legacy table; none of a class that is mapped elsewhere."""
     names = []
     for table in mapper.tables:
@@ -79,7 +82,7 @@ def _loaded(session: Session, mapper: Mapper[Any], mapping: Mapping, keys: set[s
             for identity in _identities(key)
         ]
         return [each for each in found if each is not None]
-    attributes = _attributes(mapper, mapping, mapping.key)
+    attributes = attributes_of(mapper, mapping, mapping.key)
     return [
         each
         for each in session.identity_map.values()
@@ -140,6 +143,8 @@ def _after_rollback(session: Session, previous: SessionTransaction) -> None:
 
 
 def _after_end(session: Session, transaction: SessionTransaction) -> None:
+    # What is still a savepoint's own at its end was not released: a flush that failed in it ends it without a word.
+    _after_rollback(session, transaction)
     if transaction.parent is None:
         session.info.pop(_PENDING, None)
 
