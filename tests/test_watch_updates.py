@@ -237,7 +237,7 @@ def elsewhere() -> dict[str, tuple[Callable[[Session], object], str]]:
             "a parameter without a value",
         ),
         "a value with a callable": (
-            lambda s: s.execute(set_40.values(total_coins=bindparam("v", callable_=lambda: 40))),
+            lambda s: s.execute(set_40.values(total_coins=bindparam("v", 41, callable_=lambda: 40))),
             "neither a value",
         ),
         "a CTE": (

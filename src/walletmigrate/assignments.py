@@ -146,9 +146,7 @@ def _orders(element: BinaryExpression[Any]) -> Iterator[tuple[Any, Any, int]]:
 
 def is_literal(element: object) -> bool:
     """Whether the element is a value that stands in the statement, not a parameter that comes at its execution."""
-    if not isinstance(element, BindParameter) or element.required or element.callable is not None:
-        return False
-    return element.value is not None and not element.expanding
+    return isinstance(element, BindParameter) and element.callable is None and element.value is not None
 
 
 def is_column(element: Any, column: SQLColumn[Any]) -> bool:
