@@ -231,8 +231,8 @@ def write_panels() -> list[timeseries.Panel]:
         ),
         lines(
             "Watched ORM writes",
-            "lost_update: an assignment overwrote a balance newer than the one it was made from. unrouted: a write that "
-            "could not be sent through the adapter; the fence caught it.",
+            "lost_update: an assignment overwrote a balance newer than the one it was made from. unrouted: a write "
+            "that could not be sent through the adapter; the fence caught it.",
             [("sum by (outcome) (increase(walletmigrate_watched_write_total[$__rate_interval]))", "{{outcome}}")],
             unit="short",
         ),

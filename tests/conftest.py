@@ -7,6 +7,7 @@ first test, and an engine that would leave the machine is stopped before it conn
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from ipaddress import ip_address
@@ -19,6 +20,10 @@ from sqlalchemy.engine import Engine
 
 import servers
 from walletmigrate import connect
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts its background jobs so, and every program that a test starts and interrupts would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MakeDatabase = Callable[..., str]
 """``make_database(template=None)``: create an own database for this test, and give its URL."""
