@@ -241,7 +241,7 @@ def test_a_worker_that_is_refused_says_at_which_transaction(server: Postgres) ->
 @pytest.mark.usefixtures("nothing_is_left")
 def test_workers_that_stand_still_fail_the_rehearsal(server: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal_crew, "STALL_SECONDS", 1.0)
-    monkeypatch.setattr(Crew, "run", lambda _crew, _leg: None)
+    monkeypatch.setattr(Crew, "run", lambda *_: None)
     report = run(server, traffic.generate(1, 100))
     assert report.verdict == "fail"
     assert report.errors == ("no worker got any further for 1 seconds",)
