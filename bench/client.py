@@ -130,14 +130,14 @@ def _run(pairs: Sequence[Pair], rounds: int) -> None:
         _check(pair)
         # The driver prepares a statement at its sixth run, and the server settles on a plan at another sixth.
         for call in (pair.bare, pair.subject):
-            _block(call, _keys(chosen, pair))
+            block(call, _keys(chosen, pair))
     for number in range(rounds):
         for pair in pairs:
             keys = _keys(chosen, pair)
             if number % 2:
-                subject, bare = _block(pair.subject, keys), _block(pair.bare, keys)
+                subject, bare = block(pair.subject, keys), block(pair.bare, keys)
             else:
-                bare, subject = _block(pair.bare, keys), _block(pair.subject, keys)
+                bare, subject = block(pair.bare, keys), block(pair.subject, keys)
             pair.bare_seconds.append(bare)
             pair.subject_seconds.append(subject)
             pair.ratios.append(subject / bare)
@@ -147,8 +147,8 @@ def _keys(chosen: random.Random, pair: Pair) -> list[int]:
     return [pair.first_key + chosen.randrange(ROWS) for _ in range(BLOCK)]
 
 
-def _block(call: Call, keys: Sequence[int]) -> float:
-    """Seconds per call."""
+def block(call: Call, keys: Sequence[int]) -> float:
+    """Seconds per call, over the calls for these keys."""
     started = time.perf_counter()
     for key in keys:
         call(key)
