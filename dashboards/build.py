@@ -230,6 +230,12 @@ def write_panels() -> list[timeseries.Panel]:
             unit="short",
         ),
         lines(
+            "Writes past the adapter",
+            "Writes to the legacy column that did not come through the adapter, by what the fence made of them.",
+            [("sum by (treatment) (increase(walletmigrate_bypass_writes_total[$__rate_interval]))", "{{treatment}}")],
+            unit="short",
+        ),
+        lines(
             "Watched ORM writes",
             "lost_update: an assignment overwrote a balance newer than the one it was made from. unrouted: a write "
             "that could not be sent through the adapter; the fence caught it.",
@@ -298,7 +304,25 @@ def account_panels() -> list[timeseries.Panel]:
             "Age of the oldest flag document that a live process has just decided by.",
             [("max(walletmigrate_flag_age_seconds)", "oldest")],
             unit="s",
-            span=COLUMNS,
+        ),
+        lines(
+            "Flag rollout",
+            "Share of the accounts for which each flag is on, as the documents go; the phase may allow less.",
+            [("max by (flag) (walletmigrate_flag_rollout_ratio)", "{{flag}}")],
+            unit="percentunit",
+            most=1,
+        ),
+        lines(
+            "Flag documents in use",
+            "Different flag documents that live processes decide by; more than one for long means that they disagree.",
+            [("max(walletmigrate_flag_documents)", "documents")],
+            unit="short",
+        ),
+        lines(
+            "Batch duration",
+            "Seconds of the last batch of the newest jobs, by kind.",
+            [("max by (kind) (walletmigrate_job_batch_seconds)", "{{kind}}")],
+            unit="s",
         ),
     ]
 

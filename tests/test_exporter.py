@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import socket
+import subprocess
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from psycopg import sql
 from pydantic import SecretStr
 from sqlalchemy import Engine, event, text
 from sqlalchemy.pool import NullPool
 
-from walletmigrate import connect
-from walletmigrate.config import Column, Mapping, Settings
+import capturing
+from binaries import program
+from flag_documents import document, segment, state, tenant
+from ledger import ACT, install_users, post
+from walletmigrate import bypasses, connect
+from walletmigrate.config import CaptureSettings, Column, Mapping, Settings
 from walletmigrate.errors import ConfigError, UsageError
-from walletmigrate.exporter import JOB_KINDS, PHASES, STATES, DatabaseFacts, serve
-from walletmigrate.observe import METRICS
+from walletmigrate.exporter import DatabaseFacts, serve
+from walletmigrate.facts import JOB_KINDS, PHASES, STATES, TREATMENTS
+from walletmigrate.flag_impact import rollout
+from walletmigrate.flag_sources import FileSource
+from walletmigrate.observe import METRICS, PrometheusObserver
 from walletmigrate.schema import migrate, quoted
 
 Samples = dict[tuple[str, str], float]
@@ -33,6 +43,7 @@ Execute = Callable[[str], None]
 SCHEMA = "wallet"
 SCOPE = {("users", "EUR"), ("shops", "USD")}
 EXPORTED = {metric.full_name for metric in METRICS.values() if metric.served_by == "exporter"}
+ROLLOUT = "walletmigrate_flag_rollout_ratio"
 
 
 def install(url: str, schema: str = SCHEMA) -> None:
@@ -130,14 +141,15 @@ insert into transactions (id, debit_account, credit_account, kind, amount, curre
 
 def test_a_fresh_ledger_shows_every_label_set_at_zero_and_the_phase_legacy(ledger: str, engine: Engine) -> None:
     seen = facts(engine)
-    assert {name for name, _ in seen} == EXPORTED
+    assert {name for name, _ in seen} == EXPORTED - {ROLLOUT}
+    assert of(seen, "bypass_writes_total") == dict.fromkeys(TREATMENTS, 0)
     assert of(seen, "phase") == dict.fromkeys(PHASES, 0) | {"legacy": 1}
     assert of(seen, "accounts") == dict.fromkeys(STATES, 0)
     for name in ("drift_accounts", "drift_amount", "ledger_imbalance"):
         assert of(seen, name) == {"EUR": 0, "USD": 0}
-    for name in ("job_items", "job_failed", "job_paused", "job_remaining"):
+    for name in ("job_items", "job_failed", "job_paused", "job_remaining", "job_batch_seconds"):
         assert of(seen, name) == dict.fromkeys(JOB_KINDS, 0)
-    for name in ("line_stopped", "verification_last_success_timestamp_seconds"):
+    for name in ("line_stopped", "flag_documents", "verification_last_success_timestamp_seconds"):
         assert of(seen, name) == {"": 0}
 
 
@@ -339,7 +351,7 @@ def test_without_a_ledger_only_the_exporters_own_state_is_served_and_it_recovers
     install(database_url)
     seen = samples(collector)
     assert of(seen, "exporter_up") == {"": 1}
-    assert {name for name, _ in seen} == EXPORTED
+    assert {name for name, _ in seen} == EXPORTED - {ROLLOUT}
 
 
 def free_port() -> int:
@@ -373,7 +385,7 @@ def test_serve_answers_a_scrape_over_http_and_close_frees_the_port(ledger: str, 
     finally:
         exporter.close()
     exporter.wait()
-    assert {name for name, _ in seen} == EXPORTED
+    assert {name for name, _ in seen} == EXPORTED - {ROLLOUT}
     assert of(seen, "accounts")["mirrored"] == 2
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", exporter.port), timeout=5)
@@ -398,3 +410,100 @@ def test_the_exporters_connection_is_named_and_limited(ledger: str) -> None:
         exporter.close()
         event.remove(Engine, "do_connect", note)
     assert [(one["application_name"], one["connect_timeout"]) for one in made] == [("walletmigrate exporter", 3)]
+
+
+def test_writes_past_the_adapter_are_counted_by_treatment_and_never_fall(database_url: str) -> None:
+    place = capturing.Place(database_url)
+    place.write("update users set total_coins = total_coins + 1 where id = 3")
+    place.write(capturing.ADD)
+    place.mode("reject")
+    place.write("update users set total_coins = total_coins + 1 where id = 4")
+    place.mode("stale")
+    counted = of(facts(place.engine), "bypass_writes_total")
+    assert counted == dict.fromkeys(TREATMENTS, 0) | {"absent": 2, "turned_stale": 1}
+    with place.engine.begin() as connection:
+        post(connection, place.settings, "credit", 5, 1)
+    place.mode("reject")
+    assert place.write("update users set total_coins = total_coins + 1 where id = 5") == capturing.REJECTED
+    place.mode("stale")
+    settings_now = place.settings.model_copy(update={"capture": CaptureSettings(retention=timedelta(0))})
+    assert bypasses.prune(place.engine, settings_now, ACT) == 3
+    place.write("update users set total_coins = total_coins + 1 where id = 3")
+    assert of(facts(place.engine), "bypass_writes_total") == counted | {"absent": 3, "rejected": 1}
+
+
+def test_the_rollout_ratio_is_the_share_of_accounts_for_which_a_flag_is_on(database_url: str, tmp_path: Path) -> None:
+    _, settings = install_users(database_url, rows=10)
+    acme = tenant(1, "acme", "wallet.dualWrite")
+    (tmp_path / "flags.json").write_text(json.dumps(document("wallet.enableWithdrawals", segments=[acme])))
+    source = FileSource(tmp_path / "flags.json")
+    engine = connect.engine(database_url, application_name="walletmigrate-test", poolclass=NullPool)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("analyze users")
+    exporter = DatabaseFacts(engine, SCHEMA, SCOPE, rollout=lambda c: rollout(c, settings, source.snapshot()))
+    seen = of(samples(exporter), "flag_rollout_ratio")
+    assert seen == {"wallet.dualWrite": 0.5, "wallet.readFromLedger": 0, "wallet.enableWithdrawals": 1}
+
+
+def test_the_rollout_of_a_percentage_is_estimated_from_a_sample_of_a_large_table(
+    database_url: str, tmp_path: Path
+) -> None:
+    _, settings = install_users(database_url, rows=40_000)
+    split = segment(1, "PERCENTAGE_SPLIT", "", "25", [state("wallet.dualWrite", enabled=True, priority=0)])
+    (tmp_path / "flags.json").write_text(json.dumps(document(segments=[split])))
+    source = FileSource(tmp_path / "flags.json")
+    engine = connect.engine(database_url, application_name="walletmigrate-test", poolclass=NullPool)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("analyze users")
+    sampled: list[str] = []
+    event.listen(engine, "after_cursor_execute", lambda *given: sampled.append(given[2]))
+    with engine.connect() as connection:
+        ratio = rollout(connection, settings, source.snapshot())["wallet.dualWrite"]
+    assert sum("tablesample" in query for query in sampled) == 1
+    # About 10,000 accounts decide: five standard deviations of that estimate.
+    assert ratio == pytest.approx(0.25, abs=5 * math.sqrt(0.25 * 0.75 / 8_000))
+
+
+def test_a_rollout_that_cannot_be_counted_costs_no_other_fact(ledger: str, engine: Engine) -> None:
+    def broken(_: object) -> dict[str, float]:
+        raise UsageError("no such trait")
+
+    seen = samples(DatabaseFacts(engine, SCHEMA, SCOPE, rollout=broken))
+    assert {name for name, _ in seen} == EXPORTED - {ROLLOUT}
+
+
+def test_promtool_finds_nothing_wrong_with_a_scrape(ledger: str, tmp_path: Path) -> None:
+    promtool = program("prometheus", "promtool")
+    exporter = serve(settings(ledger), 0, rollout=lambda _: {"wallet.dualWrite": 0.5})
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{exporter.port}/metrics", timeout=30) as answer:
+            page = answer.read()
+    finally:
+        exporter.close()
+    registry = CollectorRegistry()
+    PrometheusObserver(registry)
+    for scraped in (page, generate_latest(registry)):
+        checked = subprocess.run(
+            [str(promtool.path), "check", "metrics"],
+            input=scraped,
+            env=promtool.environment,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
+
+
+def test_ten_thousand_users_add_no_series(database_url: str) -> None:
+    engine, users = install_users(database_url, rows=1, phase="dual_write")
+    before = set(facts(engine))
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "insert into users (id, tenant, role, total_coins) "
+            "select g, 'tenant ' || g, 'role ' || g, 1 from generate_series(2, 10001) as g"
+        )
+        connection.exec_driver_sql("select * from wallet.backfill_users(null, 20000, null)")
+        post(connection, users, "credit", 7, 1)
+    after = facts(engine)
+    assert set(after) == before
+    assert of(after, "accounts")["mirrored"] == 10_001

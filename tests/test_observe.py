@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import structlog
+from opentelemetry.sdk.trace import TracerProvider
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
@@ -153,6 +154,7 @@ def test_no_label_carries_a_user_an_account_or_an_amount() -> None:
         "state",
         "currency",
         "kind",
+        "treatment",
     }
 
 
@@ -379,6 +381,20 @@ observer(Mismatch("write", "users", "cash", "EUR", "c-1"))
     assert ran.stdout == ""
     (line,) = ran.stderr.splitlines()
     assert json.loads(line)["event"] == "wallet.mismatch"
+
+
+def test_the_trace_id_of_the_current_span_is_the_correlation_id_unless_the_caller_bound_another() -> None:
+    with TracerProvider().get_tracer("shop").start_as_current_span("booking") as span:
+        trace_id = format(span.get_span_context().trace_id, "032x")
+        assert observe.correlation_id() == trace_id
+        with structlog.contextvars.bound_contextvars(correlation_id="request-9"):
+            assert observe.correlation_id() == "request-9"
+    assert observe.correlation_id() != trace_id
+
+
+def test_without_opentelemetry_nothing_of_it_is_imported() -> None:
+    code = "import sys, walletmigrate.observe as o; o.correlation_id(); assert 'opentelemetry' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_callers_correlation_id_is_used_and_otherwise_one_is_made() -> None:

@@ -116,6 +116,19 @@ def rejected(connection: Connection, settings: Settings) -> dict[str, int]:
     return found
 
 
+# A counter never falls: what is removed stays counted.
+_PRUNE = """
+with gone as (
+    delete from {schema}.bypasses where ctid in (select ctid {old} limit {limit}) returning treatment
+), counted as (
+    insert into {schema}.bypasses_pruned as p (treatment, writes)
+    select treatment, count(*) from gone group by treatment order by treatment
+    on conflict (treatment) do update set writes = p.writes + excluded.writes
+)
+select count(*) from gone
+"""
+
+
 def prune(engine: Engine, settings: Settings, act: Act, *, dry_run: bool = False) -> int:
     """Remove lines older than the configured retention, in batches of their own; returns how many."""
     name, done = quoted(settings.ledger_schema), 0
@@ -128,8 +141,8 @@ def prune(engine: Engine, settings: Settings, act: Act, *, dry_run: bool = False
         return due
     while True:
         with engine.begin() as connection:
-            statement = f"delete from {name}.bypasses where ctid in (select ctid {old} limit {PRUNE_BATCH})"
-            gone = connection.execute(text(statement), parameters).rowcount
+            statement = _PRUNE.format(schema=name, old=old, limit=PRUNE_BATCH)
+            gone = int(connection.scalar(text(statement), parameters) or 0)
             done += gone
             if gone < PRUNE_BATCH:
                 record(connection, settings, "capture prune", act, details={"removed": done})

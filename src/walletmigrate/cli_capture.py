@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from datetime import timedelta
 from typing import Annotated
 
 import typer
@@ -14,10 +12,8 @@ from walletmigrate.commands import command
 from walletmigrate.console import DIFFERENCE, OK, Answer, plain
 from walletmigrate.errors import UsageError
 from walletmigrate.fences import FenceChange
-from walletmigrate.invocation import Run
+from walletmigrate.invocation import Run, period
 from walletmigrate.standing import shown_time
-
-_UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
 
 def register(app: typer.Typer) -> None:
@@ -63,7 +59,7 @@ def report(
     run: Run, since: Annotated[str | None, typer.Option(metavar="7d", help="Only what is not older.")] = None
 ) -> Answer:
     """List the code paths that write past the adapter, most writes first."""
-    window = _window(since)
+    window = period(since) if since else None
     with run.engine.connect() as plain_connection:
         connection = plain_connection.execution_options(postgresql_readonly=True)
         found = bypasses.report(connection, run.settings, window=window)
@@ -102,15 +98,6 @@ def _line(done: FenceChange) -> str:
         return f"{done.mapping}: the fence {after}, as before"
     would = "dry run: afterwards " if done.dry_run else ""
     return f"{done.mapping}: {would}the fence {after}"
-
-
-def _window(since: str | None) -> timedelta | None:
-    if since is None:
-        return None
-    match = re.fullmatch(r"([1-9][0-9]{0,5})([mhd])", since)
-    if match is None:
-        raise UsageError(f"--since {since!r}: write a number and m, h or d, for example 7d")
-    return timedelta(**{_UNITS[match[2]]: int(match[1])})
 
 
 def _report_lines(found: Catalogue, modes: dict[str, str]) -> list[str]:

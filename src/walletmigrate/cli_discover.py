@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
-from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,9 +15,7 @@ from walletmigrate.console import DIFFERENCE, OK, Answer, plain
 from walletmigrate.discover import discover as look_for
 from walletmigrate.errors import UsageError
 from walletmigrate.findings import Catalogue, Finding
-from walletmigrate.invocation import Run
-
-_UNITS = {"m": "minutes", "h": "hours", "d": "days"}
+from walletmigrate.invocation import Run, period
 
 
 class Form(StrEnum):
@@ -46,7 +42,7 @@ def discover(
     form: Annotated[Form, typer.Option("--format", help="How to print it.")] = Form.TABLE,
 ) -> Answer:
     """List the code that touches the mapped columns. Exit 3 while direct writes are left."""
-    window = _window(since)
+    window = period(since) if since else None
     if no_database or run.settings.database_url is None:
         found = look_for(run.settings, source, exclude=exclude or ())
     else:
@@ -145,12 +141,3 @@ def _write(path: Path, found: Catalogue) -> None:
         path.write_text("\n".join(check_list(found)) + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path} cannot be written ({error.strerror}): name another file by --markdown") from None
-
-
-def _window(since: str | None) -> timedelta | None:
-    if since is None:
-        return None
-    match = re.fullmatch(r"([1-9][0-9]{0,5})([mhd])", since)
-    if match is None:
-        raise UsageError(f"--since {since!r}: write a number and m, h or d, for example 7d")
-    return timedelta(**{_UNITS[match[2]]: int(match[1])})

@@ -10,13 +10,15 @@ import typer
 
 from walletmigrate.cli_flags import flag_text
 from walletmigrate.commands import command
-from walletmigrate.console import Answer, plain, reasons_as_json, reasons_as_lines
+from walletmigrate.console import FAILURE, OK, Answer, plain, reasons_as_json, reasons_as_lines
 from walletmigrate.errors import ConfigError
 from walletmigrate.exporter import serve
-from walletmigrate.invocation import NO_URL, Run, wait_for_the_end
+from walletmigrate.flag_impact import rollout
+from walletmigrate.invocation import NO_URL, Run, period, wait_for_the_end
 from walletmigrate.report import JobStatus, Status
 from walletmigrate.report import status as look
 from walletmigrate.standing import shown_time
+from walletmigrate.trace import trace as find
 
 PORT = 9464
 
@@ -24,6 +26,7 @@ PORT = 9464
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     command(app, "status")(status)
+    command(app, "trace")(trace)
     command(app, "exporter")(exporter)
     command(app, "version")(version)
 
@@ -35,6 +38,24 @@ def status(run: Run) -> Answer:
     return Answer(document, tuple(_lines(seen)))
 
 
+def trace(
+    run: Run,
+    identifier: Annotated[str, typer.Argument(metavar="ID", help="A correlation id, or an idempotency key.")],
+    since: Annotated[
+        str, typer.Option(metavar="1d", help="How far back the journal is read; all: from the start.")
+    ] = "1d",
+) -> Answer:
+    """Print the whole way of one mutation: ledger, key, failures, audit log. Exit 1 if nothing carries the id."""
+    back = None if since == "all" else period(since)
+    with run.engine.connect() as plain_connection:
+        connection = plain_connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        found = find(connection, run.settings, identifier, since=back)
+    lines = [f"{shown_time(one.at)}  {one.where:7}  {one.what}" for one in found]
+    notes = () if found else (f"nothing carries {identifier!r} since {since}: try --since all",)
+    document = {"correlation_id": found[0].correlation_id if found else None, "rows": [plain(one) for one in found]}
+    return Answer(document, tuple(lines), notes, OK if found else FAILURE)
+
+
 def exporter(
     run: Run,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = PORT,
@@ -43,7 +64,9 @@ def exporter(
     """Serve the metrics that stand in the database, for Prometheus. Ctrl-C ends it."""
     if run.settings.database_url is None:
         raise ConfigError("no database URL is set", fix=NO_URL)
-    served = serve(run.settings, port, address)
+    source = run.source
+    counted = lambda connection: rollout(connection, run.settings, source.snapshot())  # noqa: E731
+    served = serve(run.settings, port, address, rollout=counted)
     try:
         url = f"http://{address}:{served.port}/metrics"
         wait_for_the_end(run, Answer({"url": url, "running": True}, (f"serving {url}",)))

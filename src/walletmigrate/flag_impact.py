@@ -12,8 +12,11 @@ from sqlalchemy import Connection, text
 from walletmigrate import functions
 from walletmigrate.census import trait_of
 from walletmigrate.config import Mapping, Settings
-from walletmigrate.flags import ALL_FLAGS, Decision, Document, Json, Traits
+from walletmigrate.flag_sources import DocumentSnapshot
+from walletmigrate.flags import ALL_FLAGS, Decision, Document, Json, Snapshot, Traits
 from walletmigrate.schema import quoted
+
+SAMPLE = 10_000
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,42 @@ def impact(connection: Connection, settings: Settings, before: Json, after: Json
     return tuple(_of_mapping(connection, mapping, old, new) for mapping in settings.mappings)
 
 
+def rollout(connection: Connection, settings: Settings, snapshot: Snapshot) -> dict[str, float]:
+    """For which share of all accounts each flag is on, as it is heard; the phase is not looked at.
+
+    Where a percentage decides account by account, this is an estimate from about `SAMPLE` accounts of each mapping
+    (whole blocks of the table, chosen at random); else it is exact. Raises SQLAlchemy's errors.
+    """
+    on, accounts = dict.fromkeys(ALL_FLAGS, 0.0), 0.0
+    document = snapshot.document if isinstance(snapshot, DocumentSnapshot) else None
+    if document is None:
+        return on
+    for mapping in settings.mappings:
+        groups = [(document.decide(who, traits), n) for who, traits, n in _sample(connection, mapping, document)]
+        seen = sum(count for _, count in groups)
+        rows = max(_estimate(connection, mapping), 1.0)
+        accounts += rows if seen else 0
+        for decision, count in groups:
+            for flag, wanted in zip(ALL_FLAGS, astuple(decision), strict=True):
+                on[flag] += rows * count / seen if wanted else 0
+    return {flag: count / accounts if accounts else 0.0 for flag, count in on.items()}
+
+
+def _sample(connection: Connection, mapping: Mapping, document: Document) -> Iterator[tuple[str, Traits, int]]:
+    rows = _estimate(connection, mapping)
+    share = f" tablesample system ({100 * SAMPLE / rows:.6f})" if document.by_identity and rows > SAMPLE else ""
+    return _groups(connection, mapping, document, document, share)
+
+
+def _estimate(connection: Connection, mapping: Mapping) -> float:
+    """How many rows the table has, by the statistics; partitions together."""
+    query = (
+        "select sum(greatest(c.reltuples, 0)) from pg_class as c where c.relkind = 'r' "
+        "and (c.oid = cast(:t as regclass) or c.oid in (select relid from pg_partition_tree(cast(:t as regclass))))"
+    )
+    return float(connection.scalar(text(query), {"t": functions.relation(mapping)}) or 0)
+
+
 def _of_mapping(connection: Connection, mapping: Mapping, old: Document, new: Document) -> Impact:
     accounts, changed = 0, 0
     on, off = Counter[str](), Counter[str]()
@@ -67,7 +106,7 @@ def _flags(first: Decision, then: Decision) -> Iterator[tuple[str, bool, bool]]:
 
 
 def _groups(
-    connection: Connection, mapping: Mapping, old: Document, new: Document
+    connection: Connection, mapping: Mapping, old: Document, new: Document, share: str = ""
 ) -> Iterator[tuple[str, Traits, int]]:
     """Who is decided alike: an identifier that stands for them all, their traits, and how many they are."""
     names = [name for name in mapping.traits if name in {*old.traits, *new.traits}]
@@ -83,7 +122,7 @@ def _groups(
 
     each = ", ".join([key, "1", *columns])
     if old.by_identity or new.by_identity:
-        yield from rows(f"select {each} from {relation} as l")
+        yield from rows(f"select {each} from {relation} as l{share}")
         return
     together = ", ".join(["''", "count(*)", *columns])
     grouped = f" group by {', '.join(columns)}" if columns else ""

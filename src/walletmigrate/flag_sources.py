@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
 
+from walletmigrate import forks
 from walletmigrate.errors import (
     FlagDocumentInvalid,
     FlagsMissing,
@@ -82,7 +82,7 @@ class DocumentSource:
         self._hook_problems: dict[str, str] = {}
         self._lock = threading.Lock()
         self._current = DocumentSnapshot(None, name, clock(), clock)
-        _Forks.watch(self)
+        forks.watch(self)
 
     @property
     def problem(self) -> str | None:
@@ -193,22 +193,3 @@ class FileSource(DocumentSource):
                 self.failure = None
         elif self.failure is None:
             self._confirm()
-
-
-class _Forks:
-    """Tells every living source of a fork. Registered with the first source: it cannot be taken back."""
-
-    _sources: Final[weakref.WeakSet[DocumentSource]] = weakref.WeakSet()
-    _registered = False
-
-    @classmethod
-    def watch(cls, source: DocumentSource) -> None:
-        if not cls._registered and hasattr(os, "register_at_fork"):
-            cls._registered = True
-            os.register_at_fork(after_in_child=cls._in_child)
-        cls._sources.add(source)
-
-    @classmethod
-    def _in_child(cls) -> None:
-        for source in list(cls._sources):
-            source.after_fork()

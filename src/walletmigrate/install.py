@@ -306,6 +306,8 @@ def _grant(connection: Connection, settings: Settings) -> None:
     connection.exec_driver_sql(f"grant insert on {name}.jobs, {name}.audit_log, {name}.verifications to {operator}")
     connection.exec_driver_sql(f"grant update on {name}.jobs, {name}.control to {operator}")
     connection.exec_driver_sql(f"grant delete on {name}.bypasses to {operator}")
+    connection.exec_driver_sql(f"grant insert, update on {name}.bypasses_pruned to {operator}")
+    connection.exec_driver_sql(f"grant select, insert, update, delete on {name}.processes to {app}, {operator}")
     shared = ["turn_stale", "diverged", "resolve", "replay", "enter_batch", "labelled"]
     own = ["post", "keys", "lock", "leg", "plain", "settle", "move"]
     jobs = ["backfill", "open", "freeze", "seal", "unfreeze", "unseal", "close"]

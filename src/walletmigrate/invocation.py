@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
@@ -213,3 +215,11 @@ def _user() -> str:
         return f"user:{getpass.getuser()}"
     except (KeyError, OSError):  # a container may run under an id that has no name
         return f"user:{os.getuid()}"
+
+
+def period(said: str, option: str = "--since") -> timedelta:
+    """A span of time as an option says it: ``90s``, ``30m``, ``12h``, ``7d``. Raises UsageError."""
+    match = re.fullmatch(r"([1-9][0-9]{0,5})([smhd])", said)
+    if match is None:
+        raise UsageError(f"{option} {said!r}: write a number and s, m, h or d, for example 7d")
+    return timedelta(**{{"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}[match[2]]: int(match[1])})

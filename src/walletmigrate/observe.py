@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -99,6 +100,16 @@ METRICS: Final = _catalogue(
         "process",
     ),
     Metric("flag_age_seconds", "gauge", "Age of the flag document last decided by.", ("flag",), "process"),
+    Metric(
+        "bypass_writes_total",
+        "counter",
+        "Writes past the adapter since the install, by what the fence made of them.",
+        ("treatment",),
+    ),
+    Metric(
+        "flag_rollout_ratio", "gauge", "Share of the accounts for which the flag is on, as documents go.", ("flag",)
+    ),
+    Metric("flag_documents", "gauge", "Different flag documents that live processes decide by."),
     Metric("phase", "gauge", "1 for the phase in force, 0 for the others.", ("phase",)),
     Metric("line_stopped", "gauge", "1 while the line is stopped, else 0."),
     Metric("accounts", "gauge", "Accounts by state; absent is as of the last full verification.", ("state",)),
@@ -118,6 +129,7 @@ METRICS: Final = _catalogue(
     Metric("job_failed", "gauge", "Items that failed; at least 1 if the job itself failed.", ("kind",)),
     Metric("job_paused", "gauge", "Newest jobs that are paused.", ("kind",)),
     Metric("job_remaining", "gauge", "Items left to do; NaN while the total is not known.", ("kind",)),
+    Metric("job_batch_seconds", "gauge", "Seconds of the last batch of the newest jobs, the slowest.", ("kind",)),
     Metric("ledger_imbalance", "gauge", "Sum of all balances, in major units; must be 0.", ("currency",)),
     Metric("exporter_up", "gauge", "1 if the last look at the database succeeded, else 0."),
 )
@@ -397,8 +409,18 @@ def _default_logger() -> Any:
 
 
 def correlation_id() -> str:
-    """The ``correlation_id`` that the caller bound in structlog's context variables, else a new one of 32
-    hexadecimal digits. It is not bound here: the context belongs to the caller.
+    """The ``correlation_id`` that the caller bound in structlog's context variables; else the trace id of
+    OpenTelemetry's current span, where that is installed; else a new one. The latter two have 32 hexadecimal
+    digits (W3C Trace Context). It is not bound here: the context belongs to the caller.
     """
     bound = structlog.contextvars.get_contextvars().get("correlation_id")
-    return str(bound) if bound else uuid.uuid4().hex
+    return str(bound) if bound else _trace_id() or uuid.uuid4().hex
+
+
+def _trace_id() -> str | None:
+    # Not imported here: who uses it has done so, and who does not shall not pay for it.
+    tracing: Any = sys.modules.get("opentelemetry.trace")
+    if tracing is None:
+        return None
+    context = tracing.get_current_span().get_span_context()
+    return format(context.trace_id, "032x") if context.is_valid else None

@@ -166,6 +166,12 @@ create table {{ schema }}.bypasses (
 -- No more than one small index: who writes past the adapter pays for it.
 create index bypasses_at on {{ schema }}.bypasses using brin (at) with (pages_per_range = 32);
 
+-- What was pruned from the catalogue, so that the counts of writes never fall.
+create table {{ schema }}.bypasses_pruned (
+    treatment text primary key,
+    writes bigint not null
+);
+
 create table {{ schema }}.jobs (
     id bigint generated always as identity primary key,
     kind text not null,
@@ -224,6 +230,20 @@ create table {{ schema }}.flag_documents (
     stored_at timestamptz not null default clock_timestamp(),
     document jsonb not null
 );
+
+-- Processes that live, by their heartbeats, and the flag document that each decides by.
+create table {{ schema }}.processes (
+    id uuid primary key,
+    name text not null,
+    pid integer not null,
+    version text not null,
+    started_at timestamptz not null default clock_timestamp(),
+    seen_at timestamptz not null default clock_timestamp(),
+    document_id text not null,
+    document_source text not null,
+    document_age_seconds double precision not null,
+    problem text
+) with (fillfactor = 50);
 
 create function {{ schema }}.refuse_change() returns trigger
 language plpgsql

@@ -1,0 +1,189 @@
+"""What one look at the ledger's schema sees: accounts, phase, line, jobs, drift, imbalance. Reads only."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from walletmigrate.heartbeat import LIVE_SECONDS
+from walletmigrate.schema import quoted
+
+PHASES: Final = ("legacy", "dual_write", "read_ledger", "wallet_only", "frozen", "retired")
+TREATMENTS: Final = ("absent", "stale", "turned_stale", "mirrored", "closed", "rejected")
+STATES: Final = ("absent", "mirrored", "stale", "frozen", "closed")
+JOB_KINDS: Final = ("backfill", "verify", "freeze", "unfreeze")
+LINE_STOPPED: Final = 2
+
+
+@dataclass(frozen=True)
+class JobFacts:
+    """The newest jobs of one kind, one per mapping, added up; ``remaining`` is NaN while a total is
+    unknown.
+    """
+
+    items: int = 0
+    failed: int = 0
+    paused: int = 0
+    remaining: float = 0
+    batch_seconds: float = 0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one look at the ledger's schema saw. Amounts are in major units, by currency; ``last_success``
+    is Unix time, 0 if a mapping never had a clean full verification.
+    """
+
+    phase: str
+    line_stopped: bool
+    accounts: Mapping[str, int]
+    jobs: Mapping[str, JobFacts]
+    imbalance: Mapping[str, Decimal]
+    drift_accounts: Mapping[str, int]
+    drift_amount: Mapping[str, Decimal]
+    last_success: float
+    bypasses: Mapping[str, int] = field(default_factory=dict)
+    documents: int = 0
+
+
+def read_facts(connection: sa.Connection, schema: str, scope: Collection[tuple[str, str]] = ()) -> Facts:
+    """Read the facts of the ledger in ``schema``, as of the connection's snapshot.
+
+    ``scope`` are the configured (mapping, currency) pairs: only their verifications count, and their
+    currencies are there before they have a row; without it everything in the database counts. Raises
+    SQLAlchemy's errors, also when no ledger is installed.
+    """
+    control = _table(schema, "control", "phase")
+    line = _table(schema, "line", "last_value")
+    states, imbalance = _balances(connection, schema)
+    drift = _drift(connection, schema, scope)
+    currencies = sorted({currency for _, currency in scope} | imbalance.keys() | {row.currency for row in drift})
+    return Facts(
+        phase=connection.scalar(sa.select(control.c.phase)) or "",
+        line_stopped=connection.scalar(sa.select(line.c.last_value)) == LINE_STOPPED,
+        # Counting the absent means reading the legacy table; the last verification has done that.
+        accounts={**dict.fromkeys(STATES, 0), **states, "absent": sum(int(row.missing) for row in drift)},
+        jobs=_jobs(connection, schema),
+        imbalance=dict.fromkeys(currencies, Decimal(0)) | imbalance,
+        drift_accounts=dict.fromkeys(currencies, 0) | {row.currency: int(row.accounts) for row in drift},
+        drift_amount=dict.fromkeys(currencies, Decimal(0)) | {row.currency: row.amount for row in drift},
+        last_success=_last_success(connection, schema, scope),
+        bypasses=dict.fromkeys(TREATMENTS, 0) | _bypasses(connection, schema),
+        documents=_documents(connection, schema),
+    )
+
+
+def _bypasses(connection: sa.Connection, schema: str) -> dict[str, int]:
+    """Writes past the adapter by treatment: those in the catalogue, those pruned from it, those refused."""
+    counts: dict[str, int] = defaultdict(int)
+    lines, pruned = _table(schema, "bypasses", "treatment"), _table(schema, "bypasses_pruned", "treatment", "writes")
+    for treatment, count in connection.execute(
+        sa.select(lines.c.treatment, sa.func.count()).group_by(lines.c.treatment)
+    ):
+        counts[treatment] += count
+    for treatment, count in connection.execute(sa.select(pruned.c.treatment, pruned.c.writes)):
+        counts[treatment] += count
+    refused = sa.text(
+        "select coalesce(sum(pg_sequence_last_value(c.oid::regclass)), 0) from pg_class as c "
+        "where c.relnamespace = cast(:schema as regnamespace) and c.relkind = 'S' "
+        "and starts_with(c.relname, 'rejected_')"
+    )
+    counts["rejected"] += int(connection.scalar(refused, {"schema": quoted(schema)}) or 0)
+    return dict(counts)
+
+
+def _documents(connection: sa.Connection, schema: str) -> int:
+    """Different flag documents of the processes whose heart beat in the last minute."""
+    processes = _table(schema, "processes", "document_id", "seen_at")
+    alive = sa.func.extract("epoch", sa.func.clock_timestamp() - processes.c.seen_at) < LIVE_SECONDS
+    return int(connection.scalar(sa.select(sa.func.count(processes.c.document_id.distinct())).where(alive)) or 0)
+
+
+def _table(schema: str, name: str, *columns: str) -> sa.TableClause:
+    return sa.table(name, *(sa.column(column) for column in columns), schema=schema)
+
+
+def _balances(connection: sa.Connection, schema: str) -> tuple[dict[str, int], dict[str, Decimal]]:
+    """Accounts by state, and the sum of all balances by currency: one pass over the accounts for both."""
+    accounts = _table(schema, "accounts", "state", "currency", "balance")
+    system = _table(schema, "system_balances", "currency", "balance")
+    state = sa.cast(accounts.c.state, sa.Text).label("state")
+    states: dict[str, int] = defaultdict(int)
+    sums: dict[str, Decimal] = defaultdict(Decimal)
+    owned = sa.select(state, accounts.c.currency, sa.func.count(), sa.func.sum(accounts.c.balance))
+    for name, currency, count, balance in connection.execute(owned.group_by(state, accounts.c.currency)):
+        states[name] += count
+        sums[currency] += balance
+    of_system = sa.select(system.c.currency, sa.func.sum(system.c.balance)).group_by(system.c.currency)
+    for currency, balance in connection.execute(of_system):
+        sums[currency] += balance
+    return dict(states), dict(sums)
+
+
+def _full_runs(schema: str, scope: Collection[tuple[str, str]]) -> tuple[sa.TableClause, sa.ColumnElement[bool]]:
+    """The verifications, and the condition for those that count."""
+    runs = _table(
+        schema,
+        "verifications",
+        *("id", "mapping", "currency", "finished_at", "clean", "full_run"),
+        *("missing", "drift_accounts", "drift_amount"),
+    )
+    # A sample says nothing about the accounts it left out, so only full runs are taken for the whole.
+    counts = sa.and_(runs.c.full_run, runs.c.finished_at.is_not(None))
+    if scope:
+        counts = sa.and_(counts, sa.tuple_(runs.c.mapping, runs.c.currency).in_(list(scope)))
+    return runs, counts
+
+
+def _drift(connection: sa.Connection, schema: str, scope: Collection[tuple[str, str]]) -> list[sa.Row[Any]]:
+    """missing, accounts and amount by currency, from the last full verification of each mapping."""
+    runs, counts = _full_runs(schema, scope)
+    newest = sa.select(sa.func.max(runs.c.id)).where(counts).group_by(runs.c.mapping, runs.c.currency)
+    total = sa.select(
+        runs.c.currency,
+        sa.func.sum(runs.c.missing).label("missing"),
+        sa.func.sum(runs.c.drift_accounts).label("accounts"),
+        sa.func.sum(runs.c.drift_amount).label("amount"),
+    )
+    return list(connection.execute(total.where(runs.c.id.in_(newest)).group_by(runs.c.currency)))
+
+
+def _last_success(connection: sa.Connection, schema: str, scope: Collection[tuple[str, str]]) -> float:
+    """The oldest of the mappings' last clean full runs: one that is verified daily must not hide another."""
+    runs, counts = _full_runs(schema, scope)
+    when = sa.extract("epoch", sa.func.max(runs.c.finished_at))
+    clean = sa.select(runs.c.mapping, runs.c.currency, when).where(counts, runs.c.clean)
+    rows = connection.execute(clean.group_by(runs.c.mapping, runs.c.currency))
+    times = {(mapping, currency): float(at) for mapping, currency, at in rows}
+    return min((times.get(pair, 0.0) for pair in scope or times), default=0.0)
+
+
+def _jobs(connection: sa.Connection, schema: str) -> dict[str, JobFacts]:
+    columns = ("id", "kind", "mapping", "state", "items_total", "items_done", "items_failed", "last_batch_seconds")
+    jobs = _table(schema, "jobs", *columns)
+    newest = sa.select(sa.func.max(jobs.c.id)).group_by(jobs.c.kind, jobs.c.mapping)
+    facts = {kind: JobFacts() for kind in JOB_KINDS}
+    for job in connection.execute(sa.select(jobs).where(jobs.c.id.in_(newest))):
+        before = facts.get(job.kind, JobFacts())
+        facts[job.kind] = JobFacts(
+            items=before.items + job.items_done,
+            # A job can fail before any of its items did; it must show all the same.
+            failed=before.failed + max(job.items_failed, job.state == "failed"),
+            paused=before.paused + (job.state == "paused"),
+            remaining=before.remaining + _remaining(job),
+            batch_seconds=max(before.batch_seconds, float(job.last_batch_seconds or 0)),
+        )
+    return facts
+
+
+def _remaining(job: sa.Row[Any]) -> float:
+    if job.state in ("done", "cancelled"):
+        return 0
+    if job.items_total is None:
+        return float("nan")
+    return max(int(job.items_total) - int(job.items_done) - int(job.items_failed), 0)
