@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 from sqlalchemy.orm import Session
 from structlog.contextvars import bound_contextvars
 
 import servers
 from adapting import DUAL, OFF, READ, Place, User, bring_into, place, placed
+from flag_documents import document, tenant
 from ledger import fence_down, set_phase, unguarded
 from walletmigrate import LegacyBalanceAdapter, StaticSource, connect
 from walletmigrate.errors import LegacyValueInvalid, UnknownAccount
+from walletmigrate.flag_sources import FileSource
 from walletmigrate.flags import Decision
 
 D = Decimal
@@ -46,6 +51,47 @@ def shared(server: servers.Postgres) -> Iterator[Place]:
             made.adapter.credit(connection, KEYS["frozen"], 7, type="deposit")
         yield made
         made.check()
+
+
+@pytest.mark.parametrize("phase", [*OTHER_PHASES, *READING_PHASES])
+@pytest.mark.parametrize("flags", [OFF, DUAL, READ], ids=["off", "dual", "read"])
+def test_many_balances_read_together_are_those_read_one_by_one(
+    shared: Place, phase: str, flags: dict[str, bool]
+) -> None:
+    set_phase(shared.engine, phase)
+    at = placed(shared.engine, shared.settings, flags)
+    known = [KEYS[state] for state in ANSWERS]
+    with at.engine.connect() as connection:
+        each = {key: at.adapter.balance(connection, key) for key in known}
+        alone, at.heard.events[:] = list(at.heard.reads), []
+        assert at.adapter.balances(connection, [999, *reversed(known), KEYS["closed"]]) == each
+    assert list(each) == known
+    assert sorted(map(str, (read.source for read in at.heard.reads))) == sorted(read.source for read in alone)
+
+
+def test_many_balances_cost_one_statement_and_one_for_the_traits(shared: Place, tmp_path: Path) -> None:
+    set_phase(shared.engine, "read_ledger")
+    file = tmp_path / "environment.json"
+    acme = tenant(1, "acme", "wallet.dualWrite", "wallet.readFromLedger")
+    file.write_text(json.dumps(document(segments=[acme])), encoding="utf-8")
+    adapter = LegacyBalanceAdapter(shared.settings, FileSource(file))
+    with shared.engine.connect() as connection:
+        adapter.balance(connection, KEYS["absent"])
+        seen: list[str] = []
+        event.listen(connection, "before_cursor_execute", lambda *given: seen.append(given[2]))
+        found = adapter.balances(connection, list(KEYS.values()))
+    assert len(seen) == 2
+    assert found[KEYS["mirrored"]].source == "ledger"  # the flag is on for its tenant alone
+
+
+def test_many_balances_of_a_table_without_a_ledger_are_the_columns(database_url: str) -> None:
+    at = place(database_url)
+    settings = at.settings.model_copy(update={"ledger_schema": "elsewhere"})
+    adapter = LegacyBalanceAdapter(settings, StaticSource(READ))
+    with at.engine.connect() as connection:
+        found = adapter.balances(connection, [3, 1])
+    assert list(found) == [3, 1]
+    assert {(one.amount, one.source) for one in found.values()} == {(D(100), "legacy")}
 
 
 @pytest.mark.parametrize("state", list(ANSWERS))

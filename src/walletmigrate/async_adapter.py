@@ -89,6 +89,7 @@ class AsyncLegacyBalanceAdapter:
     open_account = _shell(LegacyBalanceAdapter.open_account)
     apply = _shell(LegacyBalanceAdapter.apply)
     balance = _shell(LegacyBalanceAdapter.balance)
+    balances = _shell(LegacyBalanceAdapter.balances)
     history = _shell(LegacyBalanceAdapter.history)
     balance_at = _shell(LegacyBalanceAdapter.balance_at)
     decision = _shell(LegacyBalanceAdapter.decision)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Row
 
 from walletmigrate import observe
 from walletmigrate.config import Column
@@ -59,6 +61,32 @@ def read_balance(
     row = connection.exec_driver_sql(statement, arguments).one_or_none()
     if row is None or (row.key is None and row.state != "frozen"):
         raise UnknownAccount(site.mapping.name, key)
+    return _judged(site, column, key, row, wanted=wanted, compared=compared)
+
+
+def read_balances(
+    connection: Connection,
+    schema: str,
+    site: Site,
+    column: Column,
+    keys: MappingOf[str, Key],
+    wanted: Callable[[str], bool],
+    compared: bool,
+) -> dict[Key, Balance]:
+    """Many accounts in one statement and one snapshot; ``keys`` by their text. Who is unknown is left out.
+
+    Raises LegacyValueInvalid for the first column that holds NULL.
+    """
+    rows = connection.exec_driver_sql(_statement_of_many(schema, site, column), (list(keys),))
+    found = {
+        row.asked: _judged(site, column, keys[row.asked], row, wanted=wanted(row.asked), compared=compared)
+        for row in rows
+        if row.key is not None or row.state == "frozen"
+    }
+    return {key: found[text] for text, key in keys.items() if text in found}
+
+
+def _judged(site: Site, column: Column, key: Key, row: Row[Any], *, wanted: bool, compared: bool) -> Balance:
     compare: Literal["match", "mismatch", "stale"] | None = None
     if compared and row.state == "mirrored":
         compare = "match" if row.legacy == row.ledger else "mismatch"
@@ -101,6 +129,22 @@ def told(mapping: str, found: Balance, seconds: float) -> list[observe.Event]:
             observe.Mismatch("read", mapping, bucket, currency, correlation, key=key, legacy=legacy, ledger=ledger)
         )
     return events
+
+
+@lru_cache(maxsize=256)
+def _statement_of_many(schema: str, site: Site, column: Column) -> str:
+    mapping = site.mapping
+    asked = f"unnest(cast(%s as text[])) as q (asked) left join {relation(mapping)} as l "
+    asked += f"on l.{quoted(mapping.key)} = cast(q.asked as {site.key_sql_type})"
+    selected = f"select q.asked, l.{quoted(mapping.key)} as key, {site.value(column)} as legacy, "
+    if not site.installed:
+        return f"{selected} null::numeric as ledger, null::text as state, 'legacy' as phase from {asked}"
+    return (
+        f"{selected} a.balance as ledger, a.state::text as state, k.phase "
+        f"from {quoted(schema)}.control as k cross join {asked} "
+        f"left join {quoted(schema)}.accounts as a on a.mapping = '{mapping.name}' and a.key = q.asked collate \"C\" "
+        f"and a.bucket = '{column.bucket}' and a.currency = '{column.currency}'"
+    )
 
 
 @lru_cache(maxsize=256)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from sqlalchemy import Connection, text
 
@@ -33,15 +34,22 @@ class TraitCache:
             return given
         if not self._mapping.traits:
             return {}
+        known = self._known_of(key)
+        if known is not None:
+            return known
+        # Not kept where there is no row: it may be inserted next.
+        return self._read(connection, site, [key]).get(key, {})
+
+    def fill(self, connection: Connection, site: Site, keys: Sequence[str]) -> None:
+        """Read what is not known of these accounts in one round trip."""
+        unknown = [key for key in keys if self._known_of(key) is None] if self._mapping.traits else []
+        if unknown:
+            self._read(connection, site, unknown)
+
+    def _known_of(self, key: str) -> Traits | None:
         with self._lock:
             found = self._known.get(key)
-        if found is not None and time.monotonic() - found[0] < KEEP_SECONDS:
-            return found[1]
-        traits = self._read(connection, site, key)
-        if traits is None:  # not kept: the row may be inserted next
-            return {}
-        self._keep(key, traits)
-        return traits
+        return found[1] if found is not None and time.monotonic() - found[0] < KEEP_SECONDS else None
 
     def _keep(self, key: str, traits: Traits) -> None:
         with self._lock:
@@ -50,20 +58,22 @@ class TraitCache:
             if len(self._known) > KEEP_ACCOUNTS:
                 self._known.popitem(last=False)
 
-    def _read(self, connection: Connection, site: Site, key: str) -> Traits | None:
-        names = list(self._mapping.traits)
+    def _read(self, connection: Connection, site: Site, keys: Sequence[str]) -> dict[str, Traits]:
+        names, key = list(self._mapping.traits), f"l.{quoted(self._mapping.key)}"
         columns = ", ".join(f"l.{quoted(self._mapping.traits[name])}" for name in names)
-        row = connection.execute(
+        rows = connection.execute(
             text(
-                f"select {columns} from {relation(self._mapping)} as l "
-                f"where l.{quoted(self._mapping.key)} = cast(:key as {site.key_sql_type})"
+                f"select {key}::text, {columns} from {relation(self._mapping)} as l "
+                f"where {key} = any(cast(:keys as {site.key_sql_type}[]))"
             ),
-            {"key": key},
-        ).one_or_none()
-        if row is None:
-            return None
-        return {
-            name: value if isinstance(value, str | int | bool) else str(value)
-            for name, value in zip(names, row, strict=True)
-            if value is not None
-        }
+            {"keys": list(keys)},
+        )
+        found: dict[str, Traits] = {}
+        for owner, *values in rows:
+            found[owner] = {
+                name: value if isinstance(value, str | int | bool) else str(value)
+                for name, value in zip(names, values, strict=True)
+                if value is not None
+            }
+            self._keep(owner, found[owner])
+        return found
