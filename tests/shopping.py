@@ -80,16 +80,25 @@ class Shop:
         return {int(user): Decimal(balance) for user, _, balance in (line.split(",") for line in lines)}
 
 
+def make_tables(url: str) -> None:
+    """Make the shop's tables, as before its first start."""
+    subprocess.run([sys.executable, "models.py"], cwd=SHOP, env={**os.environ, **_address(url)}, check=True)
+
+
+def _address(url: str) -> dict[str, str]:
+    return {"SHOP_DATABASE_URL": url.replace("postgresql://", "postgresql+psycopg://", 1)}
+
+
 @contextmanager
 def serving(module: str, url: str, folder: Path, config: Path | None = None) -> Iterator[Shop]:
     """Serve ``before`` or ``after`` with two workers on a free port; ended by its own process id."""
     metrics = folder / "metrics"
     metrics.mkdir(exist_ok=True)
-    environment = {**os.environ, "SHOP_DATABASE_URL": url.replace("postgresql://", "postgresql+psycopg://", 1)}
+    environment = {**os.environ, **_address(url)}
     environment |= {"WALLETMIGRATE_DATABASE_URL": url, "PROMETHEUS_MULTIPROC_DIR": str(metrics)}
     environment |= {"WALLETMIGRATE_CONFIG": str(config)} if config else {}
-    subprocess.run([sys.executable, "models.py"], cwd=SHOP, env=environment, check=True)
     command = [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", "-w", str(WORKERS), "-b", "127.0.0.1:0"]
+    command += ["--no-control-socket"]
     log = folder / f"{module}.log"
     with subprocess.Popen(
         [*command, f"{module}:app"], cwd=SHOP, env=environment, stderr=subprocess.PIPE, text=True

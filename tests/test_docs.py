@@ -25,7 +25,7 @@ REGISTRIES = re.compile(
     "|".join(["pypi" + r"\.org", "pythonhosted" + r"\.org", "index" + "-url", "npmjs" + r"\.(org|com)"])
 )
 HOMES = re.compile(r"(?<![\w.\-/])/(" + "|".join(["work", "root", "Users", "home/[a-z]+", "workspace"]) + r")/")
-ADDRESS = re.compile(r"[\w.+-]+@([\w-]+(?:\.[\w-]+)+)")
+ADDRESS = re.compile(r"(?<![\w.+-])\w[\w.+-]*@([\w-]+(?:\.[\w-]+)+)")
 NOBODYS = re.compile(r"(^|\.)(example(\.(com|org|net))?|invalid|test|localhost)$|^[\d.]+$")
 
 
