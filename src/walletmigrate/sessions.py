@@ -7,28 +7,36 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
+import psycopg
 from sqlalchemy import Connection, event, inspect
 from sqlalchemy.orm import Mapper, Session, SessionTransaction, scoped_session
 from sqlalchemy.orm.exc import UnmappedColumnError
 from sqlalchemy.orm.util import identity_key
 
+from walletmigrate.borrowed import borrowed
 from walletmigrate.config import Mapping
 from walletmigrate.errors import UsageError
 
-Target = Session | scoped_session[Any] | Connection
+Target = Session | scoped_session[Any] | Connection | psycopg.Connection[Any]
 Tell = Callable[[bool], None]
 
 _PENDING = "walletmigrate_pending"
 
 
 def connection_of(target: Target) -> Connection:
-    """The connection to post on. Pending ORM changes are flushed first, as before any statement of a session."""
+    """The connection to post on. Pending ORM changes are flushed first, as before any statement of a session.
+
+    Raises UsageError for what is none of them.
+    """
     if isinstance(target, Connection):
         return target
+    if isinstance(target, psycopg.Connection):
+        return borrowed(target)
     session = _session_of(target)
     if session is None:
         raise UsageError(
-            f"pass a Session or a Connection, not {type(target).__name__}; async ones go to the async shell"
+            f"pass a Session, or a Connection of SQLAlchemy's or psycopg's, not {type(target).__name__}; "
+            "async ones go to the async shell"
         )
     if session.new or session.dirty or session.deleted:
         session.flush()
