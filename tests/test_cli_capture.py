@@ -58,6 +58,17 @@ def test_a_mode_is_set_by_command_with_a_reason_and_a_dry_run(project: Project, 
     assert (said.exit_code, "stale, mirror, reject" in said.stderr) == (2, True)
 
 
+def test_a_change_of_mode_is_no_step_of_the_phase(project: Project) -> None:
+    """Both stand in the audit log with a from and a to."""
+    before = project.run("phase", "show", "--json").document
+    project.change("capture", "mode", "mirror")
+    after = project.run("phase", "show", "--json").document
+    assert after["reasons"] == before["reasons"]
+    assert project.run("status").exit_code == 0
+    project.change("rollback", "--exercise")
+    project.change("phase", "advance")
+
+
 def test_the_fence_comes_down_and_goes_up_by_command(project: Project, engine: Engine) -> None:
     refused = project.run("capture", "remove", "--confirm", "users", *REASON)
     assert refused.exit_code == 4
