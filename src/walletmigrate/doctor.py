@@ -45,8 +45,10 @@ def _mapping(connection: Connection, settings: Settings, mapping: Mapping) -> It
         what = f"the functions of {mapping.name!r} are of version {stands.functions_version}"
         yield Finding(f"{what}, this release makes {functions.FUNCTIONS_VERSION}", INSTALL, DRIFT)
     yield from _legacy(connection, mapping, stands)
+    replaced = capture.function_problems(connection, settings, mapping)
     for problem in capture.fence_problems(connection, settings, mapping):
-        mend = f"walletmigrate capture install {REASON}; walletmigrate verify --mapping {mapping.name} --mark-stale"
+        first = INSTALL if replaced else f"walletmigrate capture install {REASON}"
+        mend = f"{first}; walletmigrate verify --mapping {mapping.name} --mark-stale {REASON}"
         yield Finding(f"the fence: {problem.trigger} {problem.problem}", mend, DRIFT)
 
 

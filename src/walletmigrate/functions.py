@@ -15,6 +15,8 @@ from walletmigrate.schema import quoted, render, run_script
 from walletmigrate.survey import LegacyTable
 
 FUNCTIONS_VERSION = 1
+SHARED_GUARDS = ("turn_stale", "follow", "probe_account", "stated", "fingerprint")
+"""What every fence calls; each mapping's install makes them anew."""
 SYSTEM_ACCOUNTS = ("opening", "external", "correction", "bypass", "transit")
 
 
@@ -172,6 +174,7 @@ def make_functions(connection: Connection, settings: Settings, mapping: Mapping,
             "definition": json.dumps({**definition(mapping), **legacy_facts(legacy)}),
         },
     )
+    _record_guards(connection, schema, mapping.name)
 
 
 def _capture_mode(connection: Connection, schema: str, mapping: Mapping) -> str:
@@ -194,16 +197,38 @@ def mapping_functions(connection: Connection, schema: str, mapping: str) -> list
     return list(rows.scalars())
 
 
-def fence_bodies(connection: Connection, schema: str, mapping: str) -> dict[str, str]:
-    """The bodies of the functions that the fence of a mapping calls, by name."""
+def guards(connection: Connection, schema: str, mapping: str) -> dict[str, str]:
+    """The functions that a mapping's fence is made of, as they stand now: digests by name."""
     rows = connection.execute(
         text(
-            "select p.proname, p.prosrc from pg_proc p join pg_namespace n on n.oid = p.pronamespace "
+            "select p.proname, md5(concat_ws(' ', p.prosrc, p.prosecdef, array_to_string(p.proconfig, ','))) as digest "
+            "from pg_proc p join pg_namespace n on n.oid = p.pronamespace "
             "where n.nspname = :schema and p.proname = any(:names)"
         ),
-        {"schema": schema, "names": [f"fence_{mapping}", f"fence_truncate_{mapping}"]},
+        {"schema": schema, "names": [f"fence_{mapping}", f"fence_truncate_{mapping}", *SHARED_GUARDS]},
     )
-    return {row.proname: row.prosrc for row in rows}
+    return {row.proname: row.digest for row in rows}
+
+
+def made_guards(connection: Connection, schema: str, mapping: str) -> dict[str, str]:
+    """The same as `guards`, as they were when they were made."""
+    query = text(f"select definition -> 'guards' from {quoted(schema)}.mappings where name = :name")
+    return dict(connection.scalar(query, {"name": mapping}) or {})
+
+
+def _record_guards(connection: Connection, schema: str, mapping: str) -> None:
+    """Also for the other mappings, whose fences call the same functions."""
+    made = guards(connection, schema, mapping)
+    shared = {name: digest for name, digest in made.items() if name in SHARED_GUARDS}
+    for which, names in (("name = :name", made), ("name <> :name", shared)):
+        connection.execute(
+            text(
+                f"update {quoted(schema)}.mappings set definition = jsonb_set(definition, '{{guards}}', "
+                "coalesce(definition -> 'guards', '{}') || cast(:guards as jsonb)) "
+                f"where {which}"
+            ),
+            {"name": mapping, "guards": json.dumps(names)},
+        )
 
 
 def installed_mapping(connection: Connection, schema: str, mapping: str, *, removed: bool = False) -> Installed | None:
