@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from walletmigrate.config import Column, Mapping, Settings
+from walletmigrate.config import Column, Mapping, Roles, Settings
 from walletmigrate.schema import quoted, render, run_script
 from walletmigrate.survey import LegacyTable
 
@@ -75,6 +75,7 @@ def context(
     legacy: LegacyTable,
     system: dict[tuple[str, str], int],
     *,
+    roles: Roles,
     mode: str = "stale",
     raw_queries: bool = False,
 ) -> dict[str, Any]:
@@ -87,6 +88,8 @@ def context(
         "key": quoted(mapping.key),
         "key_type": "bigint" if legacy.key_type == "integer" else legacy.key_sql_type,
         "columns": [_column_context(column, legacy, system) for column in mapping.columns],
+        "app": roles.app,
+        "operator": roles.operator,
         "capture_mode": mode,
         "raw_queries": "true" if raw_queries else "false",
     }
@@ -153,6 +156,7 @@ def make_functions(connection: Connection, settings: Settings, mapping: Mapping,
         mapping,
         legacy,
         system,
+        roles=settings.roles,
         mode=_capture_mode(connection, schema, mapping),
         raw_queries=settings.capture.raw_queries,
     )
