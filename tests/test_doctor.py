@@ -7,8 +7,9 @@ from decimal import Decimal
 import pytest
 
 from capturing import ADD, Place
-from ledger import ACT, execute, set_phase, unguarded
+from ledger import ACT, execute, rows, set_phase, unguarded
 from walletmigrate import LegacyBalanceAdapter, StaticSource, doctor, fences, phases
+from walletmigrate.backfill import backfill
 from walletmigrate.errors import LegacyTableAltered, PreconditionRefused
 from walletmigrate.flags import DUAL_WRITE
 from walletmigrate.install import install
@@ -101,6 +102,16 @@ def test_doctor_finds_a_fence_that_was_disabled_and_enabled_again(place: Place) 
     with unguarded(place.engine, "users"):
         pass
     assert any("was replaced or altered" in found for found in findings(place))
+
+
+@pytest.mark.parametrize(
+    "alteration", ["alter table users rename column total_coins to coins", "alter table users rename to people"]
+)
+def test_a_backfill_of_a_table_that_was_altered_is_refused_before_it_begins(place: Place, alteration: str) -> None:
+    execute(place.engine, alteration)
+    with pytest.raises(PreconditionRefused, match="was altered since the install"):
+        backfill(place.engine, place.settings, place.settings.mapping(None), ACT)
+    assert rows(place.engine, "select * from wallet.jobs") == []
 
 
 @pytest.mark.parametrize("description", [None, "the long way"])

@@ -11,6 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from invariants import assert_sound
 from ledger import execute, install_users, post, rows, scalar
 from walletmigrate import LegacyBalanceAdapter, StaticSource, functions
+from walletmigrate.errors import AmountOverflow
 from walletmigrate.flags import DUAL_WRITE
 from walletmigrate.movements import Movement, prepare
 from walletmigrate.postings import Calls
@@ -162,6 +163,26 @@ def test_a_trigger_that_takes_the_label_away_by_posting_itself_makes_no_key_move
     assert world.state() == ("mirrored" if dual else "stale", 105 if dual else 100, 105)
     assert scalar(world.engine, "select total_coins from users where id = 10") == 101
     assert_sound(world.engine, world.settings)
+
+
+@pytest.mark.parametrize(
+    ("coins_type", "most"),
+    [("numeric", Decimal("9" * 30 + ".99")), ("double precision", Decimal("9999999999999.99"))],
+)
+def test_the_short_way_keeps_the_column_s_limit_as_the_long_way_does(
+    database_url: str, coins_type: str, most: Decimal
+) -> None:
+    engine, settings = install_users(
+        database_url, phase="dual_write", coins_type=coins_type, coins=f"'{most}'::numeric - 7"
+    )
+    adapter = LegacyBalanceAdapter(settings, StaticSource({DUAL_WRITE: True}))
+    with engine.begin() as connection:
+        post(connection, settings, "open_account", 1, 0)
+        assert adapter.credit(connection, 1, 7, type="test").ledger_balance == most
+        for description in (None, "the long way"):
+            with pytest.raises(AmountOverflow):
+                adapter.credit(connection, 1, 1, type="test", description=description)
+    assert_sound(engine, settings)
 
 
 @pytest.mark.parametrize("words", ['"', "\\", '{a,"b"}', "NULL", "a\nb", '\\\\"', "ünï", "%s :x $1"])

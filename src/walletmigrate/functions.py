@@ -10,7 +10,9 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from walletmigrate.config import Column, Mapping, Roles, Settings
+from walletmigrate import survey
+from walletmigrate.config import MAX_INTEGER_DIGITS, Column, Mapping, Roles, Settings
+from walletmigrate.errors import ConfigError
 from walletmigrate.schema import quoted, render, run_script
 from walletmigrate.survey import LegacyTable
 
@@ -113,6 +115,7 @@ def _column_context(column: Column, legacy: LegacyTable, system: dict[tuple[str,
         "changed": changed,
         "assigned": f"a.balance{factor}",
         "floor": _literal(column.floor),
+        "wide": found.is_float or found.maximum.adjusted() == MAX_INTEGER_DIGITS - 1,
         "minimum": _literal(found.minimum),
         "maximum": _literal(found.maximum),
         **{name: system[name, column.currency] for name in SYSTEM_ACCOUNTS},
@@ -127,6 +130,19 @@ def legacy_facts(legacy: LegacyTable) -> dict[str, Any]:
     """What of the legacy table is compiled into the functions: altered since, they no longer fit."""
     types = {column.name: f"{column.sql_type}, {column.minimum} to {column.maximum}" for column in legacy.columns}
     return {"key_type": legacy.key_type, "types": types}
+
+
+def alteration(connection: Connection, mapping: Mapping, stands: Installed) -> tuple[str, str] | None:
+    """How the legacy table was altered since the install, and what mends it; None if the functions still fit."""
+    again = "walletmigrate install --reason '…'"
+    was = f"the legacy table of {mapping.name!r} was altered since the install"
+    try:
+        now = legacy_facts(survey.inspect_mapping(connection, mapping))
+    except ConfigError as error:
+        return f"{was}: {error}", f"put it back, or change the configuration; then {again}"
+    made = {name: stands.definition[name] for name in now if name in stands.definition}
+    apart = "; ".join(f"{name} was {made[name]}, is {now[name]}" for name in made if made[name] != now[name])
+    return (f"{was}: {apart}", again) if apart else None
 
 
 def make_system_accounts(connection: Connection, schema: str, currencies: list[str]) -> dict[tuple[str, str], int]:

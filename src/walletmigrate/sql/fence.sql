@@ -64,6 +64,9 @@ begin
                     {% if c.floor != "null::numeric" %}
                     and (v_change > 0 or v_after >= {{ c.floor }})
                     {% endif %}
+                    {% if c.wide %}
+                    and v_after between {{ c.minimum }} and {{ c.maximum }} -- its type keeps no such limit
+                    {% endif %}
                     {% for other in columns if other.bucket != c.bucket or other.currency != c.currency %}
                     and old.{{ other.column }} is not distinct from new.{{ other.column }}
                     {% endfor %}
@@ -219,7 +222,7 @@ begin
                 {{ reject(c) }}
             {% elif capture_mode == "mirror" %}
             elsif
-                v_account.state = 'mirrored' and abs(v_now[{{ loop.index }}]) < 'Infinity'
+                v_account.state = 'mirrored' and v_now[{{ loop.index }}] between {{ c.minimum }} and {{ c.maximum }}
                 and v_now[{{ loop.index }}] = round(v_now[{{ loop.index }}], {{ c.scale }})
             then
                 perform follow(
