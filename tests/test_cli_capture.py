@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,15 @@ def test_a_change_of_mode_is_no_step_of_the_phase(project: Project) -> None:
     assert project.run("status").exit_code == 0
     project.change("rollback", "--exercise")
     project.change("phase", "advance")
+
+
+def test_a_reader_that_has_gone_is_no_defect(project: Project) -> None:
+    """As in `walletmigrate status | head -1`."""
+    gone, end = os.pipe()
+    os.close(gone)
+    process = project.start("status", stdout=end)
+    os.close(end)
+    assert (process.communicate(timeout=60)[1], process.returncode) == ("", 1)
 
 
 def test_the_fence_comes_down_and_goes_up_by_command(project: Project, engine: Engine) -> None:
