@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from capturing import ADD, REJECTED, Place
 from invariants import assert_sound
-from ledger import ACT, execute, rows, scalar, set_phase
+from ledger import ACT, execute, install_users, post, rows, scalar, set_phase
 from walletmigrate import LegacyBalanceAdapter, StaticSource, fences
 from walletmigrate.errors import PreconditionRefused, UsageError
 from walletmigrate.flags import DUAL_WRITE
@@ -68,6 +70,16 @@ def test_mirror_turns_an_account_stale_that_it_cannot_follow(place: Place, value
     place.mode("mirror")
     assert place.write(f"update users set total_coins = {value} where id = 1") == ""
     assert place.state()[0] == "stale"
+
+
+def test_mirror_does_not_follow_beyond_the_ledger_s_thirty_digits(database_url: str) -> None:
+    engine, settings = install_users(database_url, phase="dual_write", coins_type="numeric")
+    with engine.begin() as connection:
+        post(connection, settings, "open_account", 1, 0)
+    fences.set_mode(engine, settings, settings.mapping(None), "mirror", ACT)
+    for value, state in (("1e30 - 0.01", "mirrored"), ("1e30", "stale")):
+        execute(engine, f"update users set total_coins = {value} where id = 1")
+        assert rows(engine, "select state::text, balance from wallet.accounts") == [(state, Decimal("9" * 30 + ".99"))]
 
 
 def test_mirror_takes_a_deleted_row_to_zero_and_closes_it(place: Place) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,26 @@ def test_a_mode_is_set_by_command_with_a_reason_and_a_dry_run(project: Project, 
     assert "as before" in project.run("capture", "mode", "reject", *REASON).stdout
     said = project.run("capture", "mode", "ignore", *REASON)
     assert (said.exit_code, "stale, mirror, reject" in said.stderr) == (2, True)
+
+
+def test_a_change_of_mode_is_no_step_of_the_phase(project: Project) -> None:
+    """Both stand in the audit log with a from and a to."""
+    before = project.run("phase", "show", "--json").document
+    project.change("capture", "mode", "mirror")
+    after = project.run("phase", "show", "--json").document
+    assert after["reasons"] == before["reasons"]
+    assert project.run("status").exit_code == 0
+    project.change("rollback", "--exercise")
+    project.change("phase", "advance")
+
+
+def test_a_reader_that_has_gone_is_no_defect(project: Project) -> None:
+    """As in `walletmigrate status | head -1`."""
+    gone, end = os.pipe()
+    os.close(gone)
+    process = project.start("status", stdout=end)
+    os.close(end)
+    assert (process.communicate(timeout=60)[1], process.returncode) == ("", 1)
 
 
 def test_the_fence_comes_down_and_goes_up_by_command(project: Project, engine: Engine) -> None:

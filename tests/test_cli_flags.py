@@ -464,6 +464,20 @@ def test_explain_before_an_install_and_of_nobody(project: Project, database_url:
     assert "the ledger is not installed" in project.run("flags", "explain", "1").stdout
 
 
+@pytest.mark.parametrize(("document", "code"), [("{", 2), ("{}", 2), (None, 5)])
+def test_explain_does_not_take_flags_that_it_cannot_read_for_off(
+    project: Project, document: str | None, code: int
+) -> None:
+    if document is None:
+        project.flag_path.unlink()
+    else:
+        project.flag_path.write_text(document, encoding="utf-8")
+    said = project.run("flags", "explain", "1", "--json")
+    assert said.exit_code == code
+    assert "error" in said.document
+    assert "environment.json" in said.stderr
+
+
 def test_explain_tells_the_same_as_the_adapter_does(project: Project) -> None:
     """What is explained for a write is what a posting then does."""
     engine = ledger.engine_named(project.url)

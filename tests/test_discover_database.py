@@ -188,6 +188,17 @@ def test_a_table_that_is_not_there_is_said(database_url: str, settings: Settings
     assert "table public.users is not in this database: its columns were looked for in the sources only" in found.notes
 
 
+@pytest.mark.parametrize("partitions", ["", "partition by range (id)"])
+def test_a_table_that_is_there_is_not_said_to_be_missing(
+    database_url: str, settings: Settings, partitions: str
+) -> None:
+    engine = connect.engine(database_url, application_name="tests", poolclass=NullPool)
+    ledger.execute(engine, f"create table users (id bigint, total_coins numeric) {partitions}")
+    with engine.connect() as connection:
+        found = discover(settings, [], connection=connection)
+    assert not any("is not in this database" in note for note in found.notes)
+
+
 def test_what_the_fence_saw_is_grouped_by_fingerprint_within_the_time_asked_for(
     engine: Engine, settings: Settings, tmp_path: Path
 ) -> None:

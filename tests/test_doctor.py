@@ -7,10 +7,12 @@ from decimal import Decimal
 import pytest
 
 from capturing import ADD, Place
-from ledger import ACT, execute, set_phase, unguarded
-from walletmigrate import LegacyBalanceAdapter, StaticSource, doctor, fences
+from ledger import ACT, execute, rows, set_phase, unguarded
+from walletmigrate import LegacyBalanceAdapter, StaticSource, doctor, fences, phases
+from walletmigrate.backfill import backfill
 from walletmigrate.errors import LegacyTableAltered, PreconditionRefused
 from walletmigrate.flags import DUAL_WRITE
+from walletmigrate.install import install
 
 
 @pytest.fixture
@@ -49,6 +51,9 @@ def findings(place: Place) -> list[str]:
         return [one.what for one in doctor.examine(connection, place.settings)]
 
 
+HOLLOW = "returns trigger language plpgsql as 'begin return null; end'"
+
+
 @pytest.mark.parametrize(
     ("fault", "finding"),
     [
@@ -56,6 +61,11 @@ def findings(place: Place) -> list[str]:
         ("alter table users disable trigger walletmigrate_users_delete", "is disabled, or does not fire in replica"),
         ("alter table users enable trigger walletmigrate_users_delete", "is disabled, or does not fire in replica"),
         ("alter table users enable replica trigger walletmigrate_users_delete", "does not fire in replica role"),
+        ("create or replace function wallet.fence_users() " + HOLLOW, "function wallet.fence_users was replaced"),
+        ("create or replace function wallet.fence_truncate_users() " + HOLLOW, "fence_truncate_users was replaced"),
+        ("alter function wallet.fence_users() security invoker", "function wallet.fence_users was replaced"),
+        ("alter function wallet.fence_users() reset search_path", "function wallet.fence_users was replaced"),
+        ("alter function wallet.turn_stale(bigint, text) rename to other", "wallet.turn_stale is missing"),
         ("alter table users rename column total_coins to coins", "was altered since the install"),
         ("alter table users rename to people", "was altered since the install"),
         ("alter table wallet.transactions disable trigger append_only", "append_only on wallet.transactions"),
@@ -71,10 +81,37 @@ def test_doctor_finds_what_is_not_as_it_was_made(place: Place, fault: str, findi
     assert any(finding in found for found in findings(place)), findings(place)
 
 
+def test_a_function_of_the_fence_that_was_replaced_is_made_anew_by_install_alone_and_closes_the_gates(
+    place: Place,
+) -> None:
+    execute(place.engine, "create or replace function wallet.fence_users() " + HOLLOW)
+    with pytest.raises(PreconditionRefused, match=r"fence_users was replaced"):
+        fences.put_up(place.engine, place.settings, ACT)
+    with pytest.raises(PreconditionRefused, match=r"fence_users was replaced"):
+        place.mode("mirror")
+    with place.engine.connect() as connection:
+        found = phases.reasons(connection, place.settings, StaticSource(), "read_ledger")
+    assert any("fence_users was replaced" in what for what, _ in found)
+    assert install(place.engine, place.settings, ACT).mended == ("users",)
+    assert findings(place) == []
+    place.mode("mirror")
+    assert findings(place) == []
+
+
 def test_doctor_finds_a_fence_that_was_disabled_and_enabled_again(place: Place) -> None:
     with unguarded(place.engine, "users"):
         pass
     assert any("was replaced or altered" in found for found in findings(place))
+
+
+@pytest.mark.parametrize(
+    "alteration", ["alter table users rename column total_coins to coins", "alter table users rename to people"]
+)
+def test_a_backfill_of_a_table_that_was_altered_is_refused_before_it_begins(place: Place, alteration: str) -> None:
+    execute(place.engine, alteration)
+    with pytest.raises(PreconditionRefused, match="was altered since the install"):
+        backfill(place.engine, place.settings, place.settings.mapping(None), ACT)
+    assert rows(place.engine, "select * from wallet.jobs") == []
 
 
 @pytest.mark.parametrize("description", [None, "the long way"])

@@ -10,7 +10,8 @@ from sqlalchemy.exc import DBAPIError
 
 from invariants import assert_sound
 from ledger import execute, install_users, post, rows, scalar
-from walletmigrate import LegacyBalanceAdapter, StaticSource
+from walletmigrate import LegacyBalanceAdapter, StaticSource, functions
+from walletmigrate.errors import AmountOverflow
 from walletmigrate.flags import DUAL_WRITE
 from walletmigrate.movements import Movement, prepare
 from walletmigrate.postings import Calls
@@ -133,6 +134,55 @@ def test_an_error_of_an_application_s_trigger_reaches_the_caller_and_nothing_is_
         assert connection.scalar(text("select current_setting('walletmigrate.posting', true)")) in ("", None)
     assert world.state() == ("mirrored", 100, 100)
     assert rows(world.engine, "select key from wallet.idempotency_keys") == []
+
+
+@pytest.mark.parametrize("name", ["a_first", "z_last"])
+@pytest.mark.parametrize("dual", [True, False])
+def test_a_trigger_that_takes_the_label_away_by_posting_itself_makes_no_key_move_money_twice(
+    world: Place, dual: bool, name: str
+) -> None:
+    """It fires before the fence, or after it; the posting then goes the long way."""
+    (posting,) = Calls("wallet", world.settings.mapping(None)).plain(
+        prepare(Movement.credit(10, 1, type="bonus"), world.settings.mapping(None), "integer", "b").request
+        | {"dual": True}
+    )[-1:]
+    fingerprint, policy = functions.fingerprint(world.settings.mapping(None)), world.settings.mapping(None).policy
+    execute(
+        world.engine,
+        "create function bonus() returns trigger language plpgsql as $$ begin if new.id = 1 then "
+        f"perform wallet.plain_users('{fingerprint}', '{policy}', 10, 'cash', 'EUR', 1, $label${posting}$label$); "
+        "end if; return null; end $$",
+    )
+    execute(world.engine, f"create trigger {name} after update on users for each row execute function bonus()")
+    adapter = LegacyBalanceAdapter(world.settings, StaticSource({DUAL_WRITE: dual}))
+    for replayed in (False, True):
+        with world.engine.begin() as connection:
+            done = adapter.credit(connection, 1, 5, type="test", idempotency_key="once")
+        assert done.replayed is replayed
+        assert (done.transaction_id is not None) is dual
+    assert world.state() == ("mirrored" if dual else "stale", 105 if dual else 100, 105)
+    assert scalar(world.engine, "select total_coins from users where id = 10") == 101
+    assert_sound(world.engine, world.settings)
+
+
+@pytest.mark.parametrize(
+    ("coins_type", "most"),
+    [("numeric", Decimal("9" * 30 + ".99")), ("double precision", Decimal("9999999999999.99"))],
+)
+def test_the_short_way_keeps_the_column_s_limit_as_the_long_way_does(
+    database_url: str, coins_type: str, most: Decimal
+) -> None:
+    engine, settings = install_users(
+        database_url, phase="dual_write", coins_type=coins_type, coins=f"'{most}'::numeric - 7"
+    )
+    adapter = LegacyBalanceAdapter(settings, StaticSource({DUAL_WRITE: True}))
+    with engine.begin() as connection:
+        post(connection, settings, "open_account", 1, 0)
+        assert adapter.credit(connection, 1, 7, type="test").ledger_balance == most
+        for description in (None, "the long way"):
+            with pytest.raises(AmountOverflow):
+                adapter.credit(connection, 1, 1, type="test", description=description)
+    assert_sound(engine, settings)
 
 
 @pytest.mark.parametrize("words", ['"', "\\", '{a,"b"}', "NULL", "a\nb", '\\\\"', "ünï", "%s :x $1"])

@@ -15,9 +15,11 @@ from sqlalchemy.pool import NullPool
 
 from adapting import DUAL, Place, bring_into, place, placed
 from conftest import MakeDatabase
-from ledger import execute, rows, set_phase
-from walletmigrate import Movement, connect
+from ledger import ACT, execute, rows, set_phase
+from walletmigrate import Movement, connect, fences
 from walletmigrate.errors import LedgerNotInstalled, UnknownAccount
+from walletmigrate.movements import prepare
+from walletmigrate.postings import Calls
 
 D = Decimal
 
@@ -211,6 +213,70 @@ def test_the_fence_holds_for_a_writer_without_any_right_on_the_ledger(admin: Pla
         connection.exec_driver_sql("delete from users where id = 2")
         connection.exec_driver_sql("insert into users values (8, 'acme', 'member', 1, 0)")
     assert (admin.account(1), admin.account(2)) == (("stale", D(100)), ("closed", D(100)))
+
+
+@pytest.mark.parametrize("mode", ["stale", "reject"])
+@pytest.mark.parametrize("short", [True, False])
+def test_a_label_of_a_writer_without_any_right_on_the_ledger_counts_for_nothing(
+    admin: Place, mode: fences.Mode, short: bool
+) -> None:
+    """It would post in another's name, use up a key, and keep the write off the record."""
+    with admin.engine.begin() as connection:
+        admin.adapter.open_account(connection, 1)
+    mapping = admin.settings.mapping(None)
+    fences.set_mode(admin.engine, admin.settings, mapping, mode, ACT)
+    movement = Movement.credit(1, 5, type="forged", idempotency_key="of another", actor="boss")
+    request = prepare(movement, mapping, "integer", "of nobody").request
+    label = Calls("wallet", mapping).plain({**request, "dual": True})[-1] if short else "adapter:users:1"
+    stranger = log_in(admin, "select, update on public.users")
+
+    def forge() -> None:
+        with stranger.engine.begin() as connection:
+            connection.execute(text("select set_config('walletmigrate.posting', :label, true)"), {"label": label})
+            connection.exec_driver_sql("update users set total_coins = total_coins + 5 where id = 1")
+
+    if mode == "reject":
+        with pytest.raises(DBAPIError) as raised:
+            forge()
+        assert getattr(raised.value.orig, "sqlstate", None) == "WM031"
+        assert admin.account(1) == ("mirrored", D(100))
+        return
+    forge()
+    assert admin.account(1) == ("stale", D(100))
+    assert rows(admin.engine, "select database_user, treatment from wallet.bypasses") == [
+        (stranger.name, "turned_stale")
+    ]
+    assert rows(admin.engine, "select type from wallet.transactions where type = 'forged'") == []
+    assert rows(admin.engine, "select key from wallet.idempotency_keys where key = 'of another'") == []
+
+
+@pytest.mark.parametrize("role", ["wallet_app", "wallet_operator"])
+def test_a_member_of_either_role_posts_by_the_short_way(admin: Place, role: str) -> None:
+    """Which leaves the balances to the transaction; the long way keeps them with the key."""
+    with admin.engine.begin() as connection:
+        admin.adapter.open_account(connection, 1)
+    member = log_in(admin, role, "select, update on public.users")
+    with member.engine.begin() as connection:
+        member.at.adapter.credit(connection, 1, 5, type="deposit", idempotency_key="k")
+    assert rows(admin.engine, "select balances from wallet.idempotency_keys where key = 'k'") == [(None,)]
+
+
+def test_a_definer_s_function_posts_for_a_session_that_may_not(app: Login, admin: Place) -> None:
+    """The label does not count, and the long way does without."""
+    with admin.engine.begin() as connection:
+        admin.adapter.open_account(connection, 1)
+    mapping = admin.settings.mapping(None)
+    request = prepare(Movement.credit(1, 5, type="bonus"), mapping, "integer", "c").request
+    given = ", ".join(f"$arg${one}$arg$" for one in Calls("wallet", mapping).plain({**request, "dual": True}))
+    body = f"select wallet.plain_users({given})"
+    execute(admin.engine, f"create function bonus() returns text language sql security definer as $$ {body} $$")
+    execute(admin.engine, f"grant create on schema public to {app.name}")
+    execute(admin.engine, f"alter function bonus() owner to {app.name}")
+    stranger = log_in(admin, "select on public.users")
+    with stranger.engine.begin() as connection:
+        connection.exec_driver_sql("select bonus()")
+    assert (admin.account(1), admin.coins(1)) == (("mirrored", D(105)), 105)
+    assert rows(admin.engine, "select count(*) from wallet.bypasses") == [(0,)]
 
 
 def test_the_application_s_triggers_see_the_application_s_role(app: Login, admin: Place) -> None:

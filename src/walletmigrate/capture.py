@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import OperationalError
 
 from walletmigrate.config import Mapping, Settings
-from walletmigrate.functions import relation
+from walletmigrate.functions import guards, made_guards, relation
 from walletmigrate.schema import quoted
 
 FENCE_ATTEMPTS = 20
@@ -43,7 +43,7 @@ order by 1
 
 @dataclass(frozen=True)
 class FenceProblem:
-    """One way in which the fence is not as it was made; ``trigger`` is "name on relation".
+    """One way in which the fence is not as it was made; ``trigger`` is "name on relation", or "function name".
 
     ``blind``: writes may have gone past it, of columns that it was made to watch.
     """
@@ -77,7 +77,10 @@ def fence_recorded(connection: Connection, settings: Settings, mapping: Mapping)
 
 
 def fence_problems(connection: Connection, settings: Settings, mapping: Mapping) -> list[FenceProblem]:
-    """How the fence differs from what was made: missing, replaced, disabled, or a partition without it."""
+    """How the fence differs from what was made: missing, replaced, disabled, or a partition without it.
+
+    Its functions count: a trigger keeps its identity while the function under it is replaced.
+    """
     recorded = _recorded(connection, settings, mapping)
     standing = _standing(connection, settings, mapping)
     if not recorded:
@@ -97,7 +100,18 @@ def fence_problems(connection: Connection, settings: Settings, mapping: Mapping)
         elif made.get("watches") != _watched(mapping):
             problems.append(FenceProblem(name, "was made for other columns than the mapping has", blind=False))
     late = sorted(wanted - recorded.keys())
-    return problems + [FenceProblem(name, "is missing on a relation that came later") for name in late]
+    problems += [FenceProblem(name, "is missing on a relation that came later") for name in late]
+    return problems + function_problems(connection, settings, mapping)
+
+
+def function_problems(connection: Connection, settings: Settings, mapping: Mapping) -> list[FenceProblem]:
+    """Which functions of the fence are not as they were made; `install` makes them anew."""
+    standing = guards(connection, settings.ledger_schema, mapping.name)
+    return [
+        FenceProblem(f"function {settings.ledger_schema}.{name}", "was replaced" if name in standing else "is missing")
+        for name, made in sorted(made_guards(connection, settings.ledger_schema, mapping.name).items())
+        if standing.get(name) != made
+    ]
 
 
 def remove_triggers(connection: Connection, settings: Settings, mapping: Mapping) -> None:

@@ -27,7 +27,7 @@ from walletmigrate.flag_doubts import doubtful, doubts
 from walletmigrate.flag_edits import FlagState
 from walletmigrate.flag_sources import DocumentSnapshot
 from walletmigrate.flag_sources import check as check_source
-from walletmigrate.flags import Document
+from walletmigrate.flags import NO_DOCUMENT, Document
 from walletmigrate.invocation import KEYS, Run, cohort
 from walletmigrate.phases import FlagChange
 from walletmigrate.standing import flag_states
@@ -145,6 +145,9 @@ def explain(
             told = explain_account(connection, run.settings, found[0], run.source, account)
     except (InvalidKey, UnknownAccount) as error:
         raise UsageError(str(error)) from None
+    if told.document_id == NO_DOCUMENT:
+        # Not "everything is off": running programs go on with what they had.
+        check_source(run.source)
     return Answer(plain(told), tuple(_told(told)), (told.problem,) if told.problem else ())
 
 

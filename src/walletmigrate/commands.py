@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -78,6 +79,10 @@ def carry_out(run: Run, call: Callable[[Run], Answer]) -> int:
         return console.show_error(run.command, error, as_json=run.as_json)
     except DBAPIError as error:
         return console.show_error(run.command, console.typed(error, run.address), as_json=run.as_json)
+    except BrokenPipeError:
+        # Who read the answer has gone, as `head` does; nor can Python's own flush at the end reach anybody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return console.FAILURE
     except (KeyboardInterrupt, typer.Abort):
         said = "interrupted: what was committed stays, and the same command goes on from there"
         return console.show_failure(run.command, "interrupted", said, console.INTERRUPTED, as_json=run.as_json)

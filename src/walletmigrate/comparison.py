@@ -81,7 +81,9 @@ class Comparison:
             text(f"select name, currency, id from {quoted(settings.ledger_schema)}.system_accounts")
         )
         system = {(row.name, row.currency): row.id for row in rows}
-        self.names: Final = functions.context(settings.ledger_schema, mapping, self.legacy, system)
+        self.names: Final = functions.context(
+            settings.ledger_schema, mapping, self.legacy, system, roles=settings.roles
+        )
         columns = [quoted(mapping.traits[trait]) for trait in self.traits]
         parts = render("verify", **self.names, traits=columns).split(_MARK)[1:]
         self._statements = dict(part.split("\n", 1) for part in parts)

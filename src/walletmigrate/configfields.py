@@ -12,7 +12,8 @@ from pydantic_core import PydanticCustomError
 
 from walletmigrate.configfile import MAX_SCALE
 
-SQL_NAME = re.compile(r"[^\W\d][\w$]*")
+SQL_NAME = re.compile(r"(?!.*\$\$)[^\W\d][\w$]*")
+"""A name of the legacy database. Two dollars in a row would end the functions that it stands in."""
 _DURATION = re.compile(r"([0-9]{1,6})([smhd])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 

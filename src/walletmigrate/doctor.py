@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
-from walletmigrate import capture, functions, survey
+from walletmigrate import capture, functions
 from walletmigrate.config import Mapping, Settings
-from walletmigrate.errors import WalletMigrateError
 from walletmigrate.schema import quoted
 from walletmigrate.standing import REASON, require_installed
 
@@ -45,27 +44,18 @@ def _mapping(connection: Connection, settings: Settings, mapping: Mapping) -> It
         what = f"the functions of {mapping.name!r} are of version {stands.functions_version}"
         yield Finding(f"{what}, this release makes {functions.FUNCTIONS_VERSION}", INSTALL, DRIFT)
     yield from _legacy(connection, mapping, stands)
+    replaced = capture.function_problems(connection, settings, mapping)
     for problem in capture.fence_problems(connection, settings, mapping):
-        mend = f"walletmigrate capture install {REASON}; walletmigrate verify --mapping {mapping.name} --mark-stale"
+        first = INSTALL if replaced else f"walletmigrate capture install {REASON}"
+        mend = f"{first}; walletmigrate verify --mapping {mapping.name} --mark-stale {REASON}"
         yield Finding(f"the fence: {problem.trigger} {problem.problem}", mend, DRIFT)
 
 
 def _legacy(connection: Connection, mapping: Mapping, stands: functions.Installed) -> Iterator[Finding]:
     """The functions name the table's columns: altered since, they no longer fit, and refuse every write."""
-    try:
-        now = functions.legacy_facts(survey.inspect_mapping(connection, mapping))
-    except WalletMigrateError as error:
-        what = f"the legacy table of {mapping.name!r} was altered since the install: {error}"
-        yield Finding(what, f"put it back, or change the configuration; then {INSTALL}", DRIFT)
-        return
-    made = {name: stands.definition[name] for name in now if name in stands.definition}
-    if made and made != now:
-        what = f"the legacy table of {mapping.name!r} was altered since the install: {_difference(made, now)}"
-        yield Finding(what, INSTALL, DRIFT)
-
-
-def _difference(made: dict[str, object], now: dict[str, object]) -> str:
-    return "; ".join(f"{name} was {made[name]}, is {now[name]}" for name in made if made[name] != now[name])
+    altered = functions.alteration(connection, mapping, stands)
+    if altered:
+        yield Finding(*altered, DRIFT)
 
 
 def _append_only(connection: Connection, settings: Settings) -> Iterator[Finding]:

@@ -35,7 +35,7 @@ def put_up(engine: Engine, settings: Settings, act: Act, *, dry_run: bool = Fals
     """Put the fence on every mapped table and partition where it does not stand as it was made. Idempotent.
 
     The lock on a table is asked for with a short limit, many times, so that the traffic is never blocked behind it.
-    Raises LedgerNotInstalled; what the functions need is `install`'s to make.
+    Raises LedgerNotInstalled, and PreconditionRefused where its functions were replaced: these `install` makes.
     """
     done = []
     for mapping in settings.mappings:
@@ -43,6 +43,7 @@ def put_up(engine: Engine, settings: Settings, act: Act, *, dry_run: bool = Fals
             mode = _mode(connection, settings, mapping)
             stood = capture.fence_recorded(connection, settings, mapping)
             wrong = capture.fence_problems(connection, settings, mapping)
+            _refuse_replaced(connection, settings, mapping, "capture install")
         if wrong and not dry_run:
 
             def work(connection: Connection, mapping: Mapping = mapping) -> None:
@@ -87,7 +88,8 @@ def set_mode(
     """Say what the fence does to a mirrored account that is written past the adapter, from the next statement on.
 
     stale: the account turns stale. mirror: the ledger follows the row. reject: the write fails (WM031).
-    Raises UsageError for another word, PreconditionRefused where the phase has no use for it.
+    Raises UsageError for another word, PreconditionRefused where the phase has no use for it or where the fence's
+    functions were replaced: made anew here, nobody would learn of it.
     """
     if mode not in MODES:
         raise UsageError(f"{mode!r} is no mode: choose one of {', '.join(MODES)}")
@@ -98,6 +100,7 @@ def set_mode(
         if mode != "stale" and phase in ("legacy", "retired"):
             what = f"the phase is {phase}: no account is mirrored in it"
             raise PreconditionRefused(f"capture mode {mode}", [(what, _way_to_a_mode(phase))])
+        _refuse_replaced(connection, settings, mapping, f"capture mode {mode}")
         if before != mode and not dry_run:
             connection.execute(
                 text(f"update {quoted(settings.ledger_schema)}.mappings set capture_mode = :mode where name = :name"),
@@ -107,6 +110,14 @@ def set_mode(
             details = {"from": before, "to": mode}
             record(connection, settings, "capture mode", act, mapping=mapping.name, details=details)
         return FenceChange(mapping.name, before, mode, before != mode, dry_run)
+
+
+def _refuse_replaced(connection: Connection, settings: Settings, mapping: Mapping, step: str) -> None:
+    found = capture.function_problems(connection, settings, mapping)
+    if found:
+        raise PreconditionRefused(
+            step, [(f"{one.trigger} {one.problem}", f"walletmigrate install {REASON}") for one in found]
+        )
 
 
 def _way_to_a_mode(phase: str) -> str:

@@ -10,11 +10,15 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from walletmigrate.config import Column, Mapping, Settings
+from walletmigrate import survey
+from walletmigrate.config import MAX_INTEGER_DIGITS, Column, Mapping, Roles, Settings
+from walletmigrate.errors import ConfigError
 from walletmigrate.schema import quoted, render, run_script
 from walletmigrate.survey import LegacyTable
 
 FUNCTIONS_VERSION = 1
+SHARED_GUARDS = ("turn_stale", "follow", "probe_account", "stated", "fingerprint")
+"""What every fence calls; each mapping's install makes them anew."""
 SYSTEM_ACCOUNTS = ("opening", "external", "correction", "bypass", "transit")
 
 
@@ -73,6 +77,7 @@ def context(
     legacy: LegacyTable,
     system: dict[tuple[str, str], int],
     *,
+    roles: Roles,
     mode: str = "stale",
     raw_queries: bool = False,
 ) -> dict[str, Any]:
@@ -85,6 +90,8 @@ def context(
         "key": quoted(mapping.key),
         "key_type": "bigint" if legacy.key_type == "integer" else legacy.key_sql_type,
         "columns": [_column_context(column, legacy, system) for column in mapping.columns],
+        "app": roles.app,
+        "operator": roles.operator,
         "capture_mode": mode,
         "raw_queries": "true" if raw_queries else "false",
     }
@@ -108,6 +115,7 @@ def _column_context(column: Column, legacy: LegacyTable, system: dict[tuple[str,
         "changed": changed,
         "assigned": f"a.balance{factor}",
         "floor": _literal(column.floor),
+        "wide": found.is_float or found.maximum.adjusted() == MAX_INTEGER_DIGITS - 1,
         "minimum": _literal(found.minimum),
         "maximum": _literal(found.maximum),
         **{name: system[name, column.currency] for name in SYSTEM_ACCOUNTS},
@@ -122,6 +130,19 @@ def legacy_facts(legacy: LegacyTable) -> dict[str, Any]:
     """What of the legacy table is compiled into the functions: altered since, they no longer fit."""
     types = {column.name: f"{column.sql_type}, {column.minimum} to {column.maximum}" for column in legacy.columns}
     return {"key_type": legacy.key_type, "types": types}
+
+
+def alteration(connection: Connection, mapping: Mapping, stands: Installed) -> tuple[str, str] | None:
+    """How the legacy table was altered since the install, and what mends it; None if the functions still fit."""
+    again = "walletmigrate install --reason '…'"
+    was = f"the legacy table of {mapping.name!r} was altered since the install"
+    try:
+        now = legacy_facts(survey.inspect_mapping(connection, mapping))
+    except ConfigError as error:
+        return f"{was}: {error}", f"put it back, or change the configuration; then {again}"
+    made = {name: stands.definition[name] for name in now if name in stands.definition}
+    apart = "; ".join(f"{name} was {made[name]}, is {now[name]}" for name in made if made[name] != now[name])
+    return (f"{was}: {apart}", again) if apart else None
 
 
 def make_system_accounts(connection: Connection, schema: str, currencies: list[str]) -> dict[tuple[str, str], int]:
@@ -151,6 +172,7 @@ def make_functions(connection: Connection, settings: Settings, mapping: Mapping,
         mapping,
         legacy,
         system,
+        roles=settings.roles,
         mode=_capture_mode(connection, schema, mapping),
         raw_queries=settings.capture.raw_queries,
     )
@@ -172,6 +194,7 @@ def make_functions(connection: Connection, settings: Settings, mapping: Mapping,
             "definition": json.dumps({**definition(mapping), **legacy_facts(legacy)}),
         },
     )
+    _record_guards(connection, schema, mapping.name)
 
 
 def _capture_mode(connection: Connection, schema: str, mapping: Mapping) -> str:
@@ -194,16 +217,38 @@ def mapping_functions(connection: Connection, schema: str, mapping: str) -> list
     return list(rows.scalars())
 
 
-def fence_bodies(connection: Connection, schema: str, mapping: str) -> dict[str, str]:
-    """The bodies of the functions that the fence of a mapping calls, by name."""
+def guards(connection: Connection, schema: str, mapping: str) -> dict[str, str]:
+    """The functions that a mapping's fence is made of, as they stand now: digests by name."""
     rows = connection.execute(
         text(
-            "select p.proname, p.prosrc from pg_proc p join pg_namespace n on n.oid = p.pronamespace "
+            "select p.proname, md5(concat_ws(' ', p.prosrc, p.prosecdef, array_to_string(p.proconfig, ','))) as digest "
+            "from pg_proc p join pg_namespace n on n.oid = p.pronamespace "
             "where n.nspname = :schema and p.proname = any(:names)"
         ),
-        {"schema": schema, "names": [f"fence_{mapping}", f"fence_truncate_{mapping}"]},
+        {"schema": schema, "names": [f"fence_{mapping}", f"fence_truncate_{mapping}", *SHARED_GUARDS]},
     )
-    return {row.proname: row.prosrc for row in rows}
+    return {row.proname: row.digest for row in rows}
+
+
+def made_guards(connection: Connection, schema: str, mapping: str) -> dict[str, str]:
+    """The same as `guards`, as they were when they were made."""
+    query = text(f"select definition -> 'guards' from {quoted(schema)}.mappings where name = :name")
+    return dict(connection.scalar(query, {"name": mapping}) or {})
+
+
+def _record_guards(connection: Connection, schema: str, mapping: str) -> None:
+    """Also for the other mappings, whose fences call the same functions."""
+    made = guards(connection, schema, mapping)
+    shared = {name: digest for name, digest in made.items() if name in SHARED_GUARDS}
+    for which, names in (("name = :name", made), ("name <> :name", shared)):
+        connection.execute(
+            text(
+                f"update {quoted(schema)}.mappings set definition = jsonb_set(definition, '{{guards}}', "
+                "coalesce(definition -> 'guards', '{}') || cast(:guards as jsonb)) "
+                f"where {which}"
+            ),
+            {"name": mapping, "guards": json.dumps(names)},
+        )
 
 
 def installed_mapping(connection: Connection, schema: str, mapping: str, *, removed: bool = False) -> Installed | None:

@@ -109,18 +109,11 @@ def _put_in(
 
 def _made_anew(connection: Connection, settings: Settings, mapping: Mapping, table: survey.LegacyTable) -> list[str]:
     """Make the functions of a mapping; returns how its fence was down until now, nothing if it stood or is new."""
-    schema_name = settings.ledger_schema
-    known = functions.installed_mapping(connection, schema_name, mapping.name)
     found = []
     if capture.fence_recorded(connection, settings, mapping):
         problems = capture.fence_problems(connection, settings, mapping)
         found = [f"{one.trigger} {one.problem}" for one in problems if one.blind]
-    before = functions.fence_bodies(connection, schema_name, mapping.name)
     functions.make_functions(connection, settings, mapping, table)
-    same = known is not None and known.functions_version == functions.FUNCTIONS_VERSION
-    if same and known is not None and known.fingerprint == functions.fingerprint(mapping):
-        after = functions.fence_bodies(connection, schema_name, mapping.name)
-        found += [f"function {name} was replaced" for name, body in after.items() if before.get(name, body) != body]
     return found
 
 

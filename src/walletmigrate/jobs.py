@@ -24,7 +24,7 @@ from walletmigrate.audit import Act, record
 from walletmigrate.capture import fence_problems
 from walletmigrate.config import Settings
 from walletmigrate.errors import JobFailed, LedgerMismatch, LedgerNotInstalled, PreconditionRefused, Retryable
-from walletmigrate.functions import Installed, fingerprint, installed_mapping, relation
+from walletmigrate.functions import Installed, alteration, fingerprint, installed_mapping, relation
 from walletmigrate.schema import installed, quoted
 from walletmigrate.standing import REASON
 
@@ -292,7 +292,8 @@ def obstacles(connection: Connection, settings: Settings, mapping: config.Mappin
     ]
     if known.fingerprint != fingerprint(mapping):
         found.append(("the functions were made from another configuration", f"walletmigrate install {REASON}"))
-    return found
+    altered = alteration(connection, mapping, known)
+    return [*found, altered] if altered else found
 
 
 def phase(connection: Connection, settings: Settings) -> str:

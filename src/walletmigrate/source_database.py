@@ -19,10 +19,12 @@ from walletmigrate.schema import quoted
 from walletmigrate.source_sql import Side, read_sql
 from walletmigrate.source_text import read_body
 
+# The tree of a table without partitions is empty.
 _PARTITIONS = """
 select c.relname
-from pg_partition_tree(to_regclass(:table)) as p
-inner join pg_class as c on c.oid = p.relid
+from pg_class as c
+where c.oid = to_regclass(:table) or c.oid in (select p.relid from pg_partition_tree(to_regclass(:table)) as p)
+order by c.oid
 """
 
 # What depends on a balance column. A column's own default depends on it, too, and touches nothing.

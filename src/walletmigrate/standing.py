@@ -105,8 +105,11 @@ def in_force_since(connection: Connection, settings: Settings, phase: str) -> da
         text(
             "select at, details ->> 'from' as before, details ->> 'to' as after "
             f"from {quoted(settings.ledger_schema)}.audit_log "
-            "where details ? 'from' and details ? 'to' and not details ? 'exercise' order by id desc"
-        )
+            # Other changes go from one thing to another, too: a fence's mode does.
+            "where details ->> 'from' = any(:phases) and details ->> 'to' = any(:phases) "
+            "and not details ? 'exercise' order by id desc"
+        ),
+        {"phases": list(PHASES)},
     )
     for row in rows:
         if reached(row.after, phase) and not reached(row.before, phase):

@@ -22,7 +22,6 @@ from walletmigrate.audit import Act, record
 from walletmigrate.capture import FenceProblem, fence_problems
 from walletmigrate.comparison import Comparison, Group, Total, snapshot
 from walletmigrate.config import Settings
-from walletmigrate.functions import FUNCTIONS_VERSION, fingerprint, installed_mapping
 from walletmigrate.jobs import require_installed, visibility
 from walletmigrate.schema import quoted, render
 
@@ -249,17 +248,9 @@ def _append_only(comparison: Comparison, connection: Connection, settings: Setti
 
 
 def _bodies(comparison: Comparison, connection: Connection, settings: Settings) -> Iterator[FenceProblem]:
-    """Whether the guarding functions have the bodies that this release makes.
-
-    A trigger keeps its identity while the function under it is replaced. Functions of another release or of
-    another configuration are another matter, which install mends.
-    """
-    known = installed_mapping(connection, settings.ledger_schema, comparison.mapping.name)
+    """Whether the function under the append-only triggers has the body that the migration gave it."""
     made = dict(_BODY.findall(render("ledger", schema=quoted(settings.ledger_schema))))
     wanted = {"refuse_change": made["refuse_change"]}
-    same = known is not None and known.functions_version == FUNCTIONS_VERSION
-    if same and known is not None and known.fingerprint == fingerprint(comparison.mapping):
-        wanted |= dict(_BODY.findall(render("fence", **comparison.names)))
     found = {row.name: row.body for row in comparison.run(connection, "bodies", schema=settings.ledger_schema)}
     for name, body in wanted.items():
         if name not in found:

@@ -251,8 +251,9 @@ begin
         {% endfor %}
         end if;
         v_done := current_setting('walletmigrate.posting');
-        if v_done = p_label then
-            raise exception using errcode = 'WM000'; -- the fence had nothing to fire on
+        if v_done <> 'legacy' and v_done not like 'dual\_write %' then
+            -- The fence had nothing to fire on, or a trigger of the application took the label away: posted itself.
+            raise exception using errcode = 'WM000';
         end if;
         perform set_config('walletmigrate.posting', '', true);
         return v_done || ' ' || v_now;
