@@ -35,8 +35,7 @@ def connection_of(target: Target) -> Connection:
     session = _session_of(target)
     if session is None:
         raise UsageError(
-            f"pass a Session, or a Connection of SQLAlchemy's or psycopg's, not {type(target).__name__}; "
-            "async ones go to the async shell"
+            f"pass a Session or a Connection, not {type(target).__name__}; async ones go to the async shell"
         )
     if session.new or session.dirty or session.deleted:
         session.flush()
