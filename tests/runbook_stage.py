@@ -8,19 +8,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+import psycopg
 from sqlalchemy import Engine, make_url
 
-from ledger import ACT, install_users, unguarded
+from ledger import ACT, engine_named, execute, install_users, unguarded, until_blocked
 from servers import Postgres
-from walletmigrate import Settings, phases
+from walletmigrate import LegacyBalanceAdapter, Settings, line, phases
+from walletmigrate.audit import Act
 from walletmigrate.backfill import backfill
 from walletmigrate.flag_file import FlagFile
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.flags import DUAL_WRITE
 from walletmigrate.functions import relation
+from walletmigrate.heartbeat import Heartbeat
 from walletmigrate.starter import write_configuration
 from walletmigrate.verify import verify
 
@@ -119,7 +123,10 @@ def backfilled(server: Postgres, url: str, folder: Path) -> Stage:
 
 def cut_over(server: Postgres, url: str, folder: Path) -> Stage:
     """Phase read_ledger; the balances of tenant acme are read from the ledger, those of globex are not."""
-    stage = backfilled(server, url, folder)
+    return _cut_over(backfilled(server, url, folder))
+
+
+def _cut_over(stage: Stage) -> Stage:
     engine, settings = stage.engine, stage.settings
     source = FileSource(settings.flags.path)
     verify(engine, settings, settings.mapping(None), ACT)
@@ -137,4 +144,82 @@ def drifted(server: Postgres, url: str, folder: Path) -> Stage:
     with unguarded(stage.engine, relation(stage.settings.mapping(None))) as connection:
         connection.exec_driver_sql("update public.users set total_coins = total_coins + 25 where id = 7")
         connection.exec_driver_sql("insert into public.users values (11, 'acme', 'member', 40, 0)")
+    return stage
+
+
+def imbalanced(server: Postgres, url: str, folder: Path) -> Stage:
+    """As `cut_over`; then a superuser gave the ledger account of user 7 five euros that no transaction explains."""
+    stage = cut_over(server, url, folder)
+    execute(stage.engine, "update wallet.accounts set balance = balance + 5 where mapping = 'users' and key = '7'")
+    return stage
+
+
+def bypassed(server: Postgres, url: str, folder: Path) -> Stage:
+    """As `cut_over`; then a night job wrote three balances past the adapter."""
+    stage = cut_over(server, url, folder)
+    job = engine_named(url, "night-job")
+    with job.begin() as connection:
+        for key in (2, 4, 4, 7):
+            connection.exec_driver_sql(f"update users set total_coins = total_coins + 1 where id = {key}")
+    return stage
+
+
+def stopped(server: Postgres, url: str, folder: Path) -> Stage:
+    """As `cut_over`; then somebody stopped the line, and users 1 and 2 were paid."""
+    stage = cut_over(server, url, folder)
+    line.stop(stage.engine, stage.settings, Act("ada", "INC-159: payments fail"))
+    adapter = LegacyBalanceAdapter(stage.settings, FileSource(stage.settings.flags.path), observers=())
+    with stage.engine.begin() as connection:
+        for key in (1, 2):
+            adapter.credit(connection, key, 10, type="deposit")
+    return stage
+
+
+def unreadable_flags(server: Postgres, url: str, folder: Path) -> Stage:
+    """As `cut_over`; then somebody edited the flag file by hand. The last good one stands beside it."""
+    stage = cut_over(server, url, folder)
+    file = stage.settings.flags.path
+    (file.parent / "last-good.json").write_bytes(file.read_bytes())
+    file.write_text(file.read_text(encoding="utf-8").replace("true", "ture", 1), encoding="utf-8")
+    return stage
+
+
+def disagreeing(server: Postgres, url: str, folder: Path) -> Stage:
+    """As `cut_over`; two workers decide by the flag file, a third by a copy of it from before the last flip."""
+    path = folder / "old-copy.json"
+    stage = backfilled(server, url, folder)
+    path.write_bytes(stage.settings.flags.path.read_bytes())
+    stage = _cut_over(stage)
+    for file in (stage.settings.flags.path, stage.settings.flags.path, path):
+        Heartbeat(stage.settings, FileSource(file), name="shop").beat()
+    return stage
+
+
+def failing(server: Postgres, url: str, folder: Path) -> Stage:
+    """As `cut_over`; then somebody added a constraint that every booking breaks, and three users booked."""
+    stage = cut_over(server, url, folder)
+    rule = "alter table wallet.transactions add constraint no_bookings check (type <> 'booking') not valid"
+    execute(stage.engine, rule)
+    adapter = LegacyBalanceAdapter(stage.settings, FileSource(stage.settings.flags.path), observers=())
+    with stage.engine.begin() as connection:
+        for key in (1, 2, 3):
+            adapter.debit(connection, key, 10, type="booking")
+    return stage
+
+
+def waiting(server: Postgres, url: str, folder: Path) -> Stage:
+    """As `cut_over`; then a report forgot its transaction, which locks user 1, and a payment waits for it."""
+    stage = cut_over(server, url, folder)
+    adapter = LegacyBalanceAdapter(stage.settings, FileSource(stage.settings.flags.path), observers=())
+    holder = psycopg.connect(url, application_name="reporting")
+    holder.execute("select 1 from users where id = 1 for update")
+
+    def pay() -> None:
+        with engine_named(url, "shop", connect_args={}).begin() as connection:
+            connection.exec_driver_sql("set local lock_timeout = 0")
+            adapter.credit(connection, 1, 10, type="deposit")
+        holder.close()  # ended by the runbook by then; named here so that it lives as long
+
+    threading.Thread(target=pay, daemon=True).start()
+    until_blocked(stage.engine, "shop")
     return stage
