@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any
 
@@ -12,7 +14,14 @@ from walletmigrate.commands import command
 from walletmigrate.config import Mapping
 from walletmigrate.console import DIFFERENCE, FAILURE, INTERRUPTED, OK, REFUSED, Answer, bar, plain
 from walletmigrate.corrections import Correction
-from walletmigrate.errors import UsageError
+from walletmigrate.errors import (
+    InvalidAmount,
+    InvalidKey,
+    InvalidMovement,
+    UnknownBucket,
+    UnknownCurrency,
+    UsageError,
+)
 from walletmigrate.invocation import Run
 from walletmigrate.jobs import begin, require_installed
 from walletmigrate.recalculate import recalculate as run_recalculate
@@ -66,7 +75,7 @@ def reconcile(
     )
     truths = {one.name: _truth(run, truth, one, chosen) for one in chosen}
     done: list[Reconciliation] = []
-    with run.interruptible():
+    with run.interruptible(), _as_put():
         for one in chosen:
             with bar(f"reconcile {one.name}", as_json=run.as_json) as progress:
                 made = run_reconcile(
@@ -119,7 +128,7 @@ def show(run: Run, number: _NUMBER) -> Answer:
 def recalculate(run: Run, account: _ACCOUNT = None, every: _ALL = False, mapping: _MAPPING = None) -> Answer:
     """Make stored balances the sum of their journal. No money moves; who then differs from legacy turns stale."""
     act, chosen = run.act(), _one_or_all(run, account, every, mapping)
-    with run.interruptible():
+    with run.interruptible(), _as_put():
         found = [
             run_recalculate(run.engine, run.settings, one, act, account=account, dry_run=run.dry_run, stop=run.stop)
             for one in chosen
@@ -151,16 +160,26 @@ def adjust(
     act, chosen = run.act(), run.mappings(mapping)
     if len(chosen) > 1:
         raise UsageError("there are several mappings: name one with --mapping")
-    made = corrections.adjust(
-        *(run.engine, run.settings, chosen[0], act, account, _amount("--amount", amount, signed=True)),
-        bucket=bucket,
-        currency=currency,
-        notes=notes,
-        allow_negative=allow_negative,
-        dry_run=run.dry_run,
-    )
+    with _as_put():
+        made = corrections.adjust(
+            *(run.engine, run.settings, chosen[0], act, account, _amount("--amount", amount, signed=True)),
+            bucket=bucket,
+            currency=currency,
+            notes=notes,
+            allow_negative=allow_negative,
+            dry_run=run.dry_run,
+        )
     document = {"dry_run": run.dry_run, "mapping": chosen[0].name, **plain(made)}
     return Answer(document, (f"{'would be ' if run.dry_run else ''}{_item(made)}",))
+
+
+@contextmanager
+def _as_put() -> Iterator[None]:
+    """What was typed and is no key, amount or column is wrong usage here, not a refused posting."""
+    try:
+        yield
+    except (InvalidKey, InvalidAmount, InvalidMovement, UnknownBucket, UnknownCurrency) as error:
+        raise UsageError(str(error)) from None
 
 
 def _one_or_all(run: Run, account: str | None, every: bool, mapping: str | None) -> tuple[Mapping, ...]:
