@@ -51,6 +51,8 @@ def leaves(command: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if inner is None:
         yield name, command
         return
+    if command.invoke_without_command and name:
+        yield name, command  # a group that does something by itself
     for word, one in inner.items():
         yield from leaves(one, f"{name} {word}".strip())
 

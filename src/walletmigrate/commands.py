@@ -53,19 +53,24 @@ CONFIRMS: Final = {"confirm": (_CONFIRM, None)}
 def command(
     app: typer.Typer, name: str, *, group: str = "", changes: bool = False, confirms: bool = False
 ) -> Callable[[Handler], Handler]:
-    """Register ``handler(run, **its own options) -> Answer`` as a command with the options that all share."""
+    """Register ``handler(run, **its own options) -> Answer`` as a command with the options that all share.
+
+    Without a name it is what the group itself does when no command of the group is named.
+    """
     options = {**COMMON, **(CHANGES if changes else {}), **(CONFIRMS if confirms else {})}
     full_name = f"{group} {name}".strip()
 
     def register(handler: Handler) -> Handler:
         def invoke(context: typer.Context, **values: Any) -> int:
+            if context.invoked_subcommand is not None:
+                return console.OK
             root = context.find_root().params
             shared: dict[str, Any] = {option: values.pop(option) or root.get(option) for option in COMMON}
             rest: dict[str, Any] = {option: values.pop(option) for option in options if option not in COMMON}
             return carry_out(Run(full_name, **shared, **rest), lambda run: handler(run, **values))
 
         _disguise(invoke, handler, options)
-        app.command(name)(invoke)
+        (app.command(name) if name else app.callback(invoke_without_command=True))(invoke)
         return handler
 
     return register

@@ -16,8 +16,24 @@ from walletmigrate.schema import quoted
 PHASES: Final = ("legacy", "dual_write", "read_ledger", "wallet_only", "frozen", "retired")
 TREATMENTS: Final = ("absent", "stale", "turned_stale", "mirrored", "closed", "rejected")
 STATES: Final = ("absent", "mirrored", "stale", "frozen", "closed")
-JOB_KINDS: Final = ("backfill", "verify", "freeze", "unfreeze")
+JOB_KINDS: Final = ("backfill", "verify", "freeze", "unfreeze", "reconcile")
 LINE_STOPPED: Final = 2
+
+# The last reconciliation of each mapping, of legacy with the ledger only where no verification came after it.
+_REPORTED: Final = """
+select distinct on (j.mapping, r.outside) j.mapping, r.outside, j.details -> 'differences' as differences
+from {schema}.jobs as j
+cross join lateral (select j.details #>> '{options,kind}' in ('file', 'callable') as outside) as r
+where
+    j.kind = 'reconcile' and j.state = 'done' and j.details -> 'differences' is not null
+    and (
+        r.outside or not exists (
+            select from {schema}.verifications as v
+            where v.mapping = j.mapping and v.full_run and v.started_at > j.finished_at
+        )
+    )
+order by j.mapping, r.outside, j.id desc
+"""
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,8 @@ def read_facts(connection: sa.Connection, schema: str, scope: Collection[tuple[s
     line = _table(schema, "line", "last_value")
     states, imbalance = _balances(connection, schema)
     drift = _drift(connection, schema, scope)
-    currencies = sorted({currency for _, currency in scope} | imbalance.keys() | {row.currency for row in drift})
+    differences = _differences(connection, schema, scope, drift)
+    currencies = sorted({currency for _, currency in scope} | imbalance.keys() | differences.keys())
     return Facts(
         phase=connection.scalar(sa.select(control.c.phase)) or "",
         line_stopped=connection.scalar(sa.select(line.c.last_value)) == LINE_STOPPED,
@@ -70,8 +87,8 @@ def read_facts(connection: sa.Connection, schema: str, scope: Collection[tuple[s
         accounts={**dict.fromkeys(STATES, 0), **states, "absent": sum(int(row.missing) for row in drift)},
         jobs=_jobs(connection, schema),
         imbalance=dict.fromkeys(currencies, Decimal(0)) | imbalance,
-        drift_accounts=dict.fromkeys(currencies, 0) | {row.currency: int(row.accounts) for row in drift},
-        drift_amount=dict.fromkeys(currencies, Decimal(0)) | {row.currency: row.amount for row in drift},
+        drift_accounts=dict.fromkeys(currencies, 0) | {name: found[0] for name, found in differences.items()},
+        drift_amount=dict.fromkeys(currencies, Decimal(0)) | {name: found[1] for name, found in differences.items()},
         last_success=_last_success(connection, schema, scope),
         bypasses=dict.fromkeys(TREATMENTS, 0) | _bypasses(connection, schema),
         documents=_documents(connection, schema),
@@ -151,6 +168,29 @@ def _drift(connection: sa.Connection, schema: str, scope: Collection[tuple[str, 
         sa.func.sum(runs.c.drift_amount).label("amount"),
     )
     return list(connection.execute(total.where(runs.c.id.in_(newest)).group_by(runs.c.currency)))
+
+
+def _differences(
+    connection: sa.Connection, schema: str, scope: Collection[tuple[str, str]], drift: list[sa.Row[Any]]
+) -> dict[str, tuple[int, Decimal]]:
+    """Accounts and amount by currency: as verified, or, if that is more, as a later reconciliation of legacy with the
+    ledger reported them; and besides what the last reconciliation with an outside truth reported.
+    """
+    found: dict[str, tuple[int, Decimal]] = {row.currency: (int(row.accounts), row.amount) for row in drift}
+    of_sides: dict[str, tuple[int, Decimal]] = defaultdict(lambda: (0, Decimal(0)))
+    outside: dict[str, tuple[int, Decimal]] = defaultdict(lambda: (0, Decimal(0)))
+    mappings = {mapping for mapping, _ in scope}
+    for run in connection.execute(sa.text(_REPORTED.replace("{schema}", quoted(schema)))):
+        if mappings and run.mapping not in mappings:
+            continue
+        for currency, one in run.differences.items():
+            accounts, amount = (outside if run.outside else of_sides)[currency]
+            both = (accounts + int(one["accounts"]), amount + Decimal(one["amount"]))
+            (outside if run.outside else of_sides)[currency] = both
+    for currency in {*found, *of_sides, *outside}:
+        accounts, amount = max(found.get(currency, (0, Decimal(0))), of_sides[currency])
+        found[currency] = (accounts + outside[currency][0], amount + outside[currency][1])
+    return found
 
 
 def _last_success(connection: sa.Connection, schema: str, scope: Collection[tuple[str, str]]) -> float:

@@ -177,7 +177,7 @@ def make_functions(connection: Connection, settings: Settings, mapping: Mapping,
         raw_queries=settings.capture.raw_queries,
     )
     connection.exec_driver_sql(f"set local search_path = pg_catalog, {quoted(schema)}, pg_temp")
-    for part in ("posting", "capture", "mapping", "batches", "fence"):
+    for part in ("posting", "capture", "mapping", "batches", "reconcile", "fence"):
         run_script(connection, render(part, **names))
     connection.execute(
         text(
@@ -207,6 +207,7 @@ def mapping_functions(connection: Connection, schema: str, mapping: str) -> list
     """The signatures of the functions made for a mapping, as DROP FUNCTION wants them."""
     names = ["side", "keys", "lock", "leg", "plain", "settle", "move", "post", "open", "backfill"]
     names += ["freeze", "seal", "unfreeze", "unseal", "close", "fence", "fence_truncate"]
+    names += ["amend", "rewrite", "correct", "recount", "recalculate", "standing"]
     rows = connection.execute(
         text(
             "select p.oid::regprocedure::text from pg_proc p join pg_namespace n on n.oid = p.pronamespace "

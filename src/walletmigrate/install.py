@@ -304,6 +304,7 @@ def _grant(connection: Connection, settings: Settings) -> None:
     shared = ["turn_stale", "diverged", "resolve", "replay", "enter_batch", "labelled"]
     own = ["post", "keys", "lock", "leg", "plain", "settle", "move"]
     jobs = ["backfill", "open", "freeze", "seal", "unfreeze", "unseal", "close"]
+    jobs += ["amend", "rewrite", "correct", "recount", "recalculate", "standing"]
     for signature, function in _signatures(connection, settings.ledger_schema):
         posting = function in shared or function in [f"{n}_{m}" for n in own for m in _names(settings)]
         working = function in [f"{n}_{m}" for n in jobs for m in _names(settings)]

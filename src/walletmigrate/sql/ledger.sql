@@ -224,6 +224,13 @@ create table {{ schema }}.audit_log (
     details jsonb not null default '{}'
 );
 
+-- A run of a reconciliation corrects an account at most once, and a correction is undone at most once.
+create unique index audit_log_corrected on {{ schema }}.audit_log (
+    job_id, mapping, (details ->> 'key'), (details ->> 'bucket'), (details ->> 'currency')
+) where action = 'reconcile corrected';
+create unique index audit_log_undone on {{ schema }}.audit_log ((details ->> 'undoes'))
+where action = 'reconcile undone';
+
 -- The last good flag document, for a process that starts while the flag server is away.
 create table {{ schema }}.flag_documents (
     singleton boolean primary key default true check (singleton),
@@ -444,4 +451,23 @@ create type {{ schema }}.posting as (
     creditor_account bigint,
     mismatch boolean,
     ordinal integer
+);
+
+-- What came of holding one account against a truth, with both balances before and after; difference = truth − balance.
+create type {{ schema }}.correction as (
+    outcome text,
+    refusal text,
+    account_id bigint,
+    key text,
+    bucket text,
+    currency text,
+    -- As it was found; null: no account.
+    state {{ schema }}.account_state,
+    truth numeric,
+    difference numeric,
+    legacy_before numeric,
+    ledger_before numeric,
+    legacy_after numeric,
+    ledger_after numeric,
+    transaction_id bigint
 );

@@ -1,0 +1,259 @@
+"""The runs of `reconcile` on record: list and show them, and take one back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Final
+
+from sqlalchemy import Connection, Engine, Row, text
+
+from walletmigrate import jobs
+from walletmigrate.audit import Act
+from walletmigrate.config import Settings
+from walletmigrate.corrections import Correction, Corrector, refuse, stopped
+from walletmigrate.errors import UsageError
+from walletmigrate.movements import digest
+from walletmigrate.reconcile import KIND, ONE
+from walletmigrate.schema import quoted
+from walletmigrate.standing import require_installed
+
+UNDO: Final = "reconcile undo"
+_PAGE: Final = 500
+_AMOUNTS: Final = ("truth", "difference", "legacy_before", "ledger_before", "legacy_after", "ledger_after")
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One run. ``undoes`` is the run that it took back; ``undone`` counts its corrections that were taken back.
+
+    ``counts`` is empty, and ``reported_amount`` too, of a run that has not come to its end.
+    """
+
+    id: int
+    kind: str
+    mapping: str
+    state: str
+    truth: str | None
+    account: str | None
+    undoes: int | None
+    actor: str
+    reason: str
+    started_at: datetime
+    finished_at: datetime | None
+    corrected: int
+    undone: int
+    counts: Mapping[str, int]
+    reported_amount: Mapping[str, Decimal]
+
+
+@dataclass(frozen=True)
+class RunDetails:
+    """A run with its accounts: ``changed`` as the audit log has them, ``left`` those only told of, at most 1000."""
+
+    run: RunFacts
+    changed: tuple[Correction, ...]
+    left: tuple[Correction, ...]
+
+
+@dataclass(frozen=True)
+class Undo:
+    """What an undo came to. ``left`` are the corrections that could not be undone, each with its reason; those that
+    were undone before are counted apart. ``run`` is None of a dry run.
+    """
+
+    run: int | None
+    undoes: int
+    mapping: str
+    undone: int
+    undone_before: int
+    left: tuple[Correction, ...]
+    dry_run: bool
+    state: str
+
+
+def runs(connection: Connection, settings: Settings, *, limit: int = 50) -> tuple[RunFacts, ...]:
+    """The newest runs, newest first. Raises LedgerNotInstalled."""
+    require_installed(connection, settings)
+    query = f"{_select(settings)} order by j.id desc limit :limit"
+    rows = connection.execute(text(query), {"kinds": [KIND, ONE, UNDO], "limit": limit})
+    return tuple(_facts(row) for row in rows)
+
+
+def show(connection: Connection, settings: Settings, run: int) -> RunDetails:
+    """One run and its accounts. Raises UsageError when there is none of that number."""
+    row = _row(connection, settings, run)
+    name = quoted(settings.ledger_schema)
+    # Through the type: in JSON the driver would read the amounts as floats.
+    changed = connection.execute(
+        text(
+            f"select k.* from {name}.audit_log as a "
+            f"cross join jsonb_populate_record(null::{name}.correction, a.details) as k where a.job_id = :run "
+            "and a.action in ('reconcile corrected', 'reconcile opened', 'reconcile resynced', 'reconcile undone') "
+            "order by a.id"
+        ),
+        {"run": run},
+    )
+    left = tuple(_correction(one) for one in row.details.get("items", []))
+    return RunDetails(_facts(row), tuple(_correction(one._asdict()) for one in changed), left)
+
+
+def undo(
+    engine: Engine,
+    settings: Settings,
+    run: int,
+    act: Act,
+    *,
+    dry_run: bool = False,
+    stop: jobs.Stop | None = None,
+) -> Undo:
+    """Take back exactly the corrections of a run, each at most once, one account at a time; itself a run.
+
+    Each side goes back by what the correction moved on it, the ledger by a reversal; postings since then stay. Where
+    the correction moved one side alone, the two differ again as they did before it, and the account turns stale.
+    Openings and resyncs stay. Can be cut short, and called again. Raises UsageError when there is no such run,
+    PreconditionRefused while the run is at work, in phase `legacy`, while the line is stopped or without the fence.
+    """
+    with jobs.begin(engine) as connection:
+        facts = _facts(_row(connection, settings, run))
+        if facts.kind == UNDO:
+            raise UsageError(f"run {run} is itself an undo; what it took back can be reconciled again")
+        mapping = settings.mapping(facts.mapping)
+        reasons = jobs.obstacles(connection, settings, mapping) + stopped(connection, settings)
+        if facts.state == "running":
+            reasons.append((f"run {run} is at work", "wait for its end, or stop it"))
+        refuse(UNDO, reasons)
+        job = None if dry_run else _start(connection, settings, facts, act)
+    corrector = Corrector(engine, settings, mapping, act)
+    made: list[Correction] = []
+    for audit_id, details in _corrections(engine, settings, run):
+        if stop is not None and stop():
+            break
+        number = details.get("transaction_id")
+        request = {
+            "audit": audit_id,
+            "dry": dry_run,
+            "run": job.id if job else None,
+            "request": digest(mapping.name, "reverse", number) if number else None,
+        }
+        column = mapping.column(details["bucket"], details["currency"])
+        made.append(corrector.call("correct", details["key"], column, **request))
+    undone = [one for one in made if one.outcome == "undone"]
+    left = tuple(one for one in made if one.outcome != "undone" and one.refusal != "undone_before")
+    before = facts.undone + sum(one.refusal == "undone_before" for one in made)
+    if job is not None:
+        job = _end(engine, settings, job, act, stopped_at=stop is not None and stop(), undone=len(undone), left=left)
+    return Undo(
+        run=job.id if job else None,
+        undoes=run,
+        mapping=mapping.name,
+        undone=len(undone),
+        undone_before=before,
+        left=left,
+        dry_run=dry_run,
+        state=job.state if job else "planned",
+    )
+
+
+def _start(connection: Connection, settings: Settings, facts: RunFacts, act: Act) -> jobs.Job:
+    found = jobs.newest(connection, settings, UNDO, facts.mapping, lock=True)
+    if found is not None and found.details.get("undoes") != facts.id:
+        # Each correction is undone at most once, whoever does it: nothing is lost with that job.
+        jobs.cancel(connection, settings, UNDO, facts.mapping, act)
+    details = {"undoes": facts.id}
+    return jobs.started(
+        connection, settings, UNDO, facts.mapping, act, total=facts.corrected - facts.undone, details=details
+    )
+
+
+def _end(
+    engine: Engine,
+    settings: Settings,
+    job: jobs.Job,
+    act: Act,
+    *,
+    stopped_at: bool,
+    undone: int,
+    left: tuple[Correction, ...],
+) -> jobs.Job:
+    with jobs.begin(engine) as connection:
+        connection.execute(
+            text(
+                f"update {quoted(settings.ledger_schema)}.jobs set items_done = items_done + :done, "
+                "items_failed = :failed where id = :id"
+            ),
+            {"id": job.id, "done": undone, "failed": len(left)},
+        )
+    if stopped_at:
+        return jobs.leave(engine, settings, job, "paused")
+    details = {"undoes": job.details["undoes"], "undone": undone, "left": len(left)}
+    return jobs.finish(engine, settings, settings.mapping(job.mapping), job, act, details=details)
+
+
+def _corrections(engine: Engine, settings: Settings, run: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The audit rows of a run's corrections that were not undone, a page at a time."""
+    name, after = quoted(settings.ledger_schema), 0
+    query = text(
+        f"select a.id, a.details from {name}.audit_log as a where a.job_id = :run and a.action = 'reconcile corrected' "
+        f"and a.id > :after and not exists (select from {name}.audit_log as u where u.action = 'reconcile undone' "
+        "and u.details ->> 'undoes' = a.id::text) order by a.id limit :page"
+    )
+    while True:
+        with jobs.begin(engine) as connection:
+            page = list(connection.execute(query, {"run": run, "after": after, "page": _PAGE}))
+        for row in page:
+            yield row.id, row.details
+        if len(page) < _PAGE:
+            return
+        after = page[-1].id
+
+
+def _select(settings: Settings) -> str:
+    name = quoted(settings.ledger_schema)
+    return (
+        "select j.id, j.kind, j.mapping, j.state, j.actor, j.reason, j.started_at, j.finished_at, j.details, "
+        f"(select count(*) from {name}.audit_log as a where a.job_id = j.id and a.action = 'reconcile corrected') "
+        f"as corrected, (select count(*) from {name}.audit_log as a inner join {name}.audit_log as u "
+        "on u.action = 'reconcile undone' and u.details ->> 'undoes' = a.id::text "
+        "where a.job_id = j.id and a.action = 'reconcile corrected') as undone "
+        f"from {name}.jobs as j where j.kind = any(:kinds)"
+    )
+
+
+def _row(connection: Connection, settings: Settings, run: int) -> Row[Any]:
+    require_installed(connection, settings)
+    query = f"{_select(settings)} and j.id = :run"
+    row = connection.execute(text(query), {"kinds": [KIND, ONE, UNDO], "run": run}).one_or_none()
+    if row is None:
+        raise UsageError(f"there is no reconciliation {run}; see: walletmigrate reconcile list")
+    return row
+
+
+def _facts(row: Row[Any]) -> RunFacts:
+    details = row.details
+    differences = details.get("differences", {})
+    return RunFacts(
+        *(row.id, row.kind, row.mapping, row.state),
+        truth=details.get("options", {}).get("truth"),
+        account=details.get("account"),
+        undoes=details.get("undoes"),
+        actor=row.actor,
+        reason=row.reason,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        corrected=row.corrected,
+        undone=row.undone,
+        counts={name: int(n) for name, n in details.get("counts", {}).items() if " " not in name},
+        reported_amount={currency: Decimal(one["amount"]) for currency, one in differences.items()},
+    )
+
+
+def _correction(details: Mapping[str, Any]) -> Correction:
+    """As the audit log has it, or the row of the job, where amounts are texts."""
+    known: dict[str, Any] = {name: details.get(name) for name in Correction.__dataclass_fields__}
+    for name in _AMOUNTS:
+        value = known[name]
+        known[name] = None if value is None else Decimal(value)
+    return Correction(**known)

@@ -1,0 +1,276 @@
+"""Runs of reconcile: cut short and gone on with, on record, taken back; and the truth out of a file."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ledger import ACT, add_users, execute, rows, scalar, set_phase, users_settings
+from test_reconcile import BY, World, told, world
+from walletmigrate import reconciliations, truths
+from walletmigrate.adapter import LegacyBalanceAdapter
+from walletmigrate.audit import Act
+from walletmigrate.backfill import backfill
+from walletmigrate.errors import PreconditionRefused, UnreadableInput, UsageError
+from walletmigrate.facts import read_facts
+from walletmigrate.flags import DUAL_WRITE, StaticSource
+from walletmigrate.freeze import freeze
+from walletmigrate.reconcile import Limits
+from walletmigrate.survey import inspect_mapping
+from walletmigrate.truths import LEDGER, LEGACY, Truth, asked
+from walletmigrate.verify import verify
+
+__all__ = ["world"]
+
+D = Decimal
+MAPPING = users_settings("postgresql://localhost/none").mappings[0]
+BACK = Act("user:ben", "CHG-8: the file was of another day")
+
+
+def undo(world: World, run: int | None, **options: Any) -> reconciliations.Undo:
+    assert run is not None
+    return reconciliations.undo(world.engine, world.settings, run, BACK, **options)
+
+
+def read(world: World, folder: Path, content: str) -> Truth:
+    path = folder / "truth.csv"
+    path.write_text(content, encoding="utf-8")
+    mapping = world.settings.mappings[0]
+    with world.engine.connect() as connection:
+        return truths.read(path, mapping, inspect_mapping(connection, mapping).key_type)
+
+
+def test_a_run_that_is_cut_short_corrects_nothing_twice(world: World) -> None:
+    """Between its two parts money moves: compared anew, the deposits would be taken away again."""
+    asked_for: list[str] = []
+
+    def source(key: str, _bucket: str, _currency: str) -> Decimal:
+        asked_for.append(key)
+        if asked_for == ["1", "2", "3", "4", "5"]:
+            raise KeyboardInterrupt
+        return D(101)
+
+    truth = asked(source, "a function")
+    with pytest.raises(KeyboardInterrupt):
+        world.reconcile(truth, batch_size=3)
+    # Accounts 1 to 3 are a committed batch; 4 is corrected, but its batch was lost.
+    assert scalar(world.engine, "select cursor from wallet.jobs where kind = 'reconcile'") == "3"
+    adapter = LegacyBalanceAdapter(world.settings, StaticSource({DUAL_WRITE: True}))
+    with world.engine.begin() as connection:
+        for key in (1, 4):
+            adapter.credit(connection, key, D("0.50"), type="deposit")
+    made = world.reconcile(truth, batch_size=3)
+    assert (made.resumed, made.counts["corrected"], made.counts["in_order"]) == (True, 10, 0)
+    assert [world.account(key) for key in (1, 4, 5)] == [
+        ("mirrored", D("101.50"), D("101.50")),
+        ("mirrored", D("101.50"), D("101.50")),
+        ("mirrored", D(101), D(101)),
+    ]
+    assert len(world.audited()) == 10
+
+
+def test_a_paused_run_does_not_go_on_with_other_options(world: World) -> None:
+    paused = world.reconcile(told(101), batch_size=3, stop=lambda: len(world.audited()) >= 3)
+    assert paused.state == "paused"
+    other = world.reconcile(told(102), Limits(D(0), D(5)))
+    assert (other.resumed, other.counts["corrected"]) == (False, 10)
+    assert rows(world.engine, "select state from wallet.jobs where id = :run", run=paused.run) == [("cancelled",)]
+
+
+def test_a_run_with_other_options_is_not_started_beside_one_that_is_at_work(world: World) -> None:
+    paused = world.reconcile(told(101), batch_size=3, stop=lambda: True)
+    execute(world.engine, "update wallet.jobs set state = 'running' where id = :run", run=paused.run)
+    with pytest.raises(PreconditionRefused, match="at work with other options"):
+        world.reconcile(LEGACY)
+    assert world.one(1, told(101)).outcome == "corrected"
+
+
+def test_undo_takes_back_exactly_the_corrections_of_its_run(world: World) -> None:
+    first = world.reconcile(told(D("100.50")))
+    second = world.one(1, told(101))
+    adapter = LegacyBalanceAdapter(world.settings, StaticSource({DUAL_WRITE: True}))
+    with world.engine.begin() as connection:
+        adapter.credit(connection, 2, 7, type="deposit")
+    planned = undo(world, first.run, dry_run=True)
+    assert (planned.undone, world.account(1)) == (10, ("mirrored", D(101), D(101)))
+    done = undo(world, first.run)
+    assert (done.undone, done.undone_before, done.left, done.state) == (10, 0, (), "done")
+    assert world.account(1) == ("mirrored", D("100.50"), D("100.50"))
+    assert world.account(2) == ("mirrored", D(107), D(107))
+    reversals = rows(world.engine, "select actor, job_id, amount from wallet.transactions where kind = 'reversal'")
+    assert reversals == [(BACK.actor, done.run, D("0.50"))] * 10
+    assert {row["undoes"] is not None for row in world.audited("reconcile undone")} == {True}
+    assert second.transaction_id not in {
+        row[0] for row in rows(world.engine, "select reverses from wallet.transactions where kind = 'reversal'")
+    }
+
+
+def test_a_correction_is_undone_at_most_once_by_whatever_way(world: World) -> None:
+    made = world.reconcile(told(D("100.50")))
+    adapter = LegacyBalanceAdapter(world.settings, StaticSource({DUAL_WRITE: True}))
+    numbers = {one.key: one.transaction_id or 0 for one in made.items}
+    with world.engine.begin() as connection:
+        adapter.reverse(connection, numbers["1"], reason="by hand")
+    done = undo(world, made.run)
+    assert (done.undone, [(one.key, one.refusal) for one in done.left]) == (9, [("1", "reversed_before")])
+    again = undo(world, made.run)
+    assert (again.undone, again.undone_before, len(again.left)) == (0, 9, 1)
+    with world.engine.begin() as connection:
+        assert adapter.reverse(connection, numbers["2"], reason="by hand").replayed
+    assert [world.account(key) for key in (1, 2)] == [("mirrored", D(100), D(100))] * 2
+
+
+def test_an_undo_that_is_cut_short_goes_on(world: World) -> None:
+    made = world.reconcile(told(D("100.50")))
+    cut = undo(world, made.run, stop=lambda: len(world.audited("reconcile undone")) >= 4)
+    assert (cut.undone, cut.state) == (4, "paused")
+    rest = undo(world, made.run)
+    assert (rest.run, rest.undone, rest.undone_before) == (cut.run, 6, 4)
+
+
+@pytest.mark.parametrize("truth", [LEGACY, LEDGER])
+def test_a_correction_of_one_side_is_undone_on_that_side_and_the_account_is_stale(world: World, truth: Truth) -> None:
+    world.damage("update users set total_coins = 103 where id = 3")
+    made = world.reconcile(truth)
+    after = D(103) if truth is LEGACY else D(100)
+    assert world.account(3) == ("mirrored", after, after)
+    assert undo(world, made.run).undone == 1
+    assert world.account(3) == ("stale", D(100), D(103))
+    assert undo(world, made.run).undone == 0
+
+
+def test_what_was_spent_closed_or_frozen_since_is_told(world: World) -> None:
+    made = world.reconcile(told(101))
+    execute(world.engine, "delete from users where id = 2")
+    execute(world.engine, "update users set total_coins = 60 where id = 4")
+    done = undo(world, made.run)
+    assert [(one.key, one.refusal) for one in done.left] == [("2", "no_row")]
+    assert world.account(4) == ("stale", D(100), D(59))
+
+
+def test_what_was_frozen_since_is_undone_in_the_ledger_alone(world: World) -> None:
+    made = world.reconcile(told(101))
+    set_phase(world.engine, "frozen")
+    freeze(world.engine, world.settings, world.settings.mappings[0], ACT)
+    assert undo(world, made.run).undone == 10
+    assert world.account(3) == ("frozen", D(100), D(101))
+
+
+def test_undo_refuses_what_is_no_run_and_what_is_at_work(world: World) -> None:
+    with pytest.raises(UsageError, match="no reconciliation 999"):
+        undo(world, 999)
+    made = world.reconcile(told(101))
+    back = undo(world, made.run)
+    with pytest.raises(UsageError, match="itself an undo"):
+        undo(world, back.run)
+    execute(world.engine, "update wallet.jobs set state = 'running' where id = :run", run=made.run)
+    with pytest.raises(PreconditionRefused, match="at work"):
+        undo(world, made.run)
+
+
+def test_the_runs_are_on_record_with_what_they_changed_and_what_they_left(world: World) -> None:
+    made = world.reconcile(told(D("100.50")), Limits(D(0), D("0.10")))
+    world.reconcile(told(D("100.50")))
+    one = world.reconcile(account="3")
+    with world.engine.connect() as connection:
+        found = reconciliations.runs(connection, world.settings)
+        first = reconciliations.show(connection, world.settings, made.run or 0)
+        second = reconciliations.show(connection, world.settings, found[1].id)
+    assert [(run.kind, run.account, run.corrected) for run in found] == [
+        ("reconcile account", "3", 0),
+        ("reconcile", None, 10),
+        ("reconcile", None, 0),
+    ]
+    assert (found[0].id, found[2].reported_amount, found[2].actor) == (one.run, {"EUR": D(5)}, BY.actor)
+    assert (len(first.left), first.left[0].difference, first.changed) == (10, D("0.50"), ())
+    assert (second.left, second.changed[0].ledger_after, len(second.changed)) == ((), D("100.50"), 10)
+
+
+def test_what_is_reported_is_in_the_metrics_until_a_later_run_finds_less(world: World) -> None:
+    def drift() -> tuple[Any, Any]:
+        with world.engine.connect() as connection:
+            facts = read_facts(connection, "wallet", [("users", "EUR")])
+        return facts.drift_accounts["EUR"], facts.drift_amount["EUR"]
+
+    mapping = world.settings.mappings[0]
+    verify(world.engine, world.settings, mapping, ACT)
+    assert drift() == (0, 0)
+    world.reconcile(told(102), Limits())
+    assert drift() == (10, 20)
+    # A verification compares legacy with the ledger, and says nothing of an outside truth.
+    verify(world.engine, world.settings, mapping, ACT)
+    assert drift() == (10, 20)
+    world.reconcile(told(102))
+    assert drift() == (0, 0)
+    world.damage("update users set total_coins = total_coins + 3 where id in (2, 5)")
+    world.reconcile(limits=Limits())
+    assert drift() == (2, 6)
+    world.reconcile()
+    # That all are in order is for a verification to say, which looks at more.
+    verify(world.engine, world.settings, mapping, ACT)
+    assert drift() == (0, 0)
+
+
+def test_a_file_is_the_truth_of_the_accounts_that_it_names(world: World, tmp_path: Path) -> None:
+    truth = read(world, tmp_path, "key,balance\n1,100.50\n2,99.25\n77,5\n3,+100\n")
+    made = world.reconcile(truth)
+    shown = {name: n for name, n in made.counts.items() if n}
+    assert shown == {"corrected": 2, "in_order": 1, "unlisted": 7, "refused": 1}
+    assert [(one.key, one.refusal) for one in made.items if one.refusal] == [("77", "no_row")]
+    assert world.account(2) == ("mirrored", D("99.25"), D("99.25"))
+    assert scalar(
+        world.engine, "select details -> 'options' ->> 'truth' from wallet.jobs where id = :r", r=made.run
+    ) == ("truth.csv")
+    assert world.reconcile(truth, account="4").counts["unlisted"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        ("", [1]),
+        ("key,amount\n1,2\n", [1]),
+        ("key,balance\n", [1]),
+        ("key,balance\n1,100\n1,100\n", [3]),
+        ("key,balance\n1,1.005\n2,1e3\nx,1\n3\n4,NaN\n5,1.500\n", [2, 3, 4, 5, 6]),
+        ("key,balance,bucket\n1,1,cash\n2,1,gold\n", [3]),
+        ("key,balance,currency\n1,1,EUR\n2,1,USD\n", [3]),
+        ('key,balance\n1,"1\n', [2]),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_refused_with_its_number_before_anything_is_done(
+    tmp_path: Path, content: str, lines: list[int]
+) -> None:
+    path = tmp_path / "truth.csv"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UnreadableInput) as raised:
+        truths.read(path, MAPPING, "integer")
+    assert [line for line, _ in raised.value.problems] == lines
+
+
+def test_a_function_is_named_by_module_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "our_bank_of_tests.py").write_text(
+        "class Bank:\n    @staticmethod\n    def of(key, b, c):\n        return 5\n"
+    )
+    truth = truths.named("python:our_bank_of_tests:Bank.of", MAPPING, "integer")
+    assert (truth.kind, truth.of("1", MAPPING.columns[0])) == ("callable", D(5))
+    for wrong in (
+        "python:our_bank_of_tests",
+        "python:our_bank_of_tests:nothing",
+        "python:no_such:f",
+        "no/such/file.csv",
+    ):
+        with pytest.raises(UsageError):
+            truths.named(wrong, MAPPING, "integer")
+
+
+def test_what_is_in_order_is_looked_at_without_a_lock(world: World) -> None:
+    """Held rows are waited for only where there is something to correct."""
+    add_users(world.engine, 11, 2000)
+    backfill(world.engine, world.settings, world.settings.mappings[0], ACT)
+    with world.engine.begin() as holder:
+        holder.exec_driver_sql("select 1 from users where id = 1500 for update")
+        assert world.reconcile().counts["in_order"] == 2000
