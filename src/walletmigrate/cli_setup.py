@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from walletmigrate import proposal, survey
+from walletmigrate import proposal, retired
 from walletmigrate.commands import command
 from walletmigrate.console import Answer, plain
 from walletmigrate.errors import UsageError
@@ -151,7 +151,7 @@ def _views(run: Run) -> list[str]:
     lines = []
     with run.engine.connect() as connection:
         for mapping in run.settings.mappings:
-            table = survey.inspect_mapping(connection, mapping)
+            table = retired.legacy_table(connection, run.settings.ledger_schema, mapping)
             kinds = ", ".join(f"{one.name} {one.sql_type}" for one in table.columns)
             lines.append(f"{mapping.name}: {mapping.table}, key {mapping.key} ({table.key_sql_type}), {kinds}")
     return lines

@@ -112,6 +112,29 @@ class Group(TyperGroup):
         sys.exit(code if isinstance(code, int) else console.OK)
 
 
+class WithDefault(TyperGroup):
+    """A command that has commands below it: what names none of these is the command itself."""
+
+    default = "run"
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the default's name in front of what is not one of the others'."""
+        if not args or args[0] not in self.commands:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+
+def below(app: typer.Typer, name: str) -> typer.Typer:
+    """A group for commands below one that is registered already, such as `backfill undo` below `backfill`."""
+    known = next(one for one in app.registered_commands if one.name == name)
+    app.registered_commands.remove(known)
+    group = typer.Typer(cls=WithDefault)
+    known.name = WithDefault.default
+    group.registered_commands.append(known)
+    app.add_typer(group, name=name, help=inspect.getdoc(known.callback))
+    return group
+
+
 def _disguise(invoke: Callable[..., int], handler: Callable[..., Answer], options: dict[str, tuple[Any, Any]]) -> None:
     """Give ``invoke`` the signature that Typer reads: the handler's own options, then the shared ones."""
     own = list(inspect.signature(handler, eval_str=True).parameters.values())[1:]

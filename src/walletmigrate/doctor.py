@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
-from walletmigrate import capture, functions, survey
+from walletmigrate import capture, functions, retired
 from walletmigrate.config import Mapping, Settings
 from walletmigrate.errors import WalletMigrateError
 from walletmigrate.schema import quoted
@@ -44,16 +44,18 @@ def _mapping(connection: Connection, settings: Settings, mapping: Mapping) -> It
     if stands.functions_version != functions.FUNCTIONS_VERSION:
         what = f"the functions of {mapping.name!r} are of version {stands.functions_version}"
         yield Finding(f"{what}, this release makes {functions.FUNCTIONS_VERSION}", INSTALL, DRIFT)
-    yield from _legacy(connection, mapping, stands)
+    yield from _legacy(connection, settings, mapping, stands)
     for problem in capture.fence_problems(connection, settings, mapping):
         mend = f"walletmigrate capture install {REASON}; walletmigrate verify --mapping {mapping.name} --mark-stale"
         yield Finding(f"the fence: {problem.trigger} {problem.problem}", mend, DRIFT)
 
 
-def _legacy(connection: Connection, mapping: Mapping, stands: functions.Installed) -> Iterator[Finding]:
+def _legacy(
+    connection: Connection, settings: Settings, mapping: Mapping, stands: functions.Installed
+) -> Iterator[Finding]:
     """The functions name the table's columns: altered since, they no longer fit, and refuse every write."""
     try:
-        now = functions.legacy_facts(survey.inspect_mapping(connection, mapping))
+        now = functions.legacy_facts(retired.legacy_table(connection, settings.ledger_schema, mapping))
     except WalletMigrateError as error:
         what = f"the legacy table of {mapping.name!r} was altered since the install: {error}"
         yield Finding(what, f"put it back, or change the configuration; then {INSTALL}", DRIFT)

@@ -59,6 +59,10 @@ def read_balance(
     row = connection.exec_driver_sql(statement, arguments).one_or_none()
     if row is None or (row.key is None and row.state != "frozen"):
         raise UnknownAccount(site.mapping.name, key)
+    if row.phase == "retired":
+        # An account that was never opened, or of a row that came again, holds nothing.
+        amount = row.ledger if row.state == "frozen" else Decimal(0)
+        return Balance(key, column.bucket, column.currency, amount, "ledger", None, amount, row.state, None)
     compare: Literal["match", "mismatch", "stale"] | None = None
     if compared and row.state == "mirrored":
         compare = "match" if row.legacy == row.ledger else "mismatch"
@@ -107,14 +111,22 @@ def told(mapping: str, found: Balance, seconds: float) -> list[observe.Event]:
 def _statement(schema: str, site: Site, column: Column) -> str:
     mapping, name = site.mapping, quoted(site.mapping.key)
     row = f"{relation(mapping)} as l on l.{name} = cast(%s as {site.key_sql_type})"
+    # A column that is dropped while processes run must fail no read. Its name without a table's before it is the
+    # legacy table's while that has it, and then the outer one's: null.
+    value = site.value(column, alias=None)
+    live = (
+        f"lateral (select l.{name} as key, {value} as legacy from {relation(mapping)} as l "
+        f"where l.{name} = cast(%s as {site.key_sql_type})) as l on true"
+    )
     if not site.installed:
         return (
             f"select l.{name} as key, {site.value(column)} as legacy, null::numeric as ledger, "
             f"null::text as state, 'legacy' as phase from (values (1)) as one inner join {row}"
         )
     return (
-        f"select l.{name} as key, {site.value(column)} as legacy, a.balance as ledger, a.state::text as state, k.phase "
-        f"from {quoted(schema)}.control as k left join {row} "
+        f"select l.key, l.legacy, a.balance as ledger, a.state::text as state, k.phase "
+        f"from {quoted(schema)}.control as k cross join (select null::numeric as {quoted(column.column)}) as dropped "
+        f"left join {live} "
         f"left join {quoted(schema)}.accounts as a on a.mapping = '{mapping.name}' and a.key = %s "
         f"and a.bucket = '{column.bucket}' and a.currency = '{column.currency}'"
     )
