@@ -52,7 +52,8 @@ def leaves(command: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, command
         return
     for word, one in inner.items():
-        yield from leaves(one, f"{name} {word}".strip())
+        own = word == getattr(command, "default", None)  # the command itself, which has others below it
+        yield from leaves(one, name if own else f"{name} {word}".strip())
 
 
 CLI = dict(leaves(typer.main.get_command(app)))

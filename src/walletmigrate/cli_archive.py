@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from walletmigrate import archive_check
+from walletmigrate import archive_check, evidence_check
 from walletmigrate import retire as retirement
 from walletmigrate.archive_check import ArchiveCheck
 from walletmigrate.commands import below, command
 from walletmigrate.console import DIFFERENCE, INTERRUPTED, OK, Answer, plain
 from walletmigrate.errors import UsageError
+from walletmigrate.evidence import gather
 from walletmigrate.invocation import Run
 from walletmigrate.standing import REASON
 from walletmigrate.undo import undo as undo_backfill
@@ -24,6 +25,8 @@ def register(app: typer.Typer) -> None:
     """Add the commands. `backfill` is registered before."""
     command(app, "archive", changes=True)(archive)
     command(below(app, "archive"), "check", group="archive")(check)
+    command(app, "evidence")(evidence)
+    command(below(app, "evidence"), "check", group="evidence")(check_evidence)
     command(app, "retire", changes=True, confirms=True)(retire)
     command(below(app, "backfill"), "undo", group="backfill", changes=True)(undo)
 
@@ -58,6 +61,33 @@ def check(
     checked = archive_check.check(None if no_database else run.engine, run.settings, file)
     good = checked.proven or (no_database and not checked.problem_count)
     return Answer({"check": plain(checked)}, tuple(_proof(checked, no_database)), (), OK if good else DIFFERENCE)
+
+
+def evidence(
+    run: Run, to: Annotated[Path, typer.Option("--to", metavar="FOLDER", help="A folder, new or empty.")]
+) -> Answer:
+    """Write down how the migration stands, for an auditor: a folder with checksums. Exit 3 if it is not clean."""
+    made = gather(run.engine, run.settings, run.source, to)
+    verdict = "clean" if made.clean else "NOT CLEAN"
+    lines = [f"{made.folder}: {verdict}, phase {made.phase}, {made.transactions} transactions, {made.audit_rows} acts"]
+    return Answer({"evidence": plain(made)}, tuple(lines), (), OK if made.clean else DIFFERENCE)
+
+
+def check_evidence(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What evidence wrote.")],
+    with_database: Annotated[
+        bool, typer.Option("--with-database", help="Also hold it against the configured database.")
+    ] = False,
+) -> Answer:
+    """Check evidence again, on any machine. Exit 3 where something is not as it was written."""
+    found = evidence_check.check(folder, *((run.engine, run.settings) if with_database else ()))
+    how = "intact, and as the database has it" if with_database else "intact"
+    lines = [f"{found.folder}, of {found.made_at}: {how if found.intact else f'{len(found.problems)} problems'}"]
+    lines += [f"  {problem}" for problem in found.problems[:_SHOWN]]
+    if found.intact and not found.clean:
+        lines.append("  its verification was not clean")
+    return Answer({"check": plain(found)}, tuple(lines), (), OK if found.intact else DIFFERENCE)
 
 
 def retire(
