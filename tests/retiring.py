@@ -29,7 +29,7 @@ context.configure(connection=context.config.attributes["connection"], version_ta
 context.run_migrations()
 """
 
-_FIRST = """
+FIRST = """
 revision = "0001"
 down_revision = None
 
@@ -53,7 +53,7 @@ class End:
         self.migrations = folder / "alembic" / "versions"
         self.migrations.mkdir(parents=True)
         (folder / "alembic" / "env.py").write_text(_ENV, encoding="utf-8")
-        (self.migrations / "0001_first.py").write_text(_FIRST, encoding="utf-8")
+        (self.migrations / "0001_first.py").write_text(FIRST, encoding="utf-8")
         backfill(self.engine, self.settings, self.mapping, ACT)
 
     @property

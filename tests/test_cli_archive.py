@@ -6,14 +6,14 @@ from pathlib import Path
 
 import ledger
 from commandline import REASON, project_at
-from retiring import _FIRST
+from retiring import FIRST
 
 
 def test_the_whole_way_to_a_dropped_column_by_commands(database_url: str, tmp_path: Path) -> None:
     project, engine = project_at(tmp_path, database_url, "frozen")
     versions = tmp_path / "versions"
     versions.mkdir()
-    (versions / "0001_first.py").write_text(_FIRST, encoding="utf-8")
+    (versions / "0001_first.py").write_text(FIRST, encoding="utf-8")
     file, folder = str(tmp_path / "users.jsonl.gz"), str(tmp_path / "evidence")
     retire = ("retire", "--archive", file, "--migrations", str(versions), "--confirm", "users")
 

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Engine, Row, TextClause, text
 
 from walletmigrate import functions
 from walletmigrate.archive import FETCHED, FORMAT, WIDTH, Archive, Progress, Sums, digest, dump, put_on_record
-from walletmigrate.audit import Act
+from walletmigrate.audit import Act, record
 from walletmigrate.config import Column, Mapping, Settings
 from walletmigrate.errors import UnreadableInput
 from walletmigrate.schema import quoted
@@ -297,9 +297,13 @@ def archive(
     A difference is a result: the file stays, and is no proof. Raises what `dump` and `check` raise. The check is None
     in a dry run.
     """
-    made = dump(engine, settings, mapping, path, dry_run=dry_run, progress=progress)
     if dry_run:
-        return made, None
+        return dump(engine, settings, mapping, path, dry_run=True), None
+    with engine.begin() as connection:
+        require_installed(connection, settings)
+        # First of all: who may not leave a record has to learn it before the table is read, and leaves no file.
+        record(connection, settings, "archive begin", act, mapping=mapping.name, details={"file": path.name})
+    made = dump(engine, settings, mapping, path, progress=progress)
     checked = check(engine, settings, path, recorded=False)
     made = put_on_record(engine, settings, made, act, proven=checked.proven, problems=checked.problem_count)
     return made, checked

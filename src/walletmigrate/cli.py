@@ -87,7 +87,7 @@ cli_flags.register(app)
 cli_capture.register(app)
 cli_watch.register(app)
 cli_discover.register(app)
-command(app, "rehearse")(rehearse)
+command(app, "rehearse", role="none")(rehearse)
 
 
 def main() -> None:

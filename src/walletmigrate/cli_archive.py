@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
     command(below(app, "archive"), "check", group="archive")(check)
     command(app, "evidence")(evidence)
     command(below(app, "evidence"), "check", group="evidence")(check_evidence)
-    command(app, "retire", changes=True, confirms=True)(retire)
+    command(app, "retire", changes=True, confirms=True, role="installer")(retire)
     command(below(app, "backfill"), "undo", group="backfill", changes=True)(undo)
 
 

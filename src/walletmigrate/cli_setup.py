@@ -22,10 +22,10 @@ from walletmigrate.starter import write_configuration
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    command(app, "init")(init)
-    command(app, "install", changes=True)(install)
-    command(app, "uninstall", changes=True, confirms=True)(uninstall)
-    command(app, "sandbox")(sandbox)
+    command(app, "init", role="none")(init)
+    command(app, "install", changes=True, role="installer")(install)
+    command(app, "uninstall", changes=True, confirms=True, role="installer")(uninstall)
+    command(app, "sandbox", role="none")(sandbox)
 
 
 def init(

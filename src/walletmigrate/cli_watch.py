@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     command(app, "status")(status)
     command(app, "exporter")(exporter)
-    command(app, "version")(version)
+    command(app, "version", role="none")(version)
 
 
 def status(run: Run) -> Answer:

@@ -7,13 +7,13 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import typer
 from sqlalchemy.exc import DBAPIError
 from typer.core import TyperGroup
 
-from walletmigrate import console
+from walletmigrate import console, rights
 from walletmigrate.console import Answer
 from walletmigrate.errors import UsageError, WalletMigrateError
 from walletmigrate.invocation import Run
@@ -44,17 +44,35 @@ _CONFIRM = Annotated[
     str | None, typer.Option("--confirm", metavar="MAPPING", help="The mapping's name; asked for on a terminal.")
 ]
 
+Role = Literal["app", "operator", "auditor", "installer", "none"]
+"""Which role of the configuration a command runs with. An installer owns the legacy tables and may make roles; with
+"none" no right on the ledger is needed.
+"""
+
+ROLES: Final[dict[str, Role]] = {}
+"""Every command and its role; see docs/roles.md."""
+
 COMMON: Final = {"config": (CONFIG, None), "database_url": (DATABASE_URL, None), "as_json": (JSON, False)}
 CHANGES: Final = {"dry_run": (_DRY_RUN, False), "actor": (_ACTOR, None), "reason": (_REASON, None)}
 CONFIRMS: Final = {"confirm": (_CONFIRM, None)}
 
 
 def command(
-    app: typer.Typer, name: str, *, group: str = "", changes: bool = False, confirms: bool = False
+    app: typer.Typer,
+    name: str,
+    *,
+    group: str = "",
+    changes: bool = False,
+    confirms: bool = False,
+    role: Role | None = None,
 ) -> Callable[[Handler], Handler]:
-    """Register ``handler(run, **its own options) -> Answer`` as a command with the options that all share."""
+    """Register ``handler(run, **its own options) -> Answer`` as a command with the options that all share.
+
+    Without ``role``, what changes something runs as an operator, and what only looks as an auditor.
+    """
     options = {**COMMON, **(CHANGES if changes else {}), **(CONFIRMS if confirms else {})}
     full_name = f"{group} {name}".strip()
+    ROLES[full_name] = role or ("operator" if changes else "auditor")
 
     def register(handler: Handler) -> Handler:
         def invoke(context: typer.Context, **values: Any) -> int:
@@ -77,7 +95,8 @@ def carry_out(run: Run, call: Callable[[Run], Answer]) -> int:
     except WalletMigrateError as error:
         return console.show_error(run.command, error, as_json=run.as_json)
     except DBAPIError as error:
-        return console.show_error(run.command, console.typed(error, run.address), as_json=run.as_json)
+        known = rights.missing(run, ROLES.get(run.command, "installer"), error)
+        return console.show_error(run.command, known or console.typed(error, run.address), as_json=run.as_json)
     except (KeyboardInterrupt, typer.Abort):
         said = "interrupted: what was committed stays, and the same command goes on from there"
         return console.show_failure(run.command, "interrupted", said, console.INTERRUPTED, as_json=run.as_json)

@@ -300,7 +300,9 @@ def grant(connection: Connection, settings: Settings) -> None:
     connection.exec_driver_sql(f"grant usage on schema {name} to {app}, {operator}, {auditor}")
     connection.exec_driver_sql(f"revoke all on all functions in schema {name} from public")
     connection.exec_driver_sql(f"grant select on all tables in schema {name} to {operator}, {auditor}")
-    connection.exec_driver_sql(f"grant select on {name}.line, {name}.ceiling to {operator}, {auditor}")
+    connection.exec_driver_sql(
+        f"grant select on {name}.line, {name}.ceiling, {name}.transaction_ids to {operator}, {auditor}"
+    )
     for mapping in settings.mappings:
         connection.exec_driver_sql(f"grant select on {name}.rejected_{mapping.name} to {operator}, {auditor}")
     connection.exec_driver_sql(
