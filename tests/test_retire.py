@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+import threading
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 
@@ -15,8 +17,10 @@ from walletmigrate import phases
 from walletmigrate.doctor import examine
 from walletmigrate.errors import InsufficientFunds, PreconditionRefused, UnknownAccount, UsageError
 from walletmigrate.explain import explain
+from walletmigrate.freeze import unfreeze
 from walletmigrate.install import install
 from walletmigrate.report import status
+from walletmigrate.retire import retire
 from walletmigrate.standing import show
 
 D = Decimal
@@ -241,3 +245,96 @@ def test_money_that_comes_while_the_step_is_taken_is_found_and_the_step_is_not_t
         end.retire()
     assert (phase(end), list(end.migrations.glob("*retire*"))) == ("frozen", [])
     ledger.execute(end.engine, "update public.users set total_coins = 8 where id = 80")
+
+
+def test_the_step_waits_for_a_posting_in_flight_and_a_posting_that_waits_for_the_step_goes_through(end: End) -> None:
+    end.freeze().archive()
+    adapter = end.adapter()
+    raised: list[Exception] = []
+
+    def background(work: Callable[[], object]) -> threading.Thread:
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001 - told by the test
+                raised.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    def post() -> None:
+        with ledger.engine_named(end.url, "second").begin() as connection:
+            adapter.credit(connection, 1, 7, type="deposit")
+
+    stepping = ledger.engine_named(end.url, "stepping")
+    with end.engine.connect() as first:
+        adapter.credit(first, 1, 5, type="deposit")
+        step = background(lambda: retire(stepping, end.settings, SOURCE, [end.file], end.migrations, ACT))
+        ledger.until_blocked(end.engine, "stepping")
+        second = background(post)
+        ledger.until_blocked(end.engine, "second")
+        first.commit()
+    step.join()
+    second.join()
+    assert (raised, phase(end)) == ([], "retired")
+    assert end.balance(adapter, 1) == 112
+    assert end.verify()
+
+
+def test_two_first_postings_of_a_row_that_came_later_are_both_posted(end: End) -> None:
+    end.freeze().archive()
+    end.retire()
+    end.migrate()
+    ledger.execute(end.engine, "insert into public.users values (50, 'acme', 'member')")
+    adapter, other = end.adapter(), ledger.engine_named(end.url, "second")
+
+    def post() -> None:
+        with other.begin() as connection:
+            adapter.credit(connection, 50, 7, type="deposit")
+
+    with end.engine.connect() as first:
+        adapter.credit(first, 50, 5, type="deposit")
+        second = threading.Thread(target=post)
+        second.start()
+        ledger.until_blocked(end.engine, "second")
+        first.commit()
+    second.join()
+    assert end.balance(adapter, 50) == 12
+    assert end.verify()
+
+
+def test_other_keys_and_units_go_the_same_way_there_and_back(database_url: str, tmp_path: Path) -> None:
+    end = End(
+        database_url, tmp_path, key_type="uuid", coins="1234", coins_type="integer", unit="minor", policy="strict"
+    )
+    key = "00000000-0000-4000-8000-000000000001"
+    end.freeze().archive()
+    end.retire()
+    end.migrate()
+    with end.engine.begin() as connection:
+        assert end.adapter().credit(connection, key, D("0.01"), type="deposit").ledger_balance == D("12.35")
+    assert end.verify()
+    end.migrate("0001", down=True)
+    assert ledger.rows(end.engine, f"select total_coins from public.users where id = '{key}'") == [(1235,)]
+    assert phases.back(end.engine, end.settings, ACT).after == "frozen"
+    with pytest.raises(DBAPIError, match="is frozen"):
+        ledger.execute(end.engine, f"update public.users set total_coins = 1 where id = '{key}'")
+    ledger.set_phase(end.engine, "wallet_only")
+    assert unfreeze(end.engine, end.settings, end.mapping, ACT).changed == 10
+    assert end.verify()
+
+
+def test_a_retirement_that_was_killed_in_between_harms_no_unfreeze(end: End) -> None:
+    end.freeze().archive()
+    from walletmigrate import retire as module
+
+    with end.engine.begin() as connection:
+        module._put_up_guards(connection, end.settings)
+    with pytest.raises(DBAPIError):
+        ledger.execute(end.engine, "insert into public.users values (60, 'acme', 'member', 50, 0)")
+    ledger.set_phase(end.engine, "wallet_only")
+    assert unfreeze(end.engine, end.settings, end.mapping, ACT).changed == 20
+    ledger.execute(end.engine, "insert into public.users values (60, 'acme', 'member', 50, 0)")
+    with end.engine.begin() as connection:
+        assert end.adapter().credit(connection, 1, 5, type="deposit").mode == "dual_write"

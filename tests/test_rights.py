@@ -116,7 +116,8 @@ def test_every_command_runs_with_its_role_and_names_the_grant_that_a_lesser_one_
         "insert into wallet.bypasses (at, mapping, relation, operation, treatment, fingerprint) "
         "values ('2001-01-01', 'users', 'public.users', 'update', 'stale', 'x')",
     )
-    seen, wrong = set(), []
+    seen: set[str] = set()
+    wrong: list[tuple[object, ...]] = []
     for line in WALK.strip().splitlines():
         words = line.format(folder=crew.project.folder).split()
         command = next(name for name in (" ".join(words[:2]), words[0]) if name in ROLES)
