@@ -240,9 +240,15 @@ def test_a_role_that_may_not_is_told_which_one_may(project: Project) -> None:
         said = project.run("phase", "show", "--json", url=url)
     finally:
         ledger.execute(engine, f"drop role {name}")
-    assert said.exit_code == 1
-    assert said.document["error"]["fields"]["sqlstate"] == "42501"
-    assert "wallet_operator" in said.stderr
+    assert said.exit_code == 4
+    assert said.document["error"]["fields"] == {
+        "command": "phase show",
+        "role": name,
+        "needs": "wallet_auditor",
+        "member": False,
+        "detail": "permission denied for schema wallet",
+    }
+    assert f"grant wallet_auditor to {name}" in said.stderr
 
 
 def test_version_says_what_is_installed(bare: Project) -> None:

@@ -54,7 +54,8 @@ def leaves(command: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if command.invoke_without_command and name:
         yield name, command  # a group that does something by itself
     for word, one in inner.items():
-        yield from leaves(one, f"{name} {word}".strip())
+        own = word == getattr(command, "default", None)  # the command itself, which has others below it
+        yield from leaves(one, name if own else f"{name} {word}".strip())
 
 
 CLI = dict(leaves(typer.main.get_command(app)))

@@ -404,10 +404,23 @@ def test_a_cohort_that_was_rolled_back_in_wallet_only_has_exercised_the_way_back
     assert stage.reasons("frozen") == []
 
 
-def test_retiring_the_column_is_not_a_part_of_this_release(stage: Stage) -> None:
+def test_retired_is_entered_by_retire_alone_and_not_without_an_archive(stage: Stage) -> None:
     stage.to("frozen")
-    with pytest.raises(PreconditionRefused, match="cannot be retired"):
+    with pytest.raises(PreconditionRefused) as refused:
         stage.advance()
+    assert [mend.split(" --")[0] for _, mend in refused.value.reasons] == [
+        "walletmigrate archive",
+        "walletmigrate retire",
+    ]
+
+
+def test_the_freeze_is_refused_while_a_view_reads_the_column_unless_it_is_accepted(stage: Stage) -> None:
+    stage.to("wallet_only")
+    phases.exercise(stage.engine, stage.settings, KNOWN, ACT)
+    ledger.execute(stage.engine, "create view public.rich as select id from public.users where total_coins > 1000")
+    assert stage.reasons("frozen") == ["public.users: its balances are still used by view public.rich"]
+    ledger.execute(stage.engine, "comment on view public.rich is 'walletmigrate: ignore a report of last year'")
+    assert stage.reasons("frozen") == []
 
 
 def test_wallet_only_needs_reads_on_for_everyone(stage: Stage) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from walletmigrate import functions, survey
+from walletmigrate import functions, retired
 from walletmigrate.config import Column, Mapping, Settings
 from walletmigrate.errors import UsageError
 from walletmigrate.flags import Decision, Snapshot
@@ -53,12 +53,15 @@ def census(
     Reads the whole table, about a million rows in two seconds. Raises ConfigError when table and mapping do
     not fit, UsageError for a cohort by a trait that the mapping has not.
     """
-    legacy = survey.inspect_mapping(connection, mapping)
+    legacy = retired.legacy_table(connection, settings.ledger_schema, mapping)
     where = f"where {trait_column(mapping, cohort[0])}::text = :value" if cohort else ""
+    source = functions.relation(mapping)
+    if retired.is_retired(connection, settings.ledger_schema):
+        source = retired.stand_in(settings, mapping, legacy)
     counted = []
     for column in mapping.columns:
         is_float = legacy.column(column.column).is_float
-        query = _query(settings, mapping, column, functions.value_of(column, is_float=is_float), where)
+        query = _query(settings, mapping, column, functions.value_of(column, is_float=is_float), source, where)
         parameters: dict[str, Any] = {"mapping": mapping.name, "value": cohort[1]} if cohort else {}
         row = connection.execute(text(query), {"mapping": mapping.name, **parameters}).one()
         counted.append(Census(mapping.name, column.bucket, column.currency, *row))
@@ -98,7 +101,7 @@ def trait_of(value: object) -> str | int | bool:
     return value if isinstance(value, str | int | bool) else str(value)
 
 
-def _query(settings: Settings, mapping: Mapping, column: Column, value: str, where: str) -> str:
+def _query(settings: Settings, mapping: Mapping, column: Column, value: str, source: str, where: str) -> str:
     key = f'(l.{quoted(mapping.key)}::text) collate "C"'
     drifted = f"a.state = 'mirrored' and a.balance is distinct from {value}"
     return f"""
@@ -111,7 +114,7 @@ def _query(settings: Settings, mapping: Mapping, column: Column, value: str, whe
             count(*) filter (where {drifted}),
             min({key}) filter (where a.id is null or a.state in ('stale', 'closed')),
             min({key}) filter (where {drifted})
-        from {functions.relation(mapping)} as l
+        from {source} as l
         left join {quoted(settings.ledger_schema)}.accounts as a
             on a.mapping = :mapping and a.key = {key}
             and a.bucket = '{column.bucket}' and a.currency = '{column.currency}'

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from walletmigrate import (
+    cli_archive,
     cli_capture,
     cli_discover,
     cli_flags,
@@ -83,11 +84,12 @@ cli_phases.register(app)
 cli_line.register(app)
 cli_jobs.register(app)
 cli_reconcile.register(app)
+cli_archive.register(app)
 cli_flags.register(app)
 cli_capture.register(app)
 cli_watch.register(app)
 cli_discover.register(app)
-command(app, "rehearse")(rehearse)
+command(app, "rehearse", role="none")(rehearse)
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ from walletmigrate.standing import shown_time
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(help="The fence on the legacy table, and what it saw.", no_args_is_help=True)
-    command(group, "install", group="capture", changes=True)(install)
-    command(group, "remove", group="capture", changes=True, confirms=True)(remove)
-    command(group, "mode", group="capture", changes=True)(mode)
+    command(group, "install", group="capture", changes=True, role="installer")(install)
+    command(group, "remove", group="capture", changes=True, confirms=True, role="installer")(remove)
+    command(group, "mode", group="capture", changes=True, role="installer")(mode)
     command(group, "report", group="capture")(report)
     command(group, "prune", group="capture", changes=True)(prune)
     app.add_typer(group, name="capture")

@@ -44,9 +44,9 @@ class Switch(StrEnum):
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(help="Who has which flag, and why: list, set, check, explain.", no_args_is_help=True)
-    command(group, "list", group="flags")(list_flags)
+    command(group, "list", group="flags", role="none")(list_flags)
     command(group, "set", group="flags", changes=True)(set_flag)
-    command(group, "check", group="flags")(check)
+    command(group, "check", group="flags", role="none")(check)
     command(group, "explain", group="flags")(explain)
     app.add_typer(group, name="flags")
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from walletmigrate import proposal, survey
+from walletmigrate import proposal, retired
 from walletmigrate.commands import command
 from walletmigrate.console import Answer, plain
 from walletmigrate.errors import UsageError
@@ -22,10 +22,10 @@ from walletmigrate.starter import write_configuration
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    command(app, "init")(init)
-    command(app, "install", changes=True)(install)
-    command(app, "uninstall", changes=True, confirms=True)(uninstall)
-    command(app, "sandbox")(sandbox)
+    command(app, "init", role="none")(init)
+    command(app, "install", changes=True, role="installer")(install)
+    command(app, "uninstall", changes=True, confirms=True, role="installer")(uninstall)
+    command(app, "sandbox", role="none")(sandbox)
 
 
 def init(
@@ -151,7 +151,7 @@ def _views(run: Run) -> list[str]:
     lines = []
     with run.engine.connect() as connection:
         for mapping in run.settings.mappings:
-            table = survey.inspect_mapping(connection, mapping)
+            table = retired.legacy_table(connection, run.settings.ledger_schema, mapping)
             kinds = ", ".join(f"{one.name} {one.sql_type}" for one in table.columns)
             lines.append(f"{mapping.name}: {mapping.table}, key {mapping.key} ({table.key_sql_type}), {kinds}")
     return lines

@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
     command(app, "status")(status)
     command(app, "trace")(trace)
     command(app, "exporter")(exporter)
-    command(app, "version")(version)
+    command(app, "version", role="none")(version)
 
 
 def status(run: Run) -> Answer:

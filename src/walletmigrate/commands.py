@@ -8,13 +8,13 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import typer
 from sqlalchemy.exc import DBAPIError
 from typer.core import TyperGroup
 
-from walletmigrate import console
+from walletmigrate import console, rights
 from walletmigrate.console import Answer
 from walletmigrate.errors import UsageError, WalletMigrateError
 from walletmigrate.invocation import Run
@@ -45,20 +45,36 @@ _CONFIRM = Annotated[
     str | None, typer.Option("--confirm", metavar="MAPPING", help="The mapping's name; asked for on a terminal.")
 ]
 
+Role = Literal["app", "operator", "auditor", "installer", "none"]
+"""Which role of the configuration a command runs with. An installer owns the legacy tables and may make roles; with
+"none" no right on the ledger is needed.
+"""
+
+ROLES: Final[dict[str, Role]] = {}
+"""Every command and its role; see docs/roles.md."""
+
 COMMON: Final = {"config": (CONFIG, None), "database_url": (DATABASE_URL, None), "as_json": (JSON, False)}
 CHANGES: Final = {"dry_run": (_DRY_RUN, False), "actor": (_ACTOR, None), "reason": (_REASON, None)}
 CONFIRMS: Final = {"confirm": (_CONFIRM, None)}
 
 
 def command(
-    app: typer.Typer, name: str, *, group: str = "", changes: bool = False, confirms: bool = False
+    app: typer.Typer,
+    name: str,
+    *,
+    group: str = "",
+    changes: bool = False,
+    confirms: bool = False,
+    role: Role | None = None,
 ) -> Callable[[Handler], Handler]:
     """Register ``handler(run, **its own options) -> Answer`` as a command with the options that all share.
 
     Without a name it is what the group itself does when no command of the group is named.
+    Without ``role``, what changes something runs as an operator, and what only looks as an auditor.
     """
     options = {**COMMON, **(CHANGES if changes else {}), **(CONFIRMS if confirms else {})}
     full_name = f"{group} {name}".strip()
+    ROLES[full_name] = role or ("operator" if changes else "auditor")
 
     def register(handler: Handler) -> Handler:
         def invoke(context: typer.Context, **values: Any) -> int:
@@ -83,7 +99,8 @@ def carry_out(run: Run, call: Callable[[Run], Answer]) -> int:
     except WalletMigrateError as error:
         return console.show_error(run.command, error, as_json=run.as_json)
     except DBAPIError as error:
-        return console.show_error(run.command, console.typed(error, run.address), as_json=run.as_json)
+        known = rights.missing(run, ROLES.get(run.command, "installer"), error)
+        return console.show_error(run.command, known or console.typed(error, run.address), as_json=run.as_json)
     except BrokenPipeError:
         # Who read the answer has gone, as `head` does; nor can Python's own flush at the end reach anybody.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -120,6 +137,29 @@ class Group(TyperGroup):
         except (KeyboardInterrupt, typer.Abort):
             sys.exit(console.show_failure("", "interrupted", "interrupted", console.INTERRUPTED, as_json=as_json))
         sys.exit(code if isinstance(code, int) else console.OK)
+
+
+class WithDefault(TyperGroup):
+    """A command that has commands below it: what names none of these is the command itself."""
+
+    default = "run"
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the default's name in front of what is not one of the others'."""
+        if not args or args[0] not in self.commands:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+
+def below(app: typer.Typer, name: str) -> typer.Typer:
+    """A group for commands below one that is registered already, such as `backfill undo` below `backfill`."""
+    known = next(one for one in app.registered_commands if one.name == name)
+    app.registered_commands.remove(known)
+    group = typer.Typer(cls=WithDefault)
+    known.name = WithDefault.default
+    group.registered_commands.append(known)
+    app.add_typer(group, name=name, help=inspect.getdoc(known.callback))
+    return group
 
 
 def _disguise(invoke: Callable[..., int], handler: Callable[..., Answer], options: dict[str, tuple[Any, Any]]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, Row, text
 
-from walletmigrate import functions, survey
+from walletmigrate import functions, retired
 from walletmigrate.config import Mapping, Settings
 from walletmigrate.schema import quoted, render
 
@@ -75,7 +75,7 @@ class Comparison:
     ) -> None:
         """Raises ConfigError when table and mapping do not fit."""
         self.mapping: Final = mapping
-        self.legacy: Final = survey.inspect_mapping(connection, mapping)
+        self.legacy: Final = retired.legacy_table(connection, settings.ledger_schema, mapping)
         self.traits: Final = tuple(mapping.traits) if with_traits else ()
         rows = connection.execute(
             text(f"select name, currency, id from {quoted(settings.ledger_schema)}.system_accounts")
@@ -84,8 +84,12 @@ class Comparison:
         self.names: Final = functions.context(
             settings.ledger_schema, mapping, self.legacy, system, roles=settings.roles
         )
+        source = self.names["relation"]
+        if retired.is_retired(connection, settings.ledger_schema):
+            # There is nothing left to compare with; journal and sums are looked at all the same.
+            source = retired.stand_in(settings, mapping, self.legacy)
         columns = [quoted(mapping.traits[trait]) for trait in self.traits]
-        parts = render("verify", **self.names, traits=columns).split(_MARK)[1:]
+        parts = render("verify", **{**self.names, "relation": source}, traits=columns).split(_MARK)[1:]
         self._statements = dict(part.split("\n", 1) for part in parts)
 
     def run(self, connection: Connection, name: str, **parameters: Any) -> list[Row[Any]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
-from walletmigrate import capture, functions
+from walletmigrate import capture, functions, retired
 from walletmigrate.config import Mapping, Settings
 from walletmigrate.schema import quoted
 from walletmigrate.standing import REASON, require_installed
@@ -43,7 +43,7 @@ def _mapping(connection: Connection, settings: Settings, mapping: Mapping) -> It
     if stands.functions_version != functions.FUNCTIONS_VERSION:
         what = f"the functions of {mapping.name!r} are of version {stands.functions_version}"
         yield Finding(f"{what}, this release makes {functions.FUNCTIONS_VERSION}", INSTALL, DRIFT)
-    yield from _legacy(connection, mapping, stands)
+    yield from _legacy(connection, settings, mapping, stands)
     replaced = capture.function_problems(connection, settings, mapping)
     for problem in capture.fence_problems(connection, settings, mapping):
         first = INSTALL if replaced else f"walletmigrate capture install {REASON}"
@@ -51,9 +51,13 @@ def _mapping(connection: Connection, settings: Settings, mapping: Mapping) -> It
         yield Finding(f"the fence: {problem.trigger} {problem.problem}", mend, DRIFT)
 
 
-def _legacy(connection: Connection, mapping: Mapping, stands: functions.Installed) -> Iterator[Finding]:
+def _legacy(
+    connection: Connection, settings: Settings, mapping: Mapping, stands: functions.Installed
+) -> Iterator[Finding]:
     """The functions name the table's columns: altered since, they no longer fit, and refuse every write."""
-    altered = functions.alteration(connection, mapping, stands)
+    altered = functions.alteration(
+        connection, mapping, stands, lambda: retired.legacy_table(connection, settings.ledger_schema, mapping)
+    )
     if altered:
         yield Finding(*altered, DRIFT)
 

@@ -492,7 +492,41 @@ class DatabaseFailed(WalletMigrateError):
     code = "database"
 
     def __str__(self) -> str:
-        hint = ""
-        if self.sqlstate == "42501":
-            hint = " Connect as a role that may: a member of wallet_operator, to install one that may make roles."
-        return f"the database says: {self.detail} (SQLSTATE {self.sqlstate}).{hint}"
+        return f"the database says: {self.detail} (SQLSTATE {self.sqlstate})."
+
+
+@dataclass(eq=False)
+class GrantMissing(WalletMigrateError):
+    """The database role that the command ran as may not do that (42501). Nothing was changed by the refused statement.
+
+    ``needs`` is the role of the configuration that the command runs with, None where it takes more than one of these
+    (the owner of the legacy tables); ``member`` says that the role has it already, and lacks a right on something else.
+    """
+
+    command: str
+    role: str
+    needs: str | None
+    member: bool
+    detail: str
+
+    code = "grant_missing"
+    exit_code = 4
+
+    def __str__(self) -> str:
+        said = f"database role {self.role!r} may not run `{self.command}`: {self.detail}."
+        if self.needs is None:
+            return (
+                f"{said} It needs a role that owns the legacy tables and may make roles, or a superuser. "
+                "Connect as one (WALLETMIGRATE_DATABASE_URL)."
+            )
+        if self.member:
+            return (
+                f"{said} The role is a member of {self.needs} already, so a right of that one is missing: "
+                "run `walletmigrate install` again as the owner of the tables, which grants it."
+            )
+        return f"{said} It needs membership in {self.needs}. Run: grant {_quoted(self.needs)} to {_quoted(self.role)}"
+
+
+def _quoted(name: str) -> str:
+    """A role's name as SQL takes it."""
+    return name if name.isidentifier() and name == name.lower() else '"' + name.replace('"', '""') + '"'

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -63,12 +64,17 @@ def relation(mapping: Mapping) -> str:
     return f"{quoted(mapping.schema_name)}.{quoted(mapping.table_name)}"
 
 
-def value_of(column: Column, *, is_float: bool, alias: str = "l") -> str:
+def value_of(column: Column, *, is_float: bool, alias: str | None = "l") -> str:
     """SQL for a legacy balance in major units. A float is read as rounded to the scale."""
-    value = f"{alias}.{quoted(column.column)}::numeric"
+    value = f"{alias}.{quoted(column.column)}::numeric" if alias else f"{quoted(column.column)}::numeric"
     if column.unit == "minor" and column.scale:
         value = f"({value} * {column.quantum:f})"
     return f"round({value}, {column.scale})" if is_float else value
+
+
+def key_type(legacy: LegacyTable) -> str:
+    """The SQL type that the functions take keys in."""
+    return "bigint" if legacy.key_type == "integer" else legacy.key_sql_type
 
 
 def context(
@@ -88,7 +94,7 @@ def context(
         "fingerprint": fingerprint(mapping),
         "relation": relation(mapping),
         "key": quoted(mapping.key),
-        "key_type": "bigint" if legacy.key_type == "integer" else legacy.key_sql_type,
+        "key_type": key_type(legacy),
         "columns": [_column_context(column, legacy, system) for column in mapping.columns],
         "app": roles.app,
         "operator": roles.operator,
@@ -132,17 +138,30 @@ def legacy_facts(legacy: LegacyTable) -> dict[str, Any]:
     return {"key_type": legacy.key_type, "types": types}
 
 
-def alteration(connection: Connection, mapping: Mapping, stands: Installed) -> tuple[str, str] | None:
-    """How the legacy table was altered since the install, and what mends it; None if the functions still fit."""
+def alteration(
+    connection: Connection, mapping: Mapping, stands: Installed, look: Callable[[], LegacyTable] | None = None
+) -> tuple[str, str] | None:
+    """How the legacy table was altered since the install, and what mends it; None if the functions still fit.
+
+    ``look`` says how the table is now; default: as the catalog has it.
+    """
     again = "walletmigrate install --reason '…'"
     was = f"the legacy table of {mapping.name!r} was altered since the install"
     try:
-        now = legacy_facts(survey.inspect_mapping(connection, mapping))
+        now = legacy_facts(look() if look else survey.inspect_mapping(connection, mapping))
     except ConfigError as error:
         return f"{was}: {error}", f"put it back, or change the configuration; then {again}"
     made = {name: stands.definition[name] for name in now if name in stands.definition}
     apart = "; ".join(f"{name} was {made[name]}, is {now[name]}" for name in made if made[name] != now[name])
     return (f"{was}: {apart}", again) if apart else None
+
+
+def limits(legacy: LegacyTable) -> dict[str, dict[str, Any]]:
+    """What of the balance columns outlives them: the functions of a retired mapping are made from it."""
+    return {
+        column.name: {**asdict(column), "minimum": f"{column.minimum:f}", "maximum": f"{column.maximum:f}"}
+        for column in legacy.columns
+    }
 
 
 def make_system_accounts(connection: Connection, schema: str, currencies: list[str]) -> dict[tuple[str, str], int]:
@@ -162,8 +181,13 @@ def make_system_accounts(connection: Connection, schema: str, currencies: list[s
     return {(row.name, row.currency): row.id for row in rows}
 
 
-def make_functions(connection: Connection, settings: Settings, mapping: Mapping, legacy: LegacyTable) -> None:
-    """Make or replace the functions of one mapping and record what they were made from. Idempotent."""
+def make_functions(
+    connection: Connection, settings: Settings, mapping: Mapping, legacy: LegacyTable, *, retired: bool = False
+) -> None:
+    """Make or replace the functions of one mapping and record what they were made from. Idempotent.
+
+    With ``retired`` they do without the balance columns, which may be dropped then.
+    """
     schema = settings.ledger_schema
     currencies = list(dict.fromkeys(column.currency for column in mapping.columns))
     system = make_system_accounts(connection, schema, currencies)
@@ -177,7 +201,17 @@ def make_functions(connection: Connection, settings: Settings, mapping: Mapping,
         raw_queries=settings.capture.raw_queries,
     )
     connection.exec_driver_sql(f"set local search_path = pg_catalog, {quoted(schema)}, pg_temp")
-    for part in ("posting", "capture", "mapping", "batches", "reconcile", "fence"):
+    parts = (
+        "posting",
+        "capture",
+        "mapping",
+        "batches",
+        "reconcile",
+        "fence",
+        "undo",
+        *(("retired",) if retired else ()),
+    )
+    for part in parts:
         run_script(connection, render(part, **names))
     connection.execute(
         text(
@@ -191,7 +225,7 @@ def make_functions(connection: Connection, settings: Settings, mapping: Mapping,
             "relation": relation(mapping),
             "fingerprint": fingerprint(mapping),
             "version": FUNCTIONS_VERSION,
-            "definition": json.dumps({**definition(mapping), **legacy_facts(legacy)}),
+            "definition": json.dumps({**definition(mapping), **legacy_facts(legacy), "limits": limits(legacy)}),
         },
     )
     _record_guards(connection, schema, mapping.name)
@@ -206,7 +240,7 @@ def _capture_mode(connection: Connection, schema: str, mapping: Mapping) -> str:
 def mapping_functions(connection: Connection, schema: str, mapping: str) -> list[str]:
     """The signatures of the functions made for a mapping, as DROP FUNCTION wants them."""
     names = ["side", "keys", "lock", "leg", "plain", "settle", "move", "post", "open", "backfill"]
-    names += ["freeze", "seal", "unfreeze", "unseal", "close", "fence", "fence_truncate"]
+    names += ["freeze", "seal", "unfreeze", "unseal", "close", "fence", "fence_truncate", "retired"]
     names += ["amend", "rewrite", "correct", "recount", "recalculate", "standing"]
     rows = connection.execute(
         text(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from sqlalchemy import Connection, text
 
-from walletmigrate import capture, functions, observation, schema, survey
+from walletmigrate import capture, dependents, functions, observation, schema, survey
 from walletmigrate.census import Census, census
 from walletmigrate.config import Mapping, Settings
 from walletmigrate.errors import (
@@ -22,7 +22,7 @@ from walletmigrate.errors import (
 from walletmigrate.flag_sources import check
 from walletmigrate.flags import FlagSource
 from walletmigrate.schema import quoted
-from walletmigrate.standing import PHASES, REASON, Reason, confirmation, of_mapping, show
+from walletmigrate.standing import PHASES, REASON, Reason, of_mapping, show
 
 SHOWN = 5
 """How many single values a reason names before it says that there are more."""
@@ -45,8 +45,7 @@ def reasons(
     if to_phase == "dual_write":
         return [*_foundations(connection, settings), *_known_flags(source)]
     if to_phase == "retired":
-        unfreeze = f"walletmigrate unfreeze --confirm {confirmation(settings)} {REASON}"
-        return [("the legacy column cannot be retired by this release", f"{unfreeze}  # or stay in phase frozen")]
+        return [*_guarded(connection, settings), *_retirable(connection, settings)]
     found = [*_guarded(connection, settings), *_line(connection, settings)]
     found += in_step(census_of_all(connection, settings) if counted is None else counted)
     found += _unfinished(connection, settings)
@@ -56,8 +55,18 @@ def reasons(
         return [*found, *observation.read_by_everyone(connection, settings, source)]
     if to_phase == "frozen":
         found += _way_back(connection, settings)
+        found += dependents.readers(connection, settings)
         return [*found, *observation.exercised(connection, settings, "wallet_only")]
     return [*found, *observation.exercised(connection, settings)]
+
+
+def _retirable(connection: Connection, settings: Settings) -> Iterator[Reason]:
+    """Everything is in the ledger, proven and on file, and nothing in the database needs the columns any more."""
+    yield from dependents.alive(connection, settings)
+    yield from _unfinished(connection, settings)
+    yield from observation.verified(connection, settings)
+    yield from dependents.kept_by(connection, settings)
+    yield from dependents.archived(connection, settings)
 
 
 def census_of_all(connection: Connection, settings: Settings) -> tuple[Census, ...]:
@@ -157,7 +166,7 @@ def _unfinished(connection: Connection, settings: Settings) -> Iterator[Reason]:
     """The newest backfill and unfreeze of each mapping have ended, unless they were given up."""
     query = (
         f"select distinct on (kind, mapping) id, kind, mapping, state from {quoted(settings.ledger_schema)}.jobs "
-        "where kind in ('backfill', 'unfreeze') order by kind, mapping, id desc"
+        "where kind in ('backfill', 'backfill undo', 'unfreeze') order by kind, mapping, id desc"
     )
     for job in connection.execute(text(query)):
         if job.state in ("running", "paused", "failed"):

@@ -14,6 +14,7 @@ from walletmigrate.audit import Act, record
 from walletmigrate.config import Mapping, Roles, Settings
 from walletmigrate.errors import PreconditionRefused
 from walletmigrate.functions import relation
+from walletmigrate.retired import is_retired, legacy_table
 from walletmigrate.schema import quoted
 from walletmigrate.standing import FENCE_MENDED, REASON, confirmation, show
 
@@ -49,10 +50,13 @@ def install(
     change the meaning of accounts that are open, or when a role of ``grant_to`` does not exist.
     """
     with engine.begin() as connection:
-        tables = {mapping.name: survey.inspect_mapping(connection, mapping) for mapping in settings.mappings}
+        retired = is_retired(connection, settings.ledger_schema)
+        tables = {
+            mapping.name: legacy_table(connection, settings.ledger_schema, mapping) for mapping in settings.mappings
+        }
         bad = tuple(
             (mapping.name, str(key), column, str(value))
-            for mapping in settings.mappings
+            for mapping in (() if retired else settings.mappings)
             for key, column, value in survey.unconvertible(connection, mapping)
         )
         _refuse(connection, settings, bad, dry_run=dry_run, grant_to=grant_to)
@@ -89,7 +93,7 @@ def _put_in(
     down = {
         mapping.name: _made_anew(connection, settings, mapping, tables[mapping.name]) for mapping in settings.mappings
     }
-    _grant(connection, settings)
+    grant(connection, settings)
     connection.exec_driver_sql("reset role")
     for role in grant_to:
         _make_member(connection, settings.roles.app, role)
@@ -97,7 +101,8 @@ def _put_in(
         if down[mapping.name]:
             # Also where the triggers stand, and only what they call was replaced: who called it is waited out.
             connection.exec_driver_sql(f"lock table {relation(mapping)} in share row exclusive mode")
-    made = tuple(m.name for m in settings.mappings if capture.install_fence(connection, settings, m))
+    fenced = () if is_retired(connection, settings.ledger_schema) else settings.mappings
+    made = tuple(m.name for m in fenced if capture.install_fence(connection, settings, m))
     facts = {"fences": list(made), "revision": schema.head(), "granted_to": list(grant_to)}
     record(connection, settings, "install", act, details=facts)
     # Under these locks: a verification that begins later has seen all that was written before.
@@ -113,7 +118,9 @@ def _made_anew(connection: Connection, settings: Settings, mapping: Mapping, tab
     if capture.fence_recorded(connection, settings, mapping):
         problems = capture.fence_problems(connection, settings, mapping)
         found = [f"{one.trigger} {one.problem}" for one in problems if one.blind]
-    functions.make_functions(connection, settings, mapping, table)
+    functions.make_functions(
+        connection, settings, mapping, table, retired=is_retired(connection, settings.ledger_schema)
+    )
     return found
 
 
@@ -281,13 +288,16 @@ def _let_owner_read(connection: Connection, settings: Settings, mapping: Mapping
         connection.exec_driver_sql(f"create policy walletmigrate_owner on {table} for select to {owner} using (true)")
 
 
-def _grant(connection: Connection, settings: Settings) -> None:
+def grant(connection: Connection, settings: Settings) -> None:
+    """Give each role what it may do in the ledger's schema, and the public nothing. As the owner, or a superuser."""
     roles, name = settings.roles, quoted(settings.ledger_schema)
     app, operator, auditor = quoted(roles.app), quoted(roles.operator), quoted(roles.auditor)
     connection.exec_driver_sql(f"grant usage on schema {name} to {app}, {operator}, {auditor}")
     connection.exec_driver_sql(f"revoke all on all functions in schema {name} from public")
     connection.exec_driver_sql(f"grant select on all tables in schema {name} to {operator}, {auditor}")
-    connection.exec_driver_sql(f"grant select on {name}.line, {name}.ceiling to {operator}, {auditor}")
+    connection.exec_driver_sql(
+        f"grant select on {name}.line, {name}.ceiling, {name}.transaction_ids to {operator}, {auditor}"
+    )
     for mapping in settings.mappings:
         connection.exec_driver_sql(f"grant select on {name}.rejected_{mapping.name} to {operator}, {auditor}")
     connection.exec_driver_sql(
@@ -310,7 +320,7 @@ def _grant(connection: Connection, settings: Settings) -> None:
         working = function in [f"{n}_{m}" for n in jobs for m in _names(settings)]
         if posting:
             connection.exec_driver_sql(f"grant execute on function {signature} to {app}, {operator}")
-        elif working or function in ("fold_system_accounts", "set_line"):
+        elif working or function in ("fold_system_accounts", "set_line", "undo_openings"):
             connection.exec_driver_sql(f"grant execute on function {signature} to {operator}")
 
 

@@ -14,11 +14,13 @@ from walletmigrate.audit import Act, record
 from walletmigrate.census import Cohort
 from walletmigrate.config import Settings
 from walletmigrate.cutovers import cohort_reasons
+from walletmigrate.dependents import the_step
 from walletmigrate.errors import PreconditionRefused, UsageError
 from walletmigrate.flag_editor import FLAG_PROBLEMS, FlagEditor
 from walletmigrate.flags import READ_FROM_LEDGER, FlagSource
 from walletmigrate.flips import FlagChange, flip, on_record, set_flag
 from walletmigrate.gates import reasons
+from walletmigrate.retire import reinstate
 from walletmigrate.schema import quoted
 from walletmigrate.standing import PHASES, REASON, PhaseState, confirmation, reached, require_installed, show
 
@@ -40,6 +42,12 @@ __all__ = [
     "set_flag",
     "show",
 ]
+
+
+RETIRED = (
+    "the legacy column is retired: the ledger alone is true",
+    f"while the column stands: walletmigrate phase back {REASON}",
+)
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,8 @@ def advance(
         if target == "frozen":
             freeze = f"walletmigrate freeze --confirm {confirmation(settings)} {REASON}"
             found.append(("accounts are frozen one by one, by a job of its own", freeze))
+        if target == "retired":
+            found.append(the_step(settings))
         if found:
             raise PreconditionRefused(f"phase {target}", found)
         now = _locked(connection, settings, state, target)
@@ -116,8 +126,13 @@ def advance(
 def back(engine: Engine, settings: Settings, act: Act, *, to: str | None = None, dry_run: bool = False) -> PhaseChange:
     """Go to the phase before, ungated. With ``to``, a phase that is left already is no error.
 
-    Raises PreconditionRefused in phase legacy, before which there is none, and frozen, which `unfreeze` leaves.
+    Raises PreconditionRefused in phase legacy, before which there is none, frozen, which `unfreeze` leaves, and
+    retired where the column is gone.
     """
+    with engine.begin() as connection:
+        retired = show(connection, settings).phase == "retired" and to != "retired"
+    if retired and to in (None, "frozen"):
+        return PhaseChange("retired", "frozen", True, dry_run, reinstate(engine, settings, act, dry_run=dry_run))
     with engine.begin() as connection:
         state = show(connection, settings, lock=True)
         if to is not None and reached(_known(to), state.phase):
@@ -159,7 +174,7 @@ def leave_frozen(engine: Engine, settings: Settings, act: Act, *, dry_run: bool 
         require_installed(connection, settings)
         state = show(connection, settings, lock=True)
         if state.phase == "retired":
-            raise PreconditionRefused("unfreeze", [("the legacy column is retired: there is no way back", "")])
+            raise PreconditionRefused("unfreeze", [RETIRED])
         if state.phase != "frozen":
             return PhaseChange(state.phase, state.phase, False, dry_run, None)
         return _move(connection, settings, "unfreeze", "frozen", "wallet_only", act, dry_run=dry_run)
@@ -311,7 +326,7 @@ def _not_frozen(settings: Settings, state: PhaseState, step: str) -> None:
         mend = f"walletmigrate unfreeze --confirm {confirmation(settings)} {REASON}"
         raise PreconditionRefused(step, [("the phase is frozen: the ledger alone is true", mend)])
     if state.phase == "retired":
-        raise PreconditionRefused(step, [("the legacy column is retired: there is no way back", "")])
+        raise PreconditionRefused(step, [RETIRED])
 
 
 def _known(phase: str) -> str:

@@ -87,6 +87,10 @@ def read_balances(
 
 
 def _judged(site: Site, column: Column, key: Key, row: Row[Any], *, wanted: bool, compared: bool) -> Balance:
+    if row.phase == "retired":
+        # An account that was never opened, or of a row that came again, holds nothing.
+        amount = row.ledger if row.state == "frozen" else Decimal(0)
+        return Balance(key, column.bucket, column.currency, amount, "ledger", None, amount, row.state, None)
     compare: Literal["match", "mismatch", "stale"] | None = None
     if compared and row.state == "mirrored":
         compare = "match" if row.legacy == row.ledger else "mismatch"
@@ -134,9 +138,15 @@ def told(mapping: str, found: Balance, seconds: float) -> list[observe.Event]:
 @lru_cache(maxsize=256)
 def _statement_of_many(schema: str, site: Site, column: Column) -> str:
     mapping = site.mapping
-    asked = f"unnest(cast(%s as text[])) as q (asked) left join {relation(mapping)} as l "
-    asked += f"on l.{quoted(mapping.key)} = cast(q.asked as {site.key_sql_type})"
-    selected = f"select q.asked, l.{quoted(mapping.key)} as key, {site.value(column)} as legacy, "
+    # As in `_statement`: a column that is dropped while processes run is null.
+    name, value = f"l.{quoted(mapping.key)}", site.value(column, alias=None)
+    asked = (
+        "unnest(cast(%s as text[])) as q (asked) "
+        f"cross join (select null::numeric as {quoted(column.column)}) as dropped "
+        f"left join lateral (select {name} as key, {value} as legacy from {relation(mapping)} as l "
+        f"where {name} = cast(q.asked as {site.key_sql_type})) as l on true"
+    )
+    selected = "select q.asked, l.key, l.legacy, "
     if not site.installed:
         return f"{selected} null::numeric as ledger, null::text as state, 'legacy' as phase from {asked}"
     return (
@@ -151,14 +161,22 @@ def _statement_of_many(schema: str, site: Site, column: Column) -> str:
 def _statement(schema: str, site: Site, column: Column) -> str:
     mapping, name = site.mapping, quoted(site.mapping.key)
     row = f"{relation(mapping)} as l on l.{name} = cast(%s as {site.key_sql_type})"
+    # A column that is dropped while processes run must fail no read. Its name without a table's before it is the
+    # legacy table's while that has it, and then the outer one's: null.
+    value = site.value(column, alias=None)
+    live = (
+        f"lateral (select l.{name} as key, {value} as legacy from {relation(mapping)} as l "
+        f"where l.{name} = cast(%s as {site.key_sql_type})) as l on true"
+    )
     if not site.installed:
         return (
             f"select l.{name} as key, {site.value(column)} as legacy, null::numeric as ledger, "
             f"null::text as state, 'legacy' as phase from (values (1)) as one inner join {row}"
         )
     return (
-        f"select l.{name} as key, {site.value(column)} as legacy, a.balance as ledger, a.state::text as state, k.phase "
-        f"from {quoted(schema)}.control as k left join {row} "
+        f"select l.key, l.legacy, a.balance as ledger, a.state::text as state, k.phase "
+        f"from {quoted(schema)}.control as k cross join (select null::numeric as {quoted(column.column)}) as dropped "
+        f"left join {live} "
         f"left join {quoted(schema)}.accounts as a on a.mapping = '{mapping.name}' and a.key = %s "
         f"and a.bucket = '{column.bucket}' and a.currency = '{column.currency}'"
     )

@@ -213,7 +213,11 @@ def _next(
         if waiting and phase == "frozen":
             name = waiting[0].mapping
             return f"walletmigrate freeze{of_mapping(settings, name)} --confirm {name} {REASON}"
-        return "none: the ledger alone is true. `walletmigrate unfreeze` is the way back"
+        if phase == "retired":
+            return "none: the ledger alone is true. `alembic upgrade head` drops the column, if it still stands"
+        return (
+            "none: the ledger alone is true. `walletmigrate unfreeze` is the way back, `walletmigrate retire` the end"
+        )
     thawing = [one for one in counted if one.frozen]
     if thawing:
         name = thawing[0].mapping

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, Engine, text
 
 from walletmigrate.config import Column, KeyType, Mapping
 from walletmigrate.functions import value_of
+from walletmigrate.retired import legacy_table
 from walletmigrate.survey import LegacyColumn, LegacyTable, inspect_mapping
 
 ABSENT_SECONDS = 5.0
@@ -48,9 +49,9 @@ class Site:
         """The column as the catalog has it, with the outermost balances that it can hold."""
         return self.legacy.column(column.column)
 
-    def value(self, column: Column) -> str:
-        """SQL for the column's balance in major units; the legacy table is aliased ``l``."""
-        return value_of(column, is_float=self.limits(column).is_float)
+    def value(self, column: Column, alias: str | None = "l") -> str:
+        """SQL for the column's balance in major units; ``alias`` is the legacy table's, None for the bare name."""
+        return value_of(column, is_float=self.limits(column).is_float, alias=alias)
 
 
 class Sites:
@@ -75,7 +76,12 @@ class Sites:
         self._known.pop(connection.engine, None)
 
     def _look(self, connection: Connection) -> Site:
-        legacy = inspect_mapping(connection, self._mapping)
         names = {"schema": self._schema, "function": f"post_{self._mapping.name}"}
         installed = bool(connection.scalar(text(f"select {INSTALLED}"), names))
+        # Without a ledger its schema is not looked into: a role may have no right to.
+        legacy = (
+            legacy_table(connection, self._schema, self._mapping)
+            if installed
+            else inspect_mapping(connection, self._mapping)
+        )
         return Site(self._mapping, self._schema, installed, legacy, time.monotonic())

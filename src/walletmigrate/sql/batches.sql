@@ -66,7 +66,9 @@ begin
 
     if v_due then
         with behind as (
-            select a.id, a.balance, {{ c.value }} as legacy
+            select
+                a.id, a.balance, {{ c.value }} as legacy,
+                case when a.state_reason = 'opening taken back' then {{ c.opening }} else {{ c.bypass }} end as counter
             from accounts as a
             inner join {{ relation }} as l on a.key = l.{{ key }}::text collate "C"
             where
@@ -82,15 +84,15 @@ begin
                     state_reason = concat_ws(': ', 'resync', a.state_reason)
             from behind as b
             where a.id = b.id
-            returning a.id, b.balance, b.legacy
+            returning a.id, b.balance, b.legacy, b.counter
         ), resync as (
             insert into transactions (
                 id, debit_account, credit_account, kind, type, amount, debit_balance, credit_balance, currency, job_id
             )
             select
                 nextval('transaction_ids'),
-                case when n.legacy > n.balance then {{ c.bypass }} else n.id end,
-                case when n.legacy > n.balance then n.id else {{ c.bypass }} end,
+                case when n.legacy > n.balance then n.counter else n.id end,
+                case when n.legacy > n.balance then n.id else n.counter end,
                 'resync', 'resync', abs(n.legacy - n.balance),
                 case when n.legacy < n.balance then n.legacy end, case when n.legacy > n.balance then n.legacy end,
                 '{{ c.currency }}', p_job

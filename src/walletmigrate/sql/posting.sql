@@ -105,7 +105,12 @@ declare
     v_account bigint := s.account;
     v_behind numeric := s.legacy - coalesce(s.balance, 0);
     v_kind transaction_kind := case when s.account is null then 'opening' else 'resync' end;
-    v_counter bigint := case when s.account is null then r.opening else r.bypass end;
+    v_counter bigint := case
+        when s.account is null then r.opening
+        -- Money that an opening brought, and that was taken back with it, comes from there again.
+        when exists (select from accounts where id = s.account and state_reason = 'opening taken back') then r.opening
+        else r.bypass
+    end;
 begin
     if s.account is null then
         insert into accounts (mapping, key, bucket, currency, state, balance)

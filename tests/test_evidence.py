@@ -1,0 +1,156 @@
+"""Evidence: a folder that is checked again elsewhere, and against the database."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+import ledger
+from retiring import SOURCE, End
+from walletmigrate.errors import UnreadableInput, UsageError
+from walletmigrate.evidence import Evidence, gather
+from walletmigrate.evidence_check import EvidenceCheck, check
+
+D = Decimal
+
+
+@pytest.fixture
+def end(database_url: str, tmp_path: Path) -> End:
+    made = End(database_url, tmp_path)
+    with made.engine.begin() as connection:
+        made.adapter().credit(connection, 1, 5, type="deposit")
+    assert made.verify()
+    return made
+
+
+def gathered(end: End) -> Evidence:
+    return gather(end.engine, end.settings, SOURCE, end.folder / "evidence")
+
+
+def checked(end: End, *, alone: bool = True) -> EvidenceCheck:
+    folder = end.folder / "evidence"
+    return check(folder) if alone else check(folder, end.engine, end.settings)
+
+
+def edited(end: End, name: str, **changes: Any) -> None:
+    """Change a document, and make the manifest fit: only what it says can then be wrong."""
+    path = end.folder / "evidence" / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    manifest = end.folder / "evidence" / "manifest.json"
+    found = json.loads(manifest.read_text())
+    from walletmigrate.archive import digest
+
+    found["files"][name] = digest(path)[0]
+    manifest.write_text(json.dumps(found))
+
+
+def test_evidence_is_checked_on_another_machine_and_against_the_database(end: End) -> None:
+    made = gathered(end)
+    assert (made.clean, made.phase, made.transactions) == (True, "dual_write", 11)
+    assert {name for name, _ in made.files} == {
+        *("audit.jsonl", "flags.json", "journal.json", "phase.json", "totals.json", "verification.json"),
+        "versions.json",
+    }
+    elsewhere = end.folder / "elsewhere"
+    shutil.copytree(end.folder / "evidence", elsewhere)
+    found = check(elsewhere)
+    assert (found.intact, found.clean, found.with_database) == (True, True, False), found.problems
+    assert checked(end, alone=False).intact
+
+
+def test_what_is_posted_and_done_since_does_not_matter(end: End) -> None:
+    gathered(end)
+    end.freeze()
+    with end.engine.begin() as connection:
+        end.adapter().credit(connection, 2, 5, type="deposit")
+    ledger.execute(end.engine, "select wallet.fold_system_accounts()")
+    found = checked(end, alone=False)
+    assert found.problems == ()
+
+
+def test_a_posting_in_flight_is_no_part_of_it(end: End) -> None:
+    with end.engine.connect() as late:
+        end.adapter().credit(late, 2, 5, type="deposit")
+        gathered(end)
+        late.commit()
+    assert checked(end, alone=False).problems == ()
+
+
+@pytest.mark.parametrize("name", ["totals.json", "audit.jsonl", "verification.json", "flags.json"])
+def test_a_file_that_was_changed_removed_or_added_is_named(end: End, name: str) -> None:
+    gathered(end)
+    path = end.folder / "evidence" / name
+    kept = path.read_bytes()
+    path.write_bytes(kept + b" ")
+    assert any(name in problem and "checksum" in problem for problem in checked(end).problems)
+    path.unlink()
+    assert checked(end).problems == (f"missing: {name}",)
+    path.write_bytes(kept)
+    (end.folder / "evidence" / "more.txt").write_text("x")
+    assert checked(end).problems == ("more.txt is in no manifest",)
+
+
+def test_balances_that_do_not_come_to_zero_are_found_though_the_manifest_fits(end: End) -> None:
+    gathered(end)
+    totals = json.loads((end.folder / "evidence" / "totals.json").read_text())["EUR"]
+    totals["system"][0]["balance"] = "1"
+    edited(end, "totals.json", EUR=totals)
+    assert ["not to zero" in problem for problem in checked(end).problems] == [True]
+    edited(end, "totals.json", EUR=None)
+    assert ["is not what the evidence has there" in problem for problem in checked(end).problems] == [True]
+
+
+def test_an_audit_row_that_was_changed_breaks_the_chain(end: End) -> None:
+    gathered(end)
+    path = end.folder / "evidence" / "audit.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    for harmed in ([lines[0].replace("tests", "nobody"), *lines[1:]], lines[1:], lines[:-1]):
+        path.write_text("".join(harmed))
+        assert any("chain" in problem for problem in checked(end).problems)
+
+
+def test_a_journal_that_was_edited_since_is_found_with_the_database(end: End) -> None:
+    gathered(end)
+    with ledger.unguarded(end.engine, "wallet.transactions") as connection:
+        connection.execute(text("update wallet.transactions set reason = 'better' where id = 4"))
+    assert checked(end).intact
+    assert checked(end, alone=False).problems == ("the database: transactions from 0 on are not those of the evidence",)
+
+
+def test_an_audit_row_that_was_edited_or_removed_since_is_found_with_the_database(end: End) -> None:
+    gathered(end)
+    with ledger.unguarded(end.engine, "wallet.audit_log") as connection:
+        connection.execute(text("update wallet.audit_log set actor = 'nobody' where id = 1"))
+        connection.execute(text("delete from wallet.audit_log where id = 2"))
+    assert checked(end, alone=False).problems == (
+        "the database: audit row 1 is not the one of the evidence",
+        "the database: audit row 2 is gone",
+    )
+
+
+def test_evidence_of_drift_says_so(end: End) -> None:
+    with ledger.unguarded(end.engine, "public.users") as connection:
+        connection.execute(text("update public.users set total_coins = 1 where id = 3"))
+    assert not gathered(end).clean
+    found = checked(end)
+    assert (found.intact, found.clean) == (True, False)
+
+
+def test_evidence_is_never_written_over_and_needs_a_manifest(end: End) -> None:
+    gathered(end)
+    with pytest.raises(UsageError, match="is not empty"):
+        gathered(end)
+    with pytest.raises(UnreadableInput):
+        check(end.folder)
+    edited(end, "totals.json")
+    manifest = end.folder / "evidence" / "manifest.json"
+    document = json.loads(manifest.read_text())
+    document["files"]["../walletmigrate.toml"] = "0"
+    manifest.write_text(json.dumps(document))
+    assert "missing: ../walletmigrate.toml" in checked(end).problems

@@ -1,0 +1,274 @@
+"""Every command runs with the least of the roles, and says which grant is missing; each role's forbidden actions."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from sqlalchemy import make_url, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
+
+import ledger
+from commandline import REASON, Project, project_at
+from conftest import MakeDatabase
+from retiring import FIRST
+from walletmigrate import connect
+from walletmigrate.commands import ROLES
+from walletmigrate.facts import read_facts
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "roles.md"
+
+WALK = """
+phase advance
+flags set wallet.dualWrite on --everyone
+flags explain 1
+backfill
+backfill undo --job 1
+backfill
+adjust --account 1 --amount 5
+reconcile --all
+reconcile list
+reconcile show 4
+reconcile undo 4
+recalculate --all
+trace nobody
+verify
+status
+phase show
+doctor
+discover --source {folder}
+capture report
+capture mode mirror
+capture mode stale
+stop-the-line
+resume
+phase back
+phase advance
+verify
+phase advance
+cutover --everyone --confirm users
+phase advance
+rollback --exercise
+freeze --confirm users
+verify
+archive --to {folder}/users.gz
+archive check {folder}/users.gz
+evidence --to {folder}/evidence
+evidence check {folder}/evidence --with-database
+retire --archive {folder}/users.gz --migrations {folder}/versions --confirm users
+phase back
+unfreeze --confirm users
+rollback
+phase back
+capture prune
+capture remove --confirm users
+capture install
+install
+uninstall --confirm users
+"""
+"""The way of a migration and back. Each line is refused to lesser roles first, with nothing changed."""
+
+SERVICES = {"exporter", "sandbox", "rehearse", "init"}
+"""Run until they are stopped, in a database of their own, or on no ledger: see the tests below."""
+
+LESSER = {"auditor": ("app",), "operator": ("auditor",), "installer": ("operator",)}
+
+
+@dataclass(frozen=True)
+class Crew:
+    """A project, and the URL of a login in each of the roles; the installer is the superuser of the tests."""
+
+    project: Project
+    urls: dict[str, str]
+    names: dict[str, str]
+
+
+@pytest.fixture
+def crew(make_database: MakeDatabase, tmp_path: Path) -> Iterator[Crew]:
+    url = make_database()
+    project, engine = project_at(tmp_path, url, "legacy", rows=3)
+    (tmp_path / "versions").mkdir()
+    (tmp_path / "versions" / "0001_first.py").write_text(FIRST, encoding="utf-8")
+    names, urls = {}, {"installer": url}
+    for role in ("app", "operator", "auditor", "stranger"):
+        names[role], password = f"app_{secrets.token_hex(6)}", secrets.token_hex(8)
+        ledger.execute(engine, f"create role {names[role]} login password '{password}'")
+        if role != "stranger":
+            ledger.execute(engine, f"grant wallet_{role} to {names[role]}")
+        address = make_url(url).set(username=names[role], password=password)
+        urls[role] = address.render_as_string(hide_password=False)
+    yield Crew(project, urls, names)
+    for name in names.values():
+        ledger.execute(engine, f"drop owned by {name}")
+        ledger.execute(engine, f"drop role {name}")
+
+
+LOOK = (
+    "select phase, (select count(*) from wallet.audit_log), (select count(*) from wallet.jobs), "
+    "(select last_value from wallet.line), (select string_agg(state::text, '') from wallet.accounts), "
+    "(select count(*) from wallet.bypasses), (select string_agg(fingerprint || fence::text, '') from wallet.mappings), "
+    "(select count(*) from pg_trigger) from wallet.control"
+)
+
+
+def test_every_command_runs_with_its_role_and_names_the_grant_that_a_lesser_one_lacks(crew: Crew) -> None:
+    admin = connect.engine(crew.urls["installer"], application_name="test", poolclass=NullPool)
+    ledger.execute(
+        admin,
+        "insert into wallet.bypasses (at, mapping, relation, operation, treatment, fingerprint) "
+        "values ('2001-01-01', 'users', 'public.users', 'update', 'stale', 'x')",
+    )
+    seen: set[str] = set()
+    wrong: list[tuple[object, ...]] = []
+    for line in WALK.strip().splitlines():
+        words = line.format(folder=crew.project.folder).split()
+        command = next(name for name in (" ".join(words[:2]), words[0]) if name in ROLES)
+        seen.add(command)
+        if command == "recalculate":  # which writes nothing where nothing differs
+            ledger.execute(admin, "update wallet.accounts set balance = balance + 1 where key = '2'")
+        # Out of phase retired, the way back makes triggers and functions anew.
+        retired = ledger.scalar(admin, "select phase from wallet.control") == "retired"
+        needed = "installer" if command == "phase back" and retired else ROLES[command]
+        given = [*words, *(REASON if needed in ("operator", "installer") else ()), "--json"]
+        for role in LESSER[needed]:
+            state = (ledger.rows(admin, LOOK), crew.project.flag_path.read_bytes(), files(crew.project.folder))
+            said = crew.project.run(*given, url=crew.urls[role])
+            error = said.document.get("error", {})
+            fields = error.get("fields", {})
+            told = (said.exit_code, error.get("code"), fields.get("needs"), fields.get("role"))
+            wanted = None if ROLES[command] == "installer" else f"wallet_{ROLES[command]}"
+            if told != (4, "grant_missing", wanted, crew.names[role]):
+                wrong.append((line, role, told, error.get("message")))
+            if state != (ledger.rows(admin, LOOK), crew.project.flag_path.read_bytes(), files(crew.project.folder)):
+                wrong.append((line, role, "has changed something"))
+        done = crew.project.run(*given, url=crew.urls[needed])
+        if done.exit_code not in (0, 3) and "error" in done.document:
+            wrong.append((line, needed, done.stderr))
+    assert wrong == [], "\n" + "\n".join(map(str, wrong))
+    assert seen | SERVICES | {name for name, role in ROLES.items() if role == "none"} == set(ROLES)
+
+
+def files(folder: Path) -> set[Path]:
+    """What stands in the project's folder, evidence begun aside: the folder is made before the database is asked."""
+    return {path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+
+
+def test_a_command_without_a_ledger_s_rights_runs_for_anybody(crew: Crew) -> None:
+    for command in ("version", "flags list", "flags check"):
+        assert ROLES[command] == "none"
+        assert crew.project.run(*command.split(), url=crew.urls["stranger"]).exit_code in (0, 4), command
+    assert crew.project.run("init", "--dry-run", url=crew.urls["auditor"]).exit_code in (0, 2)
+
+
+def test_the_exporter_and_a_verification_that_writes_nothing_run_as_an_auditor(crew: Crew) -> None:
+    engine = connect.engine(crew.urls["auditor"], application_name="test", poolclass=NullPool)
+    with engine.connect() as connection:
+        assert read_facts(connection, "wallet").phase == "legacy"
+    engine.dispose()
+    assert crew.project.run("verify", "--dry-run", url=crew.urls["auditor"]).exit_code == 3
+
+
+def test_a_member_that_lacks_another_right_is_sent_to_install(crew: Crew) -> None:
+    engine = connect.engine(crew.urls["installer"], application_name="test", poolclass=NullPool)
+    ledger.set_phase(engine, "dual_write")
+    ledger.execute(engine, "revoke all on public.users from wallet_operator")
+    said = crew.project.run("backfill", *REASON, "--json", url=crew.urls["operator"])
+    assert (said.exit_code, said.document["error"]["fields"]["member"]) == (4, True)
+    assert "walletmigrate install" in said.document["error"]["message"]
+    crew.project.change("install")
+    assert crew.project.run("backfill", *REASON, url=crew.urls["operator"]).exit_code == 0
+    engine.dispose()
+
+
+WRITES = {
+    ("operator", "jobs"): {"insert", "update"},
+    ("operator", "control"): {"update"},
+    ("operator", "audit_log"): {"insert"},
+    ("operator", "verifications"): {"insert"},
+    ("operator", "bypasses"): {"delete"},
+    ("operator", "bypasses_pruned"): {"insert", "update"},
+    ("operator", "processes"): {"insert", "update", "delete"},
+    ("app", "processes"): {"insert", "update", "delete"},
+    ("operator", "flag_documents"): {"insert", "update"},
+    ("app", "flag_documents"): {"insert", "update"},
+}
+READS = {"accounts", "transactions", "wallet_entries", "control", "mappings", "flag_documents", "line", "processes"}
+"""What the application's role may read; the other two may read everything."""
+
+
+def test_every_action_on_every_table_that_a_role_has_no_right_to_is_refused(crew: Crew) -> None:
+    admin = connect.engine(crew.urls["installer"], application_name="test", poolclass=NullPool)
+    tables = [
+        (str(name), str(column))
+        for name, column in ledger.rows(
+            admin,
+            "select c.relname, (select quote_ident(a.attname) from pg_attribute as a "
+            "where a.attrelid = c.oid and a.attnum > 0 and a.attidentity = '' order by a.attnum limit 1) "
+            "from pg_class as c where c.relnamespace = 'wallet'::regnamespace and c.relkind in ('r', 'v', 'S') "
+            # Those behind identity columns are nobody's.
+            "and not exists (select from pg_depend as d where d.objid = c.oid and d.deptype = 'i' and c.relkind = 'S') "
+            "order by 1",
+        )
+    ]
+    assert {"accounts", "transactions", "audit_log", "line"} <= {name for name, _ in tables}
+    kinds = dict(ledger.rows(admin, "select relname, relkind::text from pg_class"))
+    wrong = []
+    for role in ("app", "operator", "auditor"):
+        engine = connect.engine(crew.urls[role], application_name="test", poolclass=NullPool)
+        with engine.connect() as connection:
+            for table, column in tables:
+                actions = {
+                    "select": f"select 1 from wallet.{table} limit 1",
+                    "insert": f"insert into wallet.{table} ({column}) select {column} from wallet.{table} where false",
+                    "update": f"update wallet.{table} set {column} = null where false",
+                    "delete": f"delete from wallet.{table} where false",
+                    "truncate": f"truncate wallet.{table}",
+                }
+                if kinds[table] == "S":
+                    actions = {"select": actions["select"], "update": f"select setval('wallet.{table}', 1, true)"}
+                may = set(WRITES.get((role, table), set()))
+                may |= {"select"} if role != "app" or table in READS else set()
+                if kinds[table] == "v":
+                    actions = {"select": actions["select"]}
+                for action, statement in actions.items():
+                    if allowed(connection, statement) != (action in may):
+                        wrong.append((role, table, action))
+        engine.dispose()
+    admin.dispose()
+    assert wrong == [], "\n" + "\n".join(map(str, wrong))
+
+
+def allowed(connection: object, statement: str) -> bool:
+    """Whether a role has the right to run a statement, whatever else is wrong with it."""
+    try:
+        connection.execute(text(statement))  # type: ignore[attr-defined]
+    except DBAPIError as error:
+        return getattr(error.orig, "sqlstate", None) != "42501"
+    finally:
+        connection.rollback()  # type: ignore[attr-defined]
+    return True
+
+
+def test_an_auditor_may_run_no_function_and_nobody_s_public_right_is_left(crew: Crew) -> None:
+    admin = connect.engine(crew.urls["installer"], application_name="test", poolclass=NullPool)
+    query = (
+        "select p.proname from pg_proc as p where p.pronamespace = 'wallet'::regnamespace "
+        "and has_function_privilege(:role, p.oid, 'execute') order by 1"
+    )
+    assert ledger.rows(admin, query, role=crew.names["auditor"]) == []
+    assert ledger.rows(admin, query, role=crew.names["stranger"]) == []
+    posting = {"diverged", "enter_batch", "labelled", "replay", "resolve", "turn_stale"}
+    own = {f"{name}_users" for name in ("keys", "leg", "lock", "move", "plain", "post", "settle")}
+    assert {name for (name,) in ledger.rows(admin, query, role=crew.names["app"])} == posting | own
+    admin.dispose()
+
+
+def test_the_table_of_commands_and_roles_is_what_the_commands_have() -> None:
+    rows = re.findall(r"^\| `walletmigrate ([^`]+)` \| (\w+) \|$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    wanted = "\n".join(f"| `walletmigrate {name}` | {role} |" for name, role in sorted(ROLES.items()))
+    assert dict(rows) == ROLES, f"docs/roles.md wants:\n{wanted}"

@@ -1,0 +1,157 @@
+"""A backfill taken back: reversals for its openings, as long as no other transaction stands on them."""
+
+from __future__ import annotations
+
+import threading
+from decimal import Decimal
+
+import pytest
+
+import ledger
+from adapting import Place, place
+from walletmigrate.backfill import backfill
+from walletmigrate.errors import PreconditionRefused, UsageError
+from walletmigrate.freeze import freeze
+from walletmigrate.undo import undo
+from walletmigrate.verify import verify
+
+D = Decimal
+ACT = ledger.ACT
+
+
+@pytest.fixture
+def made(database_url: str) -> Place:
+    return place(database_url, rows=10, coins="case when g = 9 then 0 when g = 8 then -3 else 100 end", with_promo=True)
+
+
+def filled(made: Place) -> int:
+    job = backfill(made.engine, made.settings, made.mapping, ACT).job_id
+    assert job is not None
+    return job
+
+
+def system(made: Place) -> dict[str, Decimal]:
+    found = ledger.rows(made.engine, "select name, balance from wallet.system_balances")
+    return {str(name): balance for name, balance in found}
+
+
+def test_openings_are_reversed_and_a_new_backfill_opens_the_same_again(made: Place) -> None:
+    job = filled(made)
+    before = system(made)
+    done = undo(made.engine, made.settings, job, ACT, batch_size=3)
+    assert (done.undone, done.left_count, done.undone_before, done.state) == (20, 0, 0, "done")
+    assert set(system(made).values()) == {D(0)}
+    assert (made.account(1), made.account(8), made.account(9)) == (("stale", D(0)),) * 3
+    kinds = "select kind::text, count(*) from wallet.transactions group by kind order by kind"
+    assert ledger.rows(made.engine, kinds) == [("opening", 19), ("reversal", 19)]
+    assert ledger.rows(
+        made.engine, "select distinct actor, reason, job_id from wallet.transactions where kind = 'reversal'"
+    ) == [(ACT.actor, ACT.reason, done.job_id)]
+    made.check()
+    again = backfill(made.engine, made.settings, made.mapping, ACT)
+    assert (again.opened, again.resynced) == (0, 20)
+    assert system(made) == before, "the money comes from opening again, not from a bypass that never was"
+    assert (made.account(1), made.account(8), made.account(9)) == (
+        ("mirrored", D(100)),
+        ("mirrored", D(-3)),
+        ("mirrored", D(0)),
+    )
+    made.check()
+    assert verify(made.engine, made.settings, made.mapping, ACT).clean
+
+
+def test_the_next_posting_brings_a_taken_back_account_up_from_opening_too(made: Place) -> None:
+    undo(made.engine, made.settings, filled(made), ACT)
+    last = made.last_id()
+    with made.engine.begin() as connection:
+        assert made.adapter.credit(connection, 1, 5, type="deposit").ledger_balance == 105
+    assert made.legs(last) == [("resync", "opening", "1", D(100)), ("posting", "external", "1", D(5))]
+    made.check()
+
+
+def test_an_account_with_later_transactions_is_listed_and_left(made: Place) -> None:
+    job = filled(made)
+    with made.engine.begin() as connection:
+        made.adapter.transfer(connection, 1, 9, 5, type="gift")
+        made.adapter.credit(connection, 8, 5, type="deposit")
+    done = undo(made.engine, made.settings, job, ACT)
+    assert {(one.key, one.bucket, one.why) for one in done.left} == {
+        (key, "cash", "later transactions stand on it") for key in ("1", "8", "9")
+    }
+    assert (made.account(1), made.account(9), made.account(2)) == (
+        ("mirrored", D(95)),
+        ("mirrored", D(5)),
+        ("stale", D(0)),
+    )
+    made.check()
+
+
+def test_done_twice_it_changes_nothing_the_second_time(made: Place) -> None:
+    job = filled(made)
+    undo(made.engine, made.settings, job, ACT)
+    before = ledger.journal(made.engine)
+    again = undo(made.engine, made.settings, job, ACT)
+    assert (again.undone, again.undone_before, again.left_count) == (0, 20, 0)
+    assert ledger.journal(made.engine) == before
+    backfill(made.engine, made.settings, made.mapping, ACT)
+    before = ledger.journal(made.engine)
+    assert undo(made.engine, made.settings, job, ACT).undone == 0
+    assert ledger.journal(made.engine) == before
+
+
+def test_stopped_after_a_batch_it_goes_on_where_it_was(made: Place) -> None:
+    job = filled(made)
+    asked = iter([False, True])
+    first = undo(made.engine, made.settings, job, ACT, batch_size=4, stop=lambda: next(asked))
+    assert (first.state, first.undone) == ("paused", 4)
+    second = undo(made.engine, made.settings, job, ACT)
+    assert (second.job_id, second.undone, second.undone_before) == (first.job_id, 16, 4)
+    made.check()
+
+
+def test_a_dry_run_counts_and_changes_nothing(made: Place) -> None:
+    job = filled(made)
+    with made.engine.begin() as connection:
+        made.adapter.credit(connection, 1, 5, type="deposit")
+    before = ledger.journal(made.engine)
+    done = undo(made.engine, made.settings, job, ACT, dry_run=True)
+    assert (done.undone, done.left_count, done.job_id) == (19, 1, None)
+    assert ledger.journal(made.engine) == before
+
+
+def test_a_posting_that_is_first_keeps_its_account_and_the_undo_waits_for_it(made: Place) -> None:
+    job = filled(made)
+    engine = ledger.engine_named(made.settings.database_url.get_secret_value(), "undo")  # type: ignore[union-attr]
+    results: list[int] = []
+    with made.engine.connect() as connection:
+        made.adapter.credit(connection, 1, 5, type="deposit")
+        worker = threading.Thread(target=lambda: results.append(undo(engine, made.settings, job, ACT).left_count))
+        worker.start()
+        ledger.until_blocked(made.engine, "undo")
+        connection.commit()
+    worker.join()
+    assert (results, made.account(1)) == ([1], ("mirrored", D(105)))
+    made.check()
+
+
+def test_a_frozen_account_is_left_and_a_closed_one_stays_closed(made: Place) -> None:
+    job = filled(made)
+    ledger.execute(made.engine, "delete from public.users where id = 2")
+    ledger.set_phase(made.engine, "frozen")
+    freeze(made.engine, made.settings, made.mapping, ACT)
+    done = undo(made.engine, made.settings, job, ACT)
+    assert (done.undone, {one.why for one in done.left}) == (2, {"frozen: the ledger alone is true"})
+    assert made.account(2) == ("closed", D(0))
+    made.check()
+
+
+def test_only_a_backfill_that_is_at_rest_can_be_taken_back(made: Place) -> None:
+    job = filled(made)
+    with pytest.raises(UsageError, match="999 is no job"):
+        undo(made.engine, made.settings, 999, ACT)
+    ledger.execute(made.engine, "update wallet.jobs set state = 'running' where id = :id", id=job)
+    with pytest.raises(PreconditionRefused, match="is running"):
+        undo(made.engine, made.settings, job, ACT)
+    ledger.execute(made.engine, "update wallet.jobs set kind = 'freeze' where id = :id", id=job)
+    with pytest.raises(UsageError, match="is a freeze"):
+        undo(made.engine, made.settings, job, ACT)
