@@ -41,7 +41,7 @@ demo: $(READY) ## rehearse a whole migration in a scratch database, and back
 test: $(READY) ## run all tests on real PostgreSQL
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
-torture: $(READY) ## play every interleaving of the protocol, for an hour or two; SHARE=10: one of ten
+torture: $(READY) ## play every interleaving of the protocol, for some hours; SHARE=10: one of ten
 	$(BIN)/python -m pytest -n $(JOBS) --timeout 0 --torture $(SHARE) tests/test_torture.py $(ARGS)
 
 check: $(READY) ## format, lint, types, layers and SQL

@@ -127,7 +127,7 @@ def write_legacy(rules: Rules, movement: Movement, mode: str) -> Steps[None]:
         yield Fail("the update wrote no row")
         return
     yield WriteRow(row + movement.amount)
-    yield from fence(rules, row + movement.amount)
+    yield from fence(rules, row + movement.amount, ours=True)
     if mode == "dual_write" and rules.guards.compares:
         account: Account | None = yield LockAccount(frozenset({"mirrored"}))
         if account is not None and account.balance != row + movement.amount:

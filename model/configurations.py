@@ -13,6 +13,12 @@ from model.sessions import Actor
 JOBS = ("backfill", "freeze", "unfreeze")
 SHORT, LONG = (True,), (False,)
 
+
+def _under(capture: str, rules: Rules, crowd: Callable[[Rules], tuple[Actor, ...]]) -> tuple[Actor, ...]:
+    """The crowd, with the fence in another mode."""
+    return crowd(replace(rules, capture=capture))
+
+
 Crowd = Callable[[Rules], tuple[Actor, ...]]
 
 QUICK: dict[str, Crowd] = {
@@ -32,7 +38,10 @@ QUICK: dict[str, Crowd] = {
         writer(r, "A", calls=("post", "raw", "post", "read")),
         operator(r, *JOBS, transactions=2),
     ),
-    "the fence rejects": lambda r: (raw(replace(r, capture="reject")), writer(replace(r, capture="reject"), "A")),
+    "mode reject: a writer, raw SQL": lambda r: _under("reject", r, lambda m: (writer(m, "A"), raw(m))),
+    "mode mirror: a writer, raw SQL, the line": lambda r: _under(
+        "mirror", r, lambda m: (writer(m, "A"), raw(m), line_stopper(m))
+    ),
 }
 """The reduced set: some seconds, and every kind of event."""
 
@@ -79,10 +88,27 @@ FULL: dict[str, Crowd] = {
         writer(r, "B", calls=("raw", "post", "post")),
         operator(r, *JOBS),
     ),
-    "the fence mirrors: a writer, raw SQL, two jobs": lambda r: (
-        writer(replace(r, capture="mirror"), "A"),
-        raw(replace(r, capture="mirror")),
-        operator(replace(r, capture="mirror"), *JOBS, transactions=2),
+    "mode mirror: a writer, raw SQL, two jobs": lambda r: _under(
+        "mirror", r, lambda m: (writer(m, "A"), raw(m), operator(m, *JOBS, transactions=2))
+    ),
+    "mode mirror: a writer with raw SQL between, a job, the line": lambda r: _under(
+        "mirror",
+        r,
+        lambda m: (writer(m, "A", calls=("post", "raw", "post")), raw(m), operator(m, *JOBS), line_stopper(m)),
+    ),
+    "mode mirror: raw SQL twice, two jobs, a reader": lambda r: _under(
+        "mirror", r, lambda m: (raw(m, transactions=2), operator(m, *JOBS, transactions=2), reader(m))
+    ),
+    "mode reject: a writer with raw SQL between, two jobs": lambda r: _under(
+        "reject",
+        r,
+        lambda m: (writer(m, "A", calls=("post", "raw", "post")), raw(m), operator(m, *JOBS, transactions=2)),
+    ),
+    "any mode: a writer, raw SQL, two jobs": lambda r: _under(
+        "any", r, lambda m: (writer(m, "A"), raw(m), operator(m, *JOBS, transactions=2))
+    ),
+    "any mode: a writer with raw SQL between, raw SQL twice": lambda r: _under(
+        "any", r, lambda m: (writer(m, "A", calls=("raw", "post", "raw")), raw(m, transactions=2))
     ),
     "everybody at once": lambda r: (
         writer(r, "A", ways=SHORT),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.statements import Account, Fail, InsertKey, Line, LockAccount, Look, Probe, Steps, View, WriteAccount
+from model.statements import Account, Choose, Fail, InsertKey, Line, LockAccount, Look, Probe, Steps, View, WriteAccount
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,10 @@ class Guards:
 
 @dataclass(frozen=True)
 class Rules:
-    """How the protocol is set up: its guards, what the fence does ("stale", "mirror", "reject"), the isolation."""
+    """How the protocol is set up: its guards, the fence's mode, the isolation.
+
+    The mode is "stale", "mirror", "reject", or "any" where it changes all the time.
+    """
 
     guards: Guards = Guards()
     capture: str = "stale"
@@ -87,8 +90,11 @@ def turn_stale(rules: Rules) -> Steps[None]:
         yield from update_account(frozenset({"mirrored", "closed"}), state="stale")
 
 
-def fence(rules: Rules, row: int | None) -> Steps[None]:
-    """What the trigger does after a write without a label: compare ledger and legacy as it is now (`row`)."""
+def fence(rules: Rules, row: int | None, *, ours: bool = False) -> Steps[None]:
+    """What the trigger does after a write without a label: compare ledger and legacy as it is now (`row`).
+
+    `ours`: the adapter writes, the long way; what it did not mirror is stale in every mode.
+    """
     if not rules.guards.fence:
         return
     account: Account | None = yield from account_now(rules)
@@ -100,13 +106,38 @@ def fence(rules: Rules, row: int | None) -> Steps[None]:
     elif account.state == "frozen":
         if rules.guards.frozen_rejects:
             yield Fail("the column is frozen")
-    elif row is None:
-        if account.state != "closed":
-            yield from update_account(state="closed")
-    elif rules.capture == "mirror" and account.state == "mirrored":
-        yield from update_account(balance=row)
     else:
+        yield from written(rules, account, row, ours=ours)
+
+
+def written(rules: Rules, account: Account, row: int | None, *, ours: bool) -> Steps[None]:
+    """What becomes of an account that legacy differs from now."""
+    followed = False
+    if account.state == "mirrored" and not ours and (row is not None or account.balance != 0):
+        followed = yield from by_mode(rules, row or 0)
+    if row is None:
+        yield from update_account(frozenset({"mirrored", "stale"}), state="closed")
+    elif not followed:
         yield from turn_stale(rules)
+
+
+def by_mode(rules: Rules, balance: int) -> Steps[bool]:
+    """A mirrored account was written past the adapter: what the mode does. Answers whether the ledger followed.
+
+    Every mode may be "stale" at times: in phase legacy, for a balance that is no amount, after a leg that failed.
+    """
+    mode = "stale"
+    if rules.capture != "stale":
+        modes = ("mirror", "reject") if rules.capture == "any" else (rules.capture,)
+        mode = yield Choose(("stale", *modes), "the fence's mode")
+    if mode == "reject":
+        yield Fail("the fence rejects")
+    runs = False
+    if mode == "mirror":
+        runs = yield Line()
+    if runs:
+        yield from update_account(balance=balance)
+    return runs
 
 
 def labelled(rules: Rules, movement: Movement, before: int) -> Steps[bool]:

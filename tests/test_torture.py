@@ -36,19 +36,20 @@ _ORDERS_PER_DATABASE = 3000
 _PARTITIONS_PER_DATABASE = 60
 
 SHARES = {
-    "pairs": 307,
-    "pauses": 1009,
-    "a_old_snapshots": 11,
+    "pairs": 571,
+    "pauses": 2203,
+    "a_old_snapshots": 29,
     "b_postings_that_wait_for_jobs": 13,
     "c_backfills_that_wait": 5,
     "d_keys": 211,
-    "e_failing_legs": 127,
-    "f_readers": 29,
-    "g_triggers": 401,
-    "h_forgeries": 307,
+    "e_failing_legs": 211,
+    "f_readers": 43,
+    "g_triggers": 1201,
+    "h_forgeries": 919,
     "i_transfers": 307,
-    "j_folds": 331,
-    "l_partitions": 31,
+    "j_folds": 499,
+    "m_changes_of_mode": 1229,
+    "l_partitions": 89,
 }
 """One order of so many is played without --torture; primes, so that every kind of order comes."""
 
@@ -180,6 +181,22 @@ FOUND: dict[str, tuple[Mutant, str]] = {
     "neither state nor balance asked by the update": (
         Mutant(("fence_users",), r"a\.state = 'mirrored' and a\.balance = \S+\s+returning", "true returning"),
         "frozen:forged.rc.commit,stop.rc.commit:1-e1-2-e2",
+    ),
+    "mirror does not ask for the line": (
+        Mutant(("fence_users",), r"and pg_sequence_last_value\('\S+line'::regclass\) = 1\s+then", "then"),
+        "mirrored+mirror:stop.rc.commit,raw.rr.commit:l2-1-e1-2-e2",
+    ),
+    "mirror follows what the event wrote, not the row as it is now": (
+        Mutant(("fence_users",), r"v_now\[1\]", "v_after"),
+        "mirrored+early_same+mirror:raw.rc.commit,backfill.rc.commit:1-e1-2-e2",
+    ),
+    "mirror reads the account without a lock": (
+        ACCOUNT_LOCKS,
+        "stale+mirror:raw.rr.commit,backfill.rc.commit:l1-2-e2-1-e1",
+    ),
+    "reject does not reject": (
+        Mutant(("fence_users",), r"raise exception '[^']+ is written through[^;]+;", "v_treatment := 'stale';"),
+        "mirrored+reject:raw.rc.commit,freeze.rc.commit:1-e1-2-e2",
     ),
 }
 """A guard, and an order that ends badly without it."""

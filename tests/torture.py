@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, Row
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from interleaving import PATIENCE_SECONDS
 from invariants import violations
-from torture_operations import DEADLOCK, FROZEN
+from torture_operations import BYPASSES, DEADLOCK, FROZEN, REJECTED, STEADY
 from torture_scheduler import Crew, Order, OrderImpossibleError, Player
 from torture_steps import Scene, adapters
-from walletmigrate import connect
+from walletmigrate import connect, fences
+from walletmigrate.audit import Act
 from walletmigrate.config import Settings
 from walletmigrate.errors import WalletMigrateError
 from walletmigrate.functions import fingerprint
@@ -31,7 +33,8 @@ BALANCES = {
 }
 """What is true of A and B at the start, by state."""
 
-_WORDS = frozenset({"stopped", "reading"})
+_MODES = frozenset({"mirror", "reject"})
+_WORDS = frozenset({"stopped", "reading", *_MODES})
 _KEYS_PER_ORDER = 10
 _SQL = Path(__file__).with_name("torture.sql")
 _TALLY = "select key, sum(change) from tally where key between %s and %s group by key"
@@ -59,10 +62,18 @@ class Arena:
         self._impossible: set[tuple[str, ...]] = set()
         self._adapters = adapters(settings)
         self._base = 0
+        self._mode: str | None = None
         self._crew = Crew(self.engine)
         self._clerk: Connection = self.engine.connect()
         made = _SQL.read_text().replace("FINGERPRINT", fingerprint(settings.mapping(None)))
         self._crew.monitor.exec_driver_sql(made, execution_options={"no_parameters": True})
+        for mode in fences.MODES:
+            fences.set_mode(self.engine, settings, settings.mapping(None), mode, Act("torture", "an order"))
+            self._crew.monitor.exec_driver_sql(
+                "insert into torture_modes select %s, pg_get_functiondef(p.oid) from pg_proc as p "
+                "where p.proname in ('fence_users', 'fence_truncate_users')",
+                (mode,),
+            )
 
     def close(self) -> None:
         """Close all connections."""
@@ -84,7 +95,7 @@ class Arena:
             self._impossible.add(order.pause)
             self.counts["impossible"] += 1
             return "impossible"
-        problems = self._judge(scene, players)
+        problems = self._judge(order, scene, players)
         told = ", ".join(f"{p.actor.operation}: {p.outcome or 'done'}" for p in players)
         if problems:
             raise OrderFailedError(f"{order}\n  ended as {told}\n  " + "\n  ".join(problems))
@@ -109,24 +120,39 @@ class Arena:
         words = order.start.split("+")
         states = [word for word in words if word in BALANCES]
         states *= 3 - len(states)
+        mode = next((word for word in words if word in _MODES), "stale")
+        changes = {actor.operation[3:] for actor in order.actors if actor.operation.startswith("to_")}
         role = next((word for word in words if word not in BALANCES and word not in _WORDS), "")
         phase = "frozen" if "frozen" in states else "read_ledger" if "reading" in words else "dual_write"
         self._base += _KEYS_PER_ORDER
         balances = [*(BALANCES[state] for state in states), Decimal(0), Decimal(0)]
         truth = dict(enumerate(balances, start=self._base + 1))
-        scene = Scene(self._base, self._adapters, truth, stopped="stopped" in words, role=role, tolerant=bool(role))
-        self._crew.monitor.exec_driver_sql(
-            "select torture_start(%s, %s::text[], %s, %s, %s)", (scene.base, states, role, phase, not scene.stopped)
+        scene = Scene(
+            self._base,
+            self._adapters,
+            truth,
+            stopped="stopped" in words,
+            modes=frozenset({mode, *changes}),
+            role=role,
+            tolerant=bool(role),
         )
+        self._crew.monitor.exec_driver_sql(
+            "select torture_start(%s, %s::text[], %s, %s, %s, %s)",
+            (scene.base, states, role, phase, not scene.stopped, None if mode == self._mode else mode),
+        )
+        self._mode = None if changes else mode
         return scene
 
-    def _judge(self, scene: Scene, players: list[Player]) -> list[str]:
-        problems = [*scene.complaints, *_unexpected(scene, players), *self._check(scene, "after the order")]
+    def _judge(self, order: Order, scene: Scene, players: list[Player]) -> list[str]:
+        found = self._look(scene)
+        problems = [*scene.complaints, *_unexpected(scene, players), *self._check(scene, found, "after the order")]
+        problems += _unlike_the_mode(order, scene, players, {row.state for row in found})
         if scene.stopped:
             self._crew.monitor.exec_driver_sql("select wallet.set_line(true)")
             scene.stopped = False
         problems += [*_twice(players), *self._send_again(scene, players)]
-        problems += self._check(scene, "after everything was sent again and a backfill", final=True)
+        found = self._look(scene, backfill=True)
+        problems += self._check(scene, found, "after everything was sent again and a backfill", final=True)
         if scene.whole:
             self._crew.monitor.exec_driver_sql("select wallet.fold_system_accounts()")
             problems += violations(self._crew.monitor, self.settings)
@@ -152,12 +178,14 @@ class Arena:
             scene.add([effect])
         return problems
 
-    def _check(self, scene: Scene, when: str, *, final: bool = False) -> list[str]:
-        """What does not hold of the accounts of this order; ``final`` runs a backfill first."""
-        monitor, truth = self._crew.monitor, dict(scene.truth)
-        found = monitor.exec_driver_sql("select * from torture_look(%s, %s)", (scene.base, final)).all()
+    def _look(self, scene: Scene, *, backfill: bool = False) -> Sequence[Row[Any]]:
+        return self._crew.monitor.exec_driver_sql("select * from torture_look(%s, %s)", (scene.base, backfill)).all()
+
+    def _check(self, scene: Scene, found: Sequence[Row[Any]], when: str, *, final: bool = False) -> list[str]:
+        """What does not hold of the accounts of this order; ``final``: a backfill has been."""
+        truth = dict(scene.truth)
         if scene.role:
-            for key, change in monitor.exec_driver_sql(_TALLY, (scene.base, scene.base + _KEYS_PER_ORDER)):
+            for key, change in self._crew.monitor.exec_driver_sql(_TALLY, (scene.base, scene.base + _KEYS_PER_ORDER)):
                 truth[key] += change
         problems = []
         for row in found:
@@ -191,6 +219,20 @@ def arena(url: str, settings: Settings) -> Iterator[Arena]:
         made.close()
 
 
+def _unlike_the_mode(order: Order, scene: Scene, players: list[Player], after: set[str]) -> list[str]:
+    """What mirror or reject alone would not have let come about."""
+    done = {player.actor.operation for player in players}
+    before = {word for word in order.start.split("+") if word in BALANCES}
+    if scene.role or scene.stopped:
+        return []
+    if scene.modes == {"mirror"} and done <= STEADY and not before & {"stale", "closed"} and "stale" in after:
+        return ["an account that mirror follows turned stale"]
+    if scene.modes == {"reject"} and done <= STEADY | BYPASSES and before == {"mirrored"}:
+        passed = [p for p in players if p.actor.operation in BYPASSES and p.committed and any(p.effects)]
+        return [f"session {p.number} ({p.actor.operation}) was not rejected" for p in passed]
+    return []
+
+
 def _unexpected(scene: Scene, players: list[Player]) -> list[str]:
     problems = []
     for player in players:
@@ -199,6 +241,8 @@ def _unexpected(scene: Scene, players: list[Player]) -> list[str]:
             allowed.add("40001")
         if scene.role:
             allowed |= _OF_TRIGGERS
+        if "reject" in scene.modes and FROZEN in allowed:
+            allowed.add(REJECTED)
         if player.outcome and player.outcome not in allowed:
             problems.append(f"session {player.number} ({player.actor.operation}) got {player.outcome}")
     return problems

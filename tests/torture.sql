@@ -1,6 +1,9 @@
 -- What the torture needs in its database, besides the legacy table and the ledger. Every order has ten keys of its
 -- own behind p_base: rows A and B at 1 and 2 in the states of p_states, and a role that wakes triggers of A.
-create function public.torture_start(p_base bigint, p_states text[], p_role text, p_phase text, p_running boolean)
+-- The mode of the fence is p_mode from the start on; null: as it is.
+create function public.torture_start(
+    p_base bigint, p_states text[], p_role text, p_phase text, p_running boolean, p_mode text
+)
 returns void
 language plpgsql
 as $$
@@ -10,12 +13,19 @@ declare
 begin
     update wallet.control set phase = 'dual_write' where phase <> 'dual_write';
     perform wallet.set_line(true);
+    if p_mode is not null then
+        perform torture_mode(p_mode);
+    end if;
     for i in 1 .. cardinality(p_states) loop
         v_key := p_base + i;
         v_state := p_states[i];
         insert into public.users (id, tenant, role, total_coins) values (v_key, 'acme', 'member', 100);
         continue when v_state = 'absent';
         perform wallet.open_users(array[v_key], null);
+        if v_state in ('stale', 'closed') then
+            -- By hand, so that the mode of the fence makes no difference.
+            update wallet.accounts set state = 'stale' where mapping = 'users' and key = v_key::text;
+        end if;
         if v_state = 'stale' then
             update public.users set total_coins = total_coins + 1 where id = v_key;
         elsif v_state = 'closed' then
@@ -33,6 +43,21 @@ begin
     end if;
     update wallet.control set phase = p_phase where phase <> p_phase;
     perform wallet.set_line(p_running);
+end
+$$;
+
+-- A change of the fence's mode, as `fences.set_mode` makes it, from the functions that it made before.
+create table public.torture_modes (mode text, function text);
+
+create function public.torture_mode(p_mode text) returns void
+language plpgsql
+as $$
+declare
+    v_function text;
+begin
+    for v_function in select m.function from torture_modes as m where m.mode = p_mode loop
+        execute v_function;
+    end loop;
 end
 $$;
 

@@ -24,6 +24,7 @@ from torture_steps import (
 from walletmigrate.movements import Movement
 
 FROZEN = "WM030"
+REJECTED = "WM031"
 GONE = "UnknownAccount"
 REUSED = "IdempotencyKeyReused"
 MISFIT = "WM000"
@@ -183,7 +184,12 @@ _PARTITIONS = {
         statement("create table users_{base}_late partition of users for values from ({c}) to ({spare})"), _NEW
     ),
 }
+_MODES = {
+    f"to_{mode}": Operation((statement(f"select torture_mode('{mode}')"),), job=True)
+    for mode in ("stale", "mirror", "reject")
+}
 OPERATIONS: dict[str, Operation] = {
+    **_MODES,
     **_WRITES,
     **_JOBS,
     **_KEYS,
@@ -192,6 +198,23 @@ OPERATIONS: dict[str, Operation] = {
     **_READERS,
     **_PARTITIONS,
 }
+
+BYPASSES = frozenset(
+    {
+        *("raw", "insert", "delete", "reinsert", "swap", "truncate"),
+        *("forged_key", "after_adapter", "after_savepoint", "after_forgery"),
+    }
+)
+"""Operations that write the column of rows that are there, or take the rows away, past the adapter."""
+
+STEADY = frozenset(
+    {
+        *("credit", "debit", "long", "pay", "repay", "same", "same_long", "batch", "batch_back"),
+        *("raw", "insert", "new", "backfill", "freeze", "unfreeze", "fold", "read", "attach"),
+        *("forged_key", "after_adapter", "after_savepoint", "after_forgery"),
+    }
+)
+"""Operations after which no account that mirror follows is stale."""
 
 _ACCOUNT = (
     "insert into wallet.accounts (mapping, key, bucket, currency, state, balance) "

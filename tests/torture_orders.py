@@ -11,6 +11,8 @@ from torture_scheduler import Actor, Order
 STATES = ("absent", "mirrored", "stale", "frozen", "closed")
 ENDS = ("commit", "rollback")
 LEVELS = ("rc", "rr", "ser")
+MODES = ("stale", "mirror", "reject")
+RAW_WRITES = ("raw", "insert", "delete", "reinsert", "swap")
 
 PAIRED = (
     *("credit", "long", "off", "pay", "repay", "raw", "insert", "new", "delete", "reinsert", "swap"),
@@ -18,12 +20,20 @@ PAIRED = (
 )
 
 
-def pairs(operations: Sequence[str] = PAIRED, *, first: str = "", states: Sequence[str] = STATES) -> Iterator[Order]:
-    """Two transactions, in every interleaving of their steps that another snapshot can tell apart."""
-    for place, one in enumerate(operations):
+def pairs(operations: Sequence[str] = PAIRED, *, first: str = "") -> Iterator[Order]:
+    """Two transactions under each mode, in every interleaving of their steps that another snapshot can tell apart.
+
+    At two different levels only under the mode stale: there old snapshots meet everything.
+    """
+    for mode, (place, one) in product(MODES, enumerate(operations)):
         if first in ("", one):
             for other in operations[place:]:
-                yield from pair(one, other, states=states, mixed=True)
+                yield from pair(one, other, states=starts(STATES, mode), mixed=mode == "stale")
+
+
+def starts(states: Sequence[str], mode: str) -> list[str]:
+    """States at the start, under a mode of the fence."""
+    return [state if mode == "stale" else f"{state}+{mode}" for state in states]
 
 
 def pair(one: str, other: str, *, states: Sequence[str] = STATES, mixed: bool = False) -> Iterator[Order]:
@@ -33,20 +43,30 @@ def pair(one: str, other: str, *, states: Sequence[str] = STATES, mixed: bool = 
             yield Order(state, actors, steps)
 
 
-def pauses(operations: Sequence[str] = PAIRED, *, first: str = "", states: Sequence[str] = STATES) -> Iterator[Order]:
+def pauses(operations: Sequence[str] = PAIRED, *, first: str = "") -> Iterator[Order]:
+    """Pauses under each mode; under mirror and reject with a raw write, for nobody else meets the mode."""
+    for mode in MODES:
+        for order in pauses_of(operations, operations, first=first, states=starts(STATES, mode)):
+            if mode == "stale" or any(actor.operation in RAW_WRITES for actor in order.actors):
+                yield order
+
+
+def pauses_of(
+    ones: Sequence[str], others: Sequence[str], *, first: str = "", states: Sequence[str] = STATES
+) -> Iterator[Order]:
     """Session 1 stands still inside its call while session 2 comes, and ends before, after or with it."""
-    for one, other, hold, state in product(operations, operations, HOLDS, states):
+    for one, other, hold, state in product(ones, others, HOLDS, states):
         if first not in ("", one):
             continue
         if hold in ("control", "ceiling") and (OPERATIONS[one].before or OPERATIONS[other].before):
             continue  # the step of the phase before a freeze writes both: it would wait before the order begins
         if hold == "key" and OPERATIONS[one].again is None:
             continue
-        ones, others = ["1"] * len(OPERATIONS[one].steps), ["2"] * len(OPERATIONS[other].steps)
+        steps, more = ["1"] * len(OPERATIONS[one].steps), ["2"] * len(OPERATIONS[other].steps)
         for actors in casts(one, other):
             if actors[0].end == actors[1].end == "rollback":
                 continue  # nothing is left of either
-            begin = (f"h={hold}", *ones, *others)
+            begin = (f"h={hold}", *steps, *more)
             yield Order(state, actors, (*begin, "e2", "r", "e1"))
             yield Order(state, actors, (*begin, "r", "e2", "e1"))
             yield Order(state, actors, (*begin, "r", "e1", "e2"))

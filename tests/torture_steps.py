@@ -22,7 +22,8 @@ Effect = dict[int, Decimal]
 class Scene:
     """The keys of one order: A and B have rows at the start (unless closed), C and the spare one have none.
 
-    ``truth`` is what the committed operations make of each key, ``snapshots`` what it was when a session took its
+    ``modes`` are those that the fence has at the start or may get. ``truth`` is what the committed operations make of
+    each key, ``snapshots`` what it was when a session took its
     snapshot, ``memory`` what a session has read.
     """
 
@@ -30,6 +31,7 @@ class Scene:
     adapters: dict[str, LegacyBalanceAdapter]
     truth: dict[int, Decimal]
     stopped: bool = False
+    modes: frozenset[str] = frozenset({"stale"})
     role: str = ""
     tolerant: bool = False
     whole: bool = False
@@ -96,9 +98,12 @@ def adapters(settings: Settings) -> dict[str, LegacyBalanceAdapter]:
 def statement(sql: str, *changes: tuple[str, str]) -> Step:
     """SQL past the adapter; ``changes`` are (key, column of the row that comes back)."""
 
-    def step(scene: Scene, _number: int, connection: Connection) -> Effect:
+    def step(scene: Scene, number: int, connection: Connection) -> Effect:
+        before = _posted(connection) if changes and scene.stopped else None
         result = connection.exec_driver_sql(sql.format(**scene.words))
         row = result.first() if changes else None
+        if before is not None and _posted(connection) != before:
+            scene.complaints.append(f"session {number}'s raw write was posted although the line had been stopped")
         return {} if row is None else {scene.words[key]: Decimal(getattr(row, column)) for key, column in changes}
 
     return step
@@ -197,6 +202,12 @@ def stop(scene: Scene, _number: int, connection: Connection) -> Effect:
     connection.exec_driver_sql("select wallet.set_line(false)")
     scene.stopped = True
     return {}
+
+
+def _posted(connection: Connection) -> int:
+    """How many transactions of the ledger this transaction of the database has written."""
+    query = "select count(*) from wallet.transactions where xid = pg_current_xact_id_if_assigned()::text::bigint"
+    return int(connection.exec_driver_sql(query).scalar_one())
 
 
 def _compare(scene: Scene, number: int, amount: Decimal, source: str) -> None:

@@ -6,11 +6,22 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 from torture_operations import OPERATIONS
-from torture_orders import ENDS, LEVELS, STATES, casts, interleavings, levels, pair
+from torture_orders import (
+    ENDS,
+    LEVELS,
+    MODES,
+    RAW_WRITES,
+    STATES,
+    casts,
+    interleavings,
+    levels,
+    pair,
+    pauses_of,
+    starts,
+)
 from torture_scheduler import Actor, Order
 
 POSTINGS = ("credit", "long", "off", "pay", "repay")
-RAW_WRITES = ("raw", "insert", "delete", "reinsert", "swap")
 ROLES = ("before", "early_same", "late_same", "early_other", "late_other")
 ALIVE = ("absent", "mirrored", "stale")
 
@@ -18,10 +29,12 @@ ALIVE = ("absent", "mirrored", "stale")
 def old_snapshots() -> Iterator[Order]:
     """A snapshot is taken, another opens, resyncs, freezes, unfreezes, deletes or stops; then each kind of write."""
     others = ("backfill", "credit", "freeze", "unfreeze", "delete", "stop")
-    for write, other, state, level in product((*POSTINGS, *RAW_WRITES), others, STATES, LEVELS[1:]):
-        actors = (Actor(write, level, "commit"), Actor(other, "rc", "commit"))
-        steps = ["1"] * len(OPERATIONS[write].steps)
-        yield Order(state, actors, ("l1", "2", "e2", *steps, "e1"))
+    for mode in MODES:
+        writes = (*POSTINGS, *RAW_WRITES) if mode == "stale" else RAW_WRITES
+        for write, other, state, level in product(writes, (*others, "raw"), starts(STATES, mode), LEVELS[1:]):
+            actors = (Actor(write, level, "commit"), Actor(other, "rc", "commit"))
+            steps = ["1"] * len(OPERATIONS[write].steps)
+            yield Order(state, actors, ("l1", "2", "e2", *steps, "e1"))
 
 
 def postings_that_wait_for_jobs() -> Iterator[Order]:
@@ -48,13 +61,19 @@ def keys() -> Iterator[Order]:
 def failing_legs() -> Iterator[Order]:
     """A shadow leg fails with a check violation, 40001, 40P01, 55P03, next to every kind of traffic."""
     failures = ("fail_check", "fail_serial", "fail_deadlock", "fail_lock")
-    for one, other in product(failures, ("credit", "off", "raw", "delete", "backfill", "pay")):
-        yield from pair(one, other, states=ALIVE)
+    for mode in MODES:
+        others = ("credit", "off", "raw", "delete", "backfill", "pay") if mode == "stale" else ("raw", "delete")
+        for one, other in product(failures, others):
+            yield from pair(one, other, states=starts(ALIVE, mode))
 
 
 def readers() -> Iterator[Order]:
-    """A reader at every place of resync → freeze → post, and of post → unfreeze → post."""
-    ways = {"stale": ("backfill", "freeze", "credit"), "frozen": ("credit", "unfreeze", "credit")}
+    """A reader at every place of resync → freeze → post, of post → unfreeze → post, of raw → freeze → post."""
+    ways = {
+        "stale": ("backfill", "freeze", "credit"),
+        "frozen": ("credit", "unfreeze", "credit"),
+        **dict.fromkeys(starts(["mirrored"], "mirror"), ("raw", "freeze", "credit")),
+    }
     for (state, way), reader, level in product(ways.items(), ("read", "read_in_two"), LEVELS):
         if (reader, level) == ("read_in_two", "rc"):
             continue  # two statements need a snapshot
@@ -65,15 +84,16 @@ def readers() -> Iterator[Order]:
 
 def triggers() -> Iterator[Order]:
     """The application's own triggers, before and after the fence, on the same row and another."""
-    for role, one, other in product(ROLES, ("credit", "long", "off", "raw"), ("credit", "raw", "backfill", "repay")):
-        yield from pair(one, other, states=[_start(state, role) for state in ALIVE])
+    ones, others = ("credit", "long", "off", "raw"), ("credit", "raw", "backfill", "repay")
+    for mode, role, one, other in product(MODES, ROLES, ones, others):
+        yield from pair(one, other, states=starts([_start(state, role) for state in ALIVE], mode))
 
 
 def forgeries() -> Iterator[Order]:
     """A forged label; a raw write after the adapter's, after a savepoint that was rolled back."""
     kinds = ("forged", "forged_off", "forged_amount", "forged_key", "after_adapter", "after_savepoint", "after_forgery")
-    for one, other in product(kinds, ("credit", "off", "raw", "backfill", "freeze")):
-        yield from pair(one, other)
+    for mode, one, other in product(MODES, kinds, ("credit", "off", "raw", "backfill", "freeze")):
+        yield from pair(one, other, states=starts(STATES, mode))
 
 
 def transfers() -> Iterator[Order]:
@@ -85,19 +105,32 @@ def transfers() -> Iterator[Order]:
 
 def folds() -> Iterator[Order]:
     """A fold of the system accounts while transactions with lower ids are still open."""
-    for one, other, state, end, ending in product(("credit", "debit"), ("pay", "long"), STATES[:3], ENDS, ENDS):
-        actors = (Actor(one, "rc", end), Actor(other, "rc", ending), Actor("fold", "rc", "commit"))
-        for steps in interleavings(actors):
-            yield Order(state, actors, steps)
+    for mode, ones in (("stale", ("credit", "debit")), ("mirror", ("raw", "delete"))):
+        for one, other, state, end, ending in product(ones, ("pay", "long"), starts(ALIVE, mode), ENDS, ENDS):
+            actors = (Actor(one, "rc", end), Actor(other, "rc", ending), Actor("fold", "rc", "commit"))
+            for steps in interleavings(actors):
+                yield Order(state, actors, steps)
 
 
 def partitions() -> Iterator[Order]:
     """A partition is truncated, detached, made, under each kind of traffic."""
-    for one, other in product(("truncate", "detach", "attach"), ("credit", "long", "raw", "pay", "backfill", "freeze")):
+    others = ("credit", "long", "raw", "pay", "backfill", "freeze")
+    for mode, one, other in product(MODES, ("truncate", "detach", "attach"), others):
         for actors in casts(one, other):
             if actors[0].level == "rc" and actors[1].end == "commit":
-                for state, steps in product(("mirrored", "stale", "frozen"), interleavings(actors)):
+                states = starts(("mirrored", "stale", "frozen"), mode)
+                for state, steps in product(states, interleavings(actors)):
                     yield Order(state, actors, steps)
+
+
+def changes_of_mode() -> Iterator[Order]:
+    """The fence's mode is changed around and inside of every kind of write, and between two of a transaction."""
+    ones = (*RAW_WRITES, "credit", "long", "off", "pay", "backfill", "unfreeze", "after_adapter", "after_savepoint")
+    for before, after in product(MODES, MODES):
+        if before != after:
+            for one in ones:
+                yield from pair(one, f"to_{after}", states=starts(STATES, before))
+            yield from pauses_of((*RAW_WRITES, "credit"), (f"to_{after}",), states=starts(STATES, before))
 
 
 STORIES: dict[str, Callable[[], Iterator[Order]]] = {
@@ -111,6 +144,7 @@ STORIES: dict[str, Callable[[], Iterator[Order]]] = {
     "h_forgeries": forgeries,
     "i_transfers": transfers,
     "j_folds": folds,
+    "m_changes_of_mode": changes_of_mode,
 }
 """Those that one arena can tell; the fence taken down (k) and partitions (l) need a table of their own."""
 

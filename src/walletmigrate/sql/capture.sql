@@ -43,12 +43,17 @@ begin
 end
 $$;
 
--- A write past the adapter, mirrored: the ledger follows the row.
+-- A write past the adapter, mirrored: the ledger follows the row. Where it cannot, the writer, who knows of no ledger,
+-- loses nothing: the account turns stale, and the failure is recorded. What can be retried reaches him. Returns the
+-- treatment.
 create or replace function {{ schema }}.follow(
     p_account bigint, p_balance numeric, p_now numeric, p_currency text, p_bypass bigint
-) returns void
+) returns text
 language plpgsql
 as $$
+declare
+    v_state text;
+    v_message text;
 begin
     update accounts set balance = p_now where id = p_account;
     insert into transactions (
@@ -62,5 +67,18 @@ begin
         case when p_now < p_balance then p_now end, case when p_now > p_balance then p_now end,
         p_currency, session_user, 'written past the adapter by ' || current_setting('application_name')
     );
+    return 'mirrored';
+exception
+    when others then
+        get stacked diagnostics v_state = returned_sqlstate, v_message = message_text;
+        if v_state like '40%' or v_state = '55P03' then
+            raise;
+        end if;
+        perform turn_stale(p_account, 'written past the adapter, and the ledger leg failed');
+        insert into failures (mapping, key, bucket, currency, operation, sqlstate, message)
+        select a.mapping, a.key, a.bucket, a.currency, 'bypass', v_state, v_message
+        from accounts as a
+        where a.id = p_account;
+        return 'turned_stale';
 end
 $$;

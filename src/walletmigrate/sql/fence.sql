@@ -5,8 +5,14 @@
 -- new balance: a label that was forged is a posting by whoever may post, and no wrong balance; of anybody else it
 -- counts for nothing.
 
+{# Phase legacy has no use for a mode: there every one is stale. #}
+{% set in_use = "pg_sequence_last_value('" ~ schema ~ ".ceiling'::regclass) = 2" %}
+{# Mirror posts, so it asks for the line as a posting does, and is waited for. #}
+{% set follows = in_use ~ " and pg_sequence_last_value('" ~ schema ~ ".line'::regclass) = 1" %}
+{# Not in the short way: what fails there is tried the long way, which decides. #}
+{% set counted = "where coalesce(v_setting, '') = '' or v_setting like 'adapter:%'" %}
 {% macro reject(c) %}
-perform nextval('rejected_{{ mapping }}');
+perform nextval('rejected_{{ mapping }}') {{ counted }};
                 raise exception '{{ relation }} %: column {{ c.column }} is written through the adapter only', v_key
                     using
                         errcode = 'WM031', detail = fingerprint(current_query()),
@@ -189,7 +195,7 @@ begin
             then
                 v_written := false;
             elsif v_account.state = 'frozen' then
-                perform nextval('rejected_{{ mapping }}');
+                perform nextval('rejected_{{ mapping }}') {{ counted }};
                 raise exception '{{ relation }} %: column {{ c.column }} is frozen, the ledger alone is true', v_key
                     using errcode = 'WM030', hint = 'Write through the adapter, or unfreeze.';
             elsif v_looked and not v_found then
@@ -203,11 +209,12 @@ begin
                         using errcode = 'WM022', hint = 'Run: walletmigrate install';
                 end if;
                 {% if capture_mode == "reject" %}
-                if v_account.state = 'mirrored' then
+                -- A row without money may go: the adapter has no other way to close an account.
+                if v_account.state = 'mirrored' and v_account.balance <> 0 and {{ in_use }} then
                     {{ reject(c) }}
                 end if;
                 {% elif capture_mode == "mirror" %}
-                if v_account.state = 'mirrored' and v_account.balance <> 0 then
+                if v_account.state = 'mirrored' and v_account.balance <> 0 and {{ follows }} then
                     perform follow(v_account.id, v_account.balance, 0, '{{ c.currency }}', {{ c.bypass }});
                 end if;
                 {% endif %}
@@ -218,17 +225,17 @@ begin
                 -- The row took another balance than the adapter posted: the comparison behind it will say so too.
                 perform turn_stale(v_account.id, 'legacy took another balance than was posted');
             {% if capture_mode == "reject" %}
-            elsif v_account.state = 'mirrored' then
+            elsif v_account.state = 'mirrored' and {{ in_use }} then
                 {{ reject(c) }}
             {% elif capture_mode == "mirror" %}
             elsif
                 v_account.state = 'mirrored' and v_now[{{ loop.index }}] between {{ c.minimum }} and {{ c.maximum }}
                 and v_now[{{ loop.index }}] = round(v_now[{{ loop.index }}], {{ c.scale }})
+                and {{ follows }}
             then
-                perform follow(
+                v_treatment := follow(
                     v_account.id, v_account.balance, v_now[{{ loop.index }}], '{{ c.currency }}', {{ c.bypass }}
                 );
-                v_treatment := 'mirrored';
             {% endif %}
             elsif v_account.state in ('mirrored', 'closed') then
                 perform turn_stale(v_account.id, 'written past the adapter (' || lower(tg_op) || ')');
@@ -276,6 +283,20 @@ begin
         raise exception '{{ relation }} has frozen accounts, the ledger alone is true'
             using errcode = 'WM030', hint = 'Unfreeze first.';
     end if;
+    {% if capture_mode == "reject" %}
+    if {{ in_use }} and exists (
+        select from accounts as a
+        where
+            a.mapping = '{{ mapping }}' and a.state = 'mirrored' and a.balance <> 0
+            and not exists (select from {{ relation }} as l where l.{{ key }}::text collate "C" = a.key)
+    ) then
+        perform nextval('rejected_{{ mapping }}');
+        raise exception '{{ relation }} has balances that are written through the adapter only'
+            using
+                errcode = 'WM031', detail = fingerprint(current_query()),
+                hint = 'Take the balances to zero first, or: walletmigrate capture mode stale';
+    end if;
+    {% endif %}
     -- A truncated partition leaves the other partitions' rows alive: only keys without a row close.
     update accounts as a set state = 'closed', state_at = clock_timestamp(), state_reason = 'truncate'
     where
