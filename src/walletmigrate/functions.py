@@ -155,7 +155,7 @@ def make_functions(connection: Connection, settings: Settings, mapping: Mapping,
         raw_queries=settings.capture.raw_queries,
     )
     connection.exec_driver_sql(f"set local search_path = pg_catalog, {quoted(schema)}, pg_temp")
-    for part in ("posting", "capture", "mapping", "batches", "fence"):
+    for part in ("posting", "capture", "mapping", "batches", "fence", "snapshots"):
         run_script(connection, render(part, **names))
     connection.execute(
         text(

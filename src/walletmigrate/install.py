@@ -17,6 +17,15 @@ from walletmigrate.functions import relation
 from walletmigrate.schema import quoted
 from walletmigrate.standing import FENCE_MENDED, REASON, confirmation, show
 
+SNAPSHOTS = (
+    "begin_snapshot",
+    "fold_snapshot",
+    "advance_snapshot",
+    "merge_snapshots",
+    "drop_snapshots",
+    "adopt_journal",
+)
+
 
 @dataclass(frozen=True)
 class InstallResult:
@@ -306,6 +315,9 @@ def _grant(connection: Connection, settings: Settings) -> None:
     connection.exec_driver_sql(f"grant insert on {name}.jobs, {name}.audit_log, {name}.verifications to {operator}")
     connection.exec_driver_sql(f"grant update on {name}.jobs, {name}.control to {operator}")
     connection.exec_driver_sql(f"grant delete on {name}.bypasses to {operator}")
+    snapshots = f"{name}.snapshots, {name}.snapshot_balances, {name}.snapshot_totals"
+    connection.exec_driver_sql(f"grant insert, update, delete on {snapshots} to {operator}")
+    connection.exec_driver_sql(f"grant select on {name}.transaction_ids to {operator}")
     shared = ["turn_stale", "diverged", "resolve", "replay", "enter_batch", "labelled"]
     own = ["post", "keys", "lock", "leg", "plain", "settle", "move"]
     jobs = ["backfill", "open", "freeze", "seal", "unfreeze", "unseal", "close"]
@@ -314,7 +326,7 @@ def _grant(connection: Connection, settings: Settings) -> None:
         working = function in [f"{n}_{m}" for n in jobs for m in _names(settings)]
         if posting:
             connection.exec_driver_sql(f"grant execute on function {signature} to {app}, {operator}")
-        elif working or function in ("fold_system_accounts", "set_line"):
+        elif working or function in (*SNAPSHOTS, "fold_system_accounts", "set_line"):
             connection.exec_driver_sql(f"grant execute on function {signature} to {operator}")
 
 
