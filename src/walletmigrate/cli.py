@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from walletmigrate import cli_capture, cli_discover, cli_flags, cli_jobs, cli_line, cli_phases, cli_setup, cli_watch
+from walletmigrate import (
+    cli_capture,
+    cli_discover,
+    cli_flags,
+    cli_history,
+    cli_jobs,
+    cli_line,
+    cli_phases,
+    cli_setup,
+    cli_snapshots,
+    cli_watch,
+)
 from walletmigrate.commands import CONFIG, DATABASE_URL, JSON, Group, command
 from walletmigrate.console import DIFFERENCE, OK, Answer
 from walletmigrate.invocation import Run
@@ -76,6 +87,8 @@ cli_flags.register(app)
 cli_capture.register(app)
 cli_watch.register(app)
 cli_discover.register(app)
+cli_snapshots.register(app)
+cli_history.register(app)
 command(app, "rehearse")(rehearse)
 
 

@@ -552,7 +552,9 @@ class PageOutOfRange(UsageError):
     code = "page_out_of_range"
 
     def __str__(self) -> str:
-        return f"there is no page {self.page}: the list has {self.pages} of {self.limit} rows. Ask for 1 to {self.pages}"
+        return (
+            f"there is no page {self.page}: the list has {self.pages} of {self.limit} rows. Ask for 1 to {self.pages}"
+        )
 
 
 @dataclass(eq=False)

@@ -268,10 +268,11 @@ def _entries(settings: Settings) -> str:
         "t.{side}_balance as balance_after, t.currency, cast(t.kind as text) as kind, t.type, t.posted_at, t.reverses, "
         "t.reference_type, t.reference_id, t.correlation_id, t.actor, t.reason, t.job_id, t.group_id"
     )
+    name = quoted(settings.ledger_schema)
     return (
-        "select l.*, (select r.id from {schema}.transactions as r where r.reverses = l.transaction_id) as reversed_by "
-        "from ({legs}) as l order by l.transaction_id desc"
-    ).format(schema=quoted(settings.ledger_schema), legs=_legs(settings, columns))
+        f"select l.*, (select r.id from {name}.transactions as r where r.reverses = l.transaction_id) as reversed_by "
+        f"from ({_legs(settings, columns)}) as l order by l.transaction_id desc"
+    )
 
 
 # lo is at or before the time, hi behind it; the probe is the first transaction from the middle on.

@@ -73,7 +73,7 @@ class Overview:
     @property
     def sound(self) -> bool:
         """Whether the ledger agrees with itself."""
-        parts = [one.discrepancy for one in (*self.buckets, *self.system)]
+        parts = [*(one.discrepancy for one in self.buckets), *(one.discrepancy for one in self.system)]
         return not any(parts) and not any(self.imbalance.values())
 
 
@@ -125,9 +125,11 @@ def overview(engine: Engine, settings: Settings, *, limit: int = 1000) -> Overvi
 def _bucket(mapping: str, place: tuple[str, str], owned: Any, legacy: Decimal | None, journal: Any) -> BucketTotal:
     ledger, closed = (owned.ledger, owned.closed) if owned else (Decimal(0), Decimal(0))
     expected = _sum(journal) - closed
+    sums: dict[str, Decimal] = {kind: getattr(journal, kind) if journal else Decimal(0) for kind in KINDS}
     return BucketTotal(
-        mapping,
-        *place,
+        mapping=mapping,
+        bucket=place[0],
+        currency=place[1],
         accounts=owned.accounts if owned else 0,
         legacy=legacy,
         ledger=ledger,
@@ -135,7 +137,7 @@ def _bucket(mapping: str, place: tuple[str, str], owned: Any, legacy: Decimal | 
         expected=expected,
         discrepancy=ledger - expected,
         unmirrored=None if legacy is None else legacy - ledger,
-        **{kind: getattr(journal, kind) if journal else Decimal(0) for kind in KINDS},
+        **sums,
     )
 
 
