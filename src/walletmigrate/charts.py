@@ -45,7 +45,7 @@ def _areas(chart: Chart) -> str:
     for share in (0, Decimal("0.5"), 1):
         at = _y(top * share, top)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{at}" y2="{at}"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{at}" text-anchor="end" dy="4">{f"{top * share:f}"}</text>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{at}" text-anchor="end" dy="4">{_plain(top * share)}</text>')
     parts.append(f'<text x="{_LEFT}" y="{_HEIGHT + 18}">{escape(chart.places[0])}</text>')
     if len(chart.places) > 1:
         parts.append(f'<text x="{_WIDTH - 20}" y="{_HEIGHT + 18}" text-anchor="end">{escape(chart.places[-1])}</text>')
@@ -80,9 +80,13 @@ def _y(value: Decimal | int, top: Decimal | int) -> str:
     return f"{_HEIGHT - float(Decimal(value) / Decimal(top)) * (_HEIGHT - 20):.1f}"
 
 
+def _plain(value: Decimal | int) -> str:
+    return f"{Decimal(value).normalize():f}"
+
+
 def _framed(chart: Chart, height: int, parts: list[str]) -> str:
     title = escape(chart.title)
-    head = f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{title}" xmlns="http://www.w3.org/2000/svg">'
+    head = f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{title}">'
     return head + "".join(parts) + "</svg>"
 
 

@@ -22,6 +22,8 @@ _SIZE: Final = 7.5
 _LEAD: Final = 9.5
 _PAD: Final = 3.0
 _SAMPLE: Final = 200
+_WORD: Final = 60.0
+"""A word of free text that is wider may be broken, in points."""
 _FACES: Final = (
     ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf"),  # the system's, where it has them: many more letters
     ("Vera.ttf", "VeraBd.ttf"),  # reportlab's own
@@ -127,21 +129,24 @@ class _Paper:
         self._y -= height
 
     def _columns(self, headings: Sequence[Heading], sample: list[Sequence[Any]]) -> list[float]:
-        """Widths that fill the page: what a column needs, or its share of what is there."""
-        wanted = []
+        """Widths: what no word is broken with, and what is left of the page shared where more is wanted."""
+        least, wanted = [], []
         for at, heading in enumerate(headings):
             cells = [shown(row[at], heading) for row in sample]
-            words = [self._wide(cell, self._plain) for cell in cells]
-            wanted.append(max([self._wide(heading.title + " (UTC)", self._bold), 24, *words]) + 2 * _PAD + 1)
+            words = [self._wide(word, self._plain) for cell in cells for word in cell.split(" ")]
+            title = max(self._wide(word, self._bold) for word in (*heading.title.split(" "), "(UTC)"))
+            longest = max(words, default=0)
+            least.append(max(title, min(longest, _WORD) if heading.kind == "text" else longest) + 2 * _PAD + 1)
+            wanted.append(max([least[-1], *(self._wide(cell, self._plain) + 2 * _PAD + 1 for cell in cells)]))
         room = _PAGE[0] - 2 * _MARGIN
-        if sum(wanted) <= room:
-            return wanted
-        # Narrow columns keep what they need; the wide ones share the rest.
-        fixed: dict[int, float] = {}
-        for at in sorted(range(len(wanted)), key=lambda one: wanted[one]):
-            share = (room - sum(fixed.values())) / (len(wanted) - len(fixed))
-            fixed[at] = min(wanted[at], share)
-        return [fixed[at] for at in range(len(wanted))]
+        spare = room - sum(least)
+        if spare < 0:  # too many columns for the page: words are broken, nothing is cut
+            return [one * room / sum(least) for one in least]
+        given: dict[int, float] = {}
+        for at in sorted(range(len(wanted)), key=lambda one: wanted[one] - least[one]):
+            share = (spare - sum(given.values())) / (len(wanted) - len(given))
+            given[at] = min(wanted[at] - least[at], share)
+        return [least[at] + given[at] for at in range(len(wanted))]
 
     def _row(self, cells: Sequence[str], columns: list[float], font: str) -> list[list[str]]:
         pairs = zip(cells, columns, strict=True)
