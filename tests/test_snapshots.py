@@ -42,7 +42,9 @@ def held(at: Place, snapshot: Snapshot, key: int, bucket: str = "cash") -> Decim
 
 
 def proof(at: Place, snapshot: Snapshot | None = None, **options: Any) -> SnapshotVerification:
-    return snapshots.verify(at.engine, at.settings, ACT, snapshot_id=snapshot and snapshot.id, **options)
+    return snapshots.verify(
+        at.engine, at.settings, ACT, snapshot_id=None if snapshot is None else snapshot.id, **options
+    )
 
 
 def credit(at: Place, key: int, amount: object) -> None:
@@ -81,13 +83,13 @@ def test_a_snapshot_has_every_balance_and_the_sums_by_kind_since_the_one_before(
         found = {(one.key, one.bucket): one for one in snapshots.balances(connection, at.settings, second)}
         kept = {(one.mapping, one.bucket): one for one in snapshots.totals(connection, at.settings, second)}
     one = found["1", "cash"]
-    assert (one.balance, one.posting, one.reversal, one.opening, one.transactions) == (70, -25, -5, 0, 3)
-    assert (found["3", "cash"].balance, found["3", "cash"].correction) == (500, 400)
-    assert (found["4", "cash"].balance, found["4", "cash"].resync) == (7, -93)
-    assert (found["5", "cash"].balance, found["5", "cash"].transactions) == (100, 0)
-    assert (found["6", "cash"].opening, found["6", "promo"].opening) == (100, 5)
+    assert (one.balance, one.posting, one.reversal, one.opening, one.transactions) == (D(70), D(-25), D(-5), D(0), 3)
+    assert (found["3", "cash"].balance, found["3", "cash"].correction) == (D(500), D(400))
+    assert (found["4", "cash"].balance, found["4", "cash"].resync) == (D(7), D(-93))
+    assert (found["5", "cash"].balance, found["5", "cash"].transactions) == (D(100), 0)
+    assert (found["6", "cash"].opening, found["6", "promo"].opening) == (D(100), D(5))
     cash = kept["users", "cash"]
-    assert (cash.accounts, cash.changed, cash.balance, cash.resync, cash.reversal) == (6, 5, 907, -93, -5)
+    assert (cash.accounts, cash.changed, cash.balance, cash.resync, cash.reversal) == (6, 5, D(907), D(-93), D(-5))
     assert kept["(system)", "bypass"].balance == 93
     assert sum(total.balance for total in kept.values()) == 0
     assert [held(at, first, key) for key in (1, 2, 3, 4, 6)] == [100, 100, 100, 100, None]
@@ -156,7 +158,7 @@ def test_a_posting_that_stands_on_one_with_a_larger_xid_never_comes_without_it(a
         assert proof(at, made).clean
         runs.rollback()
     again = take(at)
-    assert (again.changed, held(at, again, 1)) == (0, 30)
+    assert (again.changed, held(at, again, 1)) == (0, D(30))
 
 
 def test_a_prepared_posting_is_in_flight_until_it_is_committed(at: Place) -> None:
@@ -167,7 +169,7 @@ def test_a_prepared_posting_is_in_flight_until_it_is_committed(at: Place) -> Non
     made = take(at)
     with at.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql("commit prepared 'late'")
-    assert (held(at, made, 1), held(at, take(at), 1)) == (100, 105)
+    assert (held(at, made, 1), held(at, take(at), 1)) == (D(100), D(105))
     assert proof(at, made).clean
 
 

@@ -23,7 +23,8 @@ def write_csv(document: Document, path: Path) -> None:
     Amounts are exact text. Text that a spreadsheet would take for a formula gets an apostrophe before it.
     """
     with path.open("w", encoding="utf-8", newline="") as file:
-        lines = csv.writer(file, lineterminator="\n")
+        # As RFC 4180 has it; with a bare newline the writer would leave a carriage return in a cell unquoted.
+        lines = csv.writer(file, lineterminator="\r\n")
         plain = len(document.tables) == 1 and not document.facts
         for name, value in document.facts:
             lines.writerow([harmless(name), harmless(value)])
@@ -72,7 +73,7 @@ def export(document: Document, path: Path, *, kinds: tuple[str, ...] = tuple(WRI
         if force:
             made.replace(path)
         else:
-            os.link(made, path)  # unlike a rename, it refuses a file that came meanwhile
+            _link(made, path)
     except FileExistsError:
         raise ExportRefused(str(path), "the file exists", "Name another, or add --force to replace it") from None
     finally:
@@ -86,6 +87,16 @@ def _cell(value: Any, heading: Heading) -> str:
 
 def _one_of(kinds: tuple[str, ...]) -> str:
     return f"Write {', '.join(kinds[:-1])} or {kinds[-1]}"
+
+
+def _link(made: Path, path: Path) -> None:
+    """Give the file its name; unlike a rename, that refuses a file that came meanwhile."""
+    try:
+        os.link(made, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        made.replace(path)
 
 
 def _umask() -> int:

@@ -92,9 +92,9 @@ def overview(engine: Engine, settings: Settings, *, limit: int = 1000) -> Overvi
         newest = connection.execute(
             text(f"select id, horizon, last_id from {name}.snapshots where state = 'complete' order by id desc limit 1")
         ).one_or_none()
-        bound = None if newest is None else {"horizon": int(newest.horizon), "last_id": int(newest.last_id)}
-        query = statements("snapshot_checks", schema=name, bound=bound)["journal"]
-        journal = {(row.mapping, row.bucket, row.currency): row for row in connection.execute(text(query))}
+        tail = {"horizon": newest and newest.horizon, "last_id": newest and newest.last_id}
+        query = text(statements("snapshot_checks", schema=name)["journal"])
+        journal = {(row.mapping, row.bucket, row.currency): row for row in connection.execute(query, tail)}
         phase = connection.scalar(text(f"select phase from {name}.control"))
         for mapping in settings.mappings:
             comparison = Comparison(connection, settings, mapping, with_traits=True) if phase != "retired" else None

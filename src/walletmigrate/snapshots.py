@@ -439,7 +439,7 @@ def _listing(settings: Settings, where: str) -> str:
 
 
 def _statement(settings: Settings, name: str) -> str:
-    return statements("snapshot_checks", schema=quoted(settings.ledger_schema), bound=None)[name]
+    return statements("snapshot_checks", schema=quoted(settings.ledger_schema))[name]
 
 
 def _do(engine: Engine, statement: str, values: dict[str, Any]) -> Any:
