@@ -63,6 +63,10 @@ $$;
 create or replace function {{ schema }}.fold_snapshot(p_snapshot bigint, p_after bigint, p_upto bigint) returns void
 language plpgsql
 set search_path = pg_catalog, {{ schema }}, pg_temp
+-- Each batch reads by index, planned for what stands there now: the first one finds a table without a row, and a plan
+-- that was made for that walks all of it for each account later on.
+set enable_seqscan = off
+set plan_cache_mode = force_custom_plan
 as $$
 declare
     p snapshots;
@@ -96,12 +100,30 @@ begin
             count(*) as transactions
         from legs as l
         group by l.account
+    ), placed as materialized (
+        select
+            coalesce(a.mapping, case when x.id is null then '(unknown)' else '(system)' end) as mapping,
+            coalesce(a.bucket, x.name, s.account::text) as bucket,
+            coalesce(a.currency, x.currency, '') as currency,
+            -- The account's newest row before this batch: none at all, an older snapshot's, or this one's.
+            s.account > 0 and b.snapshot_id is null as first,
+            s.account > 0 and b.snapshot_id is distinct from p.id as fresh,
+            s.*
+        from summed as s
+        left join accounts as a on s.account = a.id
+        left join system_accounts as x on s.account = x.id
+        left join lateral (
+            select e.snapshot_id from snapshot_balances as e
+            where e.account_id = s.account and e.snapshot_id <= p.id
+            order by e.snapshot_id desc
+            limit 1
+        ) as b on true
     ), written as (
         insert into snapshot_balances as b (
             account_id, snapshot_id, transaction_id, balance, {{ kinds | join(", ") }}, transactions
         )
         select s.account, p.id, s.transaction_id, s.balance, s.{{ kinds | join(", s.") }}, s.transactions
-        from summed as s
+        from placed as s
         where s.account > 0
         order by s.account
         on conflict (account_id, snapshot_id) do update
@@ -115,21 +137,6 @@ begin
             end,
             {% endfor %}
             transactions = b.transactions + excluded.transactions
-        returning b.account_id, b.xmax = 0 as fresh
-    ), placed as (
-        select
-            coalesce(a.mapping, case when x.id is null then '(unknown)' else '(system)' end) as mapping,
-            coalesce(a.bucket, x.name, s.account::text) as bucket,
-            coalesce(a.currency, x.currency, '') as currency,
-            coalesce(w.fresh, false) as fresh,
-            w.fresh and not exists (
-                select from snapshot_balances as e where e.account_id = s.account and e.snapshot_id < p.id
-            ) as first,
-            s.*
-        from summed as s
-        left join written as w on s.account = w.account_id
-        left join accounts as a on s.account = a.id
-        left join system_accounts as x on s.account = x.id
     )
     insert into snapshot_totals as n (
         snapshot_id, mapping, bucket, currency, accounts, balance, changed, {{ kinds | join(", ") }}, transactions
