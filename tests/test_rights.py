@@ -37,6 +37,14 @@ reconcile show 4
 reconcile undo 4
 recalculate --all
 trace nobody
+snapshot take
+snapshot verify
+snapshot list
+snapshot prune --keep 1
+balance --account 1
+history --account 1
+overview
+report snapshot:1 --to {folder}/snapshot.csv
 verify
 status
 phase show
@@ -192,6 +200,9 @@ WRITES = {
     ("operator", "verifications"): {"insert"},
     ("operator", "bypasses"): {"delete"},
     ("operator", "bypasses_pruned"): {"insert", "update"},
+    ("operator", "snapshots"): {"insert", "update", "delete"},
+    ("operator", "snapshot_balances"): {"insert", "update", "delete"},
+    ("operator", "snapshot_totals"): {"insert", "update", "delete"},
     ("operator", "processes"): {"insert", "update", "delete"},
     ("app", "processes"): {"insert", "update", "delete"},
     ("operator", "flag_documents"): {"insert", "update"},

@@ -13,11 +13,13 @@ from walletmigrate import (
     cli_capture,
     cli_discover,
     cli_flags,
+    cli_history,
     cli_jobs,
     cli_line,
     cli_phases,
     cli_reconcile,
     cli_setup,
+    cli_snapshots,
     cli_watch,
 )
 from walletmigrate.commands import CONFIG, DATABASE_URL, JSON, Group, command
@@ -89,6 +91,8 @@ cli_flags.register(app)
 cli_capture.register(app)
 cli_watch.register(app)
 cli_discover.register(app)
+cli_snapshots.register(app)
+cli_history.register(app)
 command(app, "rehearse", role="none")(rehearse)
 
 

@@ -530,3 +530,90 @@ class GrantMissing(WalletMigrateError):
 def _quoted(name: str) -> str:
     """A role's name as SQL takes it."""
     return name if name.isidentifier() and name == name.lower() else '"' + name.replace('"', '""') + '"'
+
+
+@dataclass(eq=False)
+class UnknownLedgerAccount(UsageError, LookupError):
+    """The ledger has no account of that key, bucket and currency in the mapping."""
+
+    mapping: str
+    key: str
+    bucket: str
+    currency: str
+
+    code = "unknown_ledger_account"
+
+    def __str__(self) -> str:
+        what = f"the ledger has no account {self.key!r} ({self.bucket}, {self.currency}) of mapping {self.mapping!r}"
+        return f"{what}. Look at the key's spelling, or open it: walletmigrate backfill --reason '…'"
+
+
+@dataclass(eq=False)
+class UnknownRun(UsageError, LookupError):
+    """There is no run (a snapshot, a job, a verification) of that kind and id; ``fix`` says where to look."""
+
+    kind: str
+    run: str
+    fix: str
+
+    code = "unknown_run"
+
+    def __str__(self) -> str:
+        return f"there is no {self.kind} {self.run}. {self.fix}"
+
+
+@dataclass(eq=False)
+class InvalidTime(UsageError, ValueError):
+    """A point in time that cannot be used: unreadable, without a time zone, or in the future."""
+
+    time: str
+    problem: str
+
+    code = "invalid_time"
+
+    def __str__(self) -> str:
+        return f"time {self.time!r} {self.problem}; write for example 2026-11-21T08:00:00+01:00, or …Z for UTC"
+
+
+@dataclass(eq=False)
+class PageOutOfRange(UsageError):
+    """A list has no such page; ``pages`` is how many it has, of ``limit`` rows each."""
+
+    page: int
+    pages: int
+    limit: int
+
+    code = "page_out_of_range"
+
+    def __str__(self) -> str:
+        return (
+            f"there is no page {self.page}: the list has {self.pages} of {self.limit} rows. Ask for 1 to {self.pages}"
+        )
+
+
+@dataclass(eq=False)
+class ExportRefused(UsageError):
+    """A file cannot be written as asked; nothing was written."""
+
+    file: str
+    problem: str
+    fix: str
+
+    code = "export_refused"
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.problem}. {self.fix}"
+
+
+@dataclass(eq=False)
+class ExtraMissing(UsageError):
+    """A library that only some commands need is not installed; ``extra`` of walletmigrate brings it."""
+
+    what: str
+    library: str
+    extra: str
+
+    code = "extra_missing"
+
+    def __str__(self) -> str:
+        return f"{self.what} needs {self.library}, which is not installed: pip install 'walletmigrate[{self.extra}]'"

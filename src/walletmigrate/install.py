@@ -18,6 +18,15 @@ from walletmigrate.retired import is_retired, legacy_table
 from walletmigrate.schema import quoted
 from walletmigrate.standing import FENCE_MENDED, REASON, confirmation, show
 
+SNAPSHOTS = (
+    "begin_snapshot",
+    "fold_snapshot",
+    "advance_snapshot",
+    "merge_snapshots",
+    "drop_snapshots",
+    "adopt_journal",
+)
+
 
 @dataclass(frozen=True)
 class InstallResult:
@@ -311,6 +320,9 @@ def grant(connection: Connection, settings: Settings) -> None:
     connection.exec_driver_sql(f"grant delete on {name}.bypasses to {operator}")
     connection.exec_driver_sql(f"grant insert, update on {name}.bypasses_pruned to {operator}")
     connection.exec_driver_sql(f"grant select, insert, update, delete on {name}.processes to {app}, {operator}")
+    snapshots = f"{name}.snapshots, {name}.snapshot_balances, {name}.snapshot_totals"
+    connection.exec_driver_sql(f"grant insert, update, delete on {snapshots} to {operator}")
+    connection.exec_driver_sql(f"grant select on {name}.transaction_ids to {operator}")
     shared = ["turn_stale", "diverged", "resolve", "replay", "enter_batch", "labelled"]
     own = ["post", "keys", "lock", "leg", "plain", "settle", "move"]
     jobs = ["backfill", "open", "freeze", "seal", "unfreeze", "unseal", "close"]
@@ -320,7 +332,7 @@ def grant(connection: Connection, settings: Settings) -> None:
         working = function in [f"{n}_{m}" for n in jobs for m in _names(settings)]
         if posting:
             connection.exec_driver_sql(f"grant execute on function {signature} to {app}, {operator}")
-        elif working or function in ("fold_system_accounts", "set_line", "undo_openings"):
+        elif working or function in (*SNAPSHOTS, "fold_system_accounts", "set_line", "undo_openings"):
             connection.exec_driver_sql(f"grant execute on function {signature} to {operator}")
 
 

@@ -42,6 +42,13 @@ def render(name: str, **context: Any) -> str:
     return _environment().get_template(f"{name}.sql").render(**context)
 
 
+def statements(name: str, **context: Any) -> dict[str, str]:
+    """The statements of ``sql/<name>.sql`` by the names that stand before them (``-- name: …``)."""
+    parts = render(name, **context).split("-- name: ")[1:]
+    named = (part.split("\n", 1) for part in parts)
+    return {title.strip(): body.rstrip().removesuffix(";") for title, body in named}
+
+
 def run_script(connection: Connection, sql: str) -> None:
     """Run a script of several statements as it stands: a percent sign in it is no placeholder."""
     connection.exec_driver_sql(sql, execution_options={"no_parameters": True})

@@ -30,10 +30,14 @@ create table {{ schema }}.control (
     singleton boolean primary key default true check (singleton),
     phase text not null default 'legacy'
     check (phase in ('legacy', 'dual_write', 'read_ledger', 'wallet_only', 'frozen', 'retired')),
-    changed_at timestamptz not null default clock_timestamp()
+    changed_at timestamptz not null default clock_timestamp(),
+    -- The cluster that the xids of the journal are of. A logical restore brings the rows into another one, whose
+    -- counter says nothing about them; adopt_journal() then sets both, and what it found up to restored_id is settled.
+    system_identifier bigint not null,
+    restored_id bigint not null default 0
 );
 
-insert into {{ schema }}.control default values;
+insert into {{ schema }}.control (system_identifier) select p.system_identifier from pg_control_system() as p;
 
 -- 1 = the line runs, 2 = it is stopped. A sequence, because its value is seen at once even by old snapshots.
 create sequence {{ schema }}.line as smallint minvalue 1 maxvalue 2 start 1;
@@ -211,6 +215,70 @@ create table {{ schema }}.verifications (
     details jsonb not null default '{}'
 );
 
+-- A snapshot is the set of transactions that one MVCC snapshot of the database saw: those with an xid below the
+-- horizon, and of the others those below next_xid that were not in flight; ids up to restored_id came by a logical
+-- restore. It never changes: batches look at it hours later and see the same. An xid bound alone is not enough: below
+-- it may be a posting that stands on one above it.
+create table {{ schema }}.snapshots (
+    id bigint generated always as identity primary key,
+    state text not null default 'running' check (state in ('running', 'complete', 'pruned')),
+    -- The snapshot that this one's totals count from; null: from the first transaction.
+    previous bigint,
+    horizon bigint not null,
+    next_xid bigint not null,
+    in_flight bigint[] not null,
+    -- The last id that was given when it was taken; no transaction in it has a larger one.
+    last_id bigint not null,
+    restored_id bigint not null,
+    -- Transactions up to this id are folded in.
+    cursor bigint not null,
+    taken_at timestamptz not null default clock_timestamp(),
+    finished_at timestamptz,
+    verified_at timestamptz,
+    verified_clean boolean,
+    actor text not null,
+    reason text not null
+);
+
+-- One at a time: a second start goes on with it.
+create unique index snapshots_running on {{ schema }}.snapshots (state) where state = 'running';
+
+-- Rows for accounts that changed since the snapshot before; an account's balance at a snapshot is its newest row up to
+-- it. The five sums are net, and null for nothing; balance = the row before's + all five.
+create table {{ schema }}.snapshot_balances (
+    account_id bigint not null,
+    snapshot_id bigint not null,
+    -- The account's last transaction in the snapshot, and the balance after it.
+    transaction_id bigint not null,
+    balance numeric not null,
+    opening numeric,
+    resync numeric,
+    posting numeric,
+    correction numeric,
+    reversal numeric,
+    transactions bigint not null,
+    primary key (account_id, snapshot_id)
+);
+
+-- Totals of a snapshot: of owners' accounts by mapping, bucket and currency; of the system's as mapping '(system)'
+-- with the account's name as bucket. accounts and balance are of the snapshot, all others since the one before.
+create table {{ schema }}.snapshot_totals (
+    snapshot_id bigint not null,
+    mapping text collate "C" not null,
+    bucket text collate "C" not null,
+    currency text collate "C" not null,
+    accounts bigint not null,
+    balance numeric not null,
+    changed bigint not null,
+    opening numeric not null,
+    resync numeric not null,
+    posting numeric not null,
+    correction numeric not null,
+    reversal numeric not null,
+    transactions bigint not null,
+    primary key (snapshot_id, mapping, bucket, currency)
+);
+
 create table {{ schema }}.audit_log (
     id bigint generated always as identity primary key,
     at timestamptz not null default clock_timestamp(),
@@ -322,21 +390,53 @@ cross join lateral (
     (t.credit_account, 'credit', t.amount, t.credit_balance)
 ) as e (account_id, direction, amount, balance_after);
 
+-- In another cluster than the fold was made in the fold does not count: new rows may have lower xids than it.
 create view {{ schema }}.system_balances as
 select
     s.id,
     s.name,
     s.currency,
-    s.balance
+    f.balance
     + coalesce((
         select sum(t.amount) from {{ schema }}.transactions as t
-        where t.credit_account = s.id and t.xid >= s.folded_xid
+        where t.credit_account = s.id and t.xid >= f.xid
     ), 0)
     - coalesce((
         select sum(t.amount) from {{ schema }}.transactions as t
-        where t.debit_account = s.id and t.xid >= s.folded_xid
+        where t.debit_account = s.id and t.xid >= f.xid
     ), 0) as balance
-from {{ schema }}.system_accounts as s;
+from {{ schema }}.system_accounts as s
+cross join lateral (
+    select
+        case when k.system_identifier = p.system_identifier then s.balance else 0 end as balance,
+        case when k.system_identifier = p.system_identifier then s.folded_xid else 0 end as xid
+    from {{ schema }}.control as k, pg_control_system() as p
+) as f;
+
+-- Recognise a logical restore: the journal lies in another cluster than its xids are of. From now on its rows count
+-- as settled by their ids, and the fold begins anew. The lock waits for postings in flight, so that all ids up to the
+-- last one are settled indeed. True if there was something to adopt.
+create function {{ schema }}.adopt_journal() returns boolean
+language plpgsql
+security definer
+set search_path = pg_catalog, {{ schema }}, pg_temp
+as $$
+begin
+    if exists (
+        select from control as k, pg_control_system() as p where k.system_identifier = p.system_identifier
+    ) then
+        return false;
+    end if;
+    lock table transactions in share mode;
+    update control as k
+    set
+        system_identifier = p.system_identifier,
+        restored_id = (select case when n.is_called then n.last_value else 0 end from transaction_ids as n)
+    from pg_control_system() as p;
+    update system_accounts set balance = 0, folded_xid = 0;
+    return true;
+end
+$$;
 
 -- Fold what every present and future snapshot agrees on: transactions below the oldest running xid.
 create function {{ schema }}.fold_system_accounts() returns bigint
@@ -348,6 +448,11 @@ declare
     v_upto bigint;
 begin
     perform 1 from system_accounts order by id for no key update;
+    if exists (
+        select from control as k, pg_control_system() as p where k.system_identifier <> p.system_identifier
+    ) then
+        return 0; -- restored from another cluster: the view sums the whole journal until adopt_journal() was run
+    end if;
     -- After the lock: a fold that waited for another goes on from where that one came to.
     v_upto := pg_snapshot_xmin(pg_current_snapshot())::text::bigint;
     -- A logical restore gives rows their old xids in a cluster whose counter may be lower: fold anew then.

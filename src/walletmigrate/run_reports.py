@@ -1,0 +1,295 @@
+"""Reports of what was run, as documents: snapshots, jobs, verifications, rehearsals, the overview, a history."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import fields
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Final
+
+from sqlalchemy import Connection, Engine, Row, text
+
+from walletmigrate import exports, snapshots
+from walletmigrate.comparison import Comparison, snapshot
+from walletmigrate.config import Mapping, Settings
+from walletmigrate.documents import Chart, Document, Heading, Series, Table, shown
+from walletmigrate.errors import UnknownRun, UnreadableInput, UsageError
+from walletmigrate.history import Account, Selection, entries
+from walletmigrate.overview import Overview, overview
+from walletmigrate.schema import quoted
+from walletmigrate.standing import require_installed
+
+KINDS: Final = ("snapshot", "job", "verification", "overview")
+_RUNS: Final = 200
+_BARS: Final = 40
+_KINDS_OF_MONEY: Final = snapshots.KINDS
+
+
+def report(engine: Engine, settings: Settings, run: str, path: Path, *, force: bool = False) -> Document:
+    """Write the report of a run to a .csv, .xlsx, .pdf or .html file, streamed; returns what it was made from.
+
+    ``run`` is ``snapshot:3``, ``job:12``, ``verification:7`` (without a number: the newest), or ``overview``. Reads one
+    state of the database. Raises UnknownRun, ExportRefused, ExtraMissing, LedgerNotInstalled.
+    """
+    exports.writer_of(path, force=force)
+    kind, _, number = run.partition(":")
+    if kind.isdigit() and not number:
+        kind, number = "job", kind
+    if kind not in KINDS or (number and not number.isdigit()) or (kind == "overview" and number):
+        raise UsageError(
+            f"run {run!r}: write snapshot:3, job:12, verification:7, overview, or a rehearsal's report.json"
+        )
+    whole = overview(engine, settings) if kind == "overview" else None
+    with snapshot(engine) as connection:
+        require_installed(connection, settings)
+        charts = _charts(connection, settings) if path.suffix.lower() == ".html" else ()
+        if whole is not None:
+            document = of_overview(whole, settings, charts)
+        else:
+            make = {"snapshot": _of_snapshot, "job": _of_job, "verification": _of_verification}[kind]
+            document = make(connection, settings, int(number) if number else None, charts)
+        exports.export(document, path, force=force)
+    return document
+
+
+def report_rehearsal(source: Path, path: Path, *, force: bool = False) -> Document:
+    """Write a rehearsal's report file (JSON) as a .csv, .xlsx, .pdf or .html file; needs no database."""
+    exports.writer_of(path, force=force)
+    document = of_rehearsal(source)
+    exports.export(document, path, force=force)
+    return document
+
+
+def export_history(
+    connection: Connection,
+    settings: Settings,
+    account: Account,
+    selection: Selection,
+    path: Path,
+    *,
+    force: bool = False,
+) -> None:
+    """Write an account's history, newest first, streamed, to a .csv, .xlsx or .pdf file. Raises ExportRefused."""
+    kinds = (".csv", ".xlsx", ".pdf")
+    exports.writer_of(path, kinds=kinds, force=force)
+    amount = [Heading(title, "amount", account.scale) for title in ("amount", "balance before", "balance after")]
+    headings = (
+        *(Heading("transaction", "count"), Heading("posted at", "time"), Heading("kind"), Heading("type"), *amount),
+        *(Heading("currency"), Heading("reference"), Heading("reverses", "count"), Heading("reversed by", "count")),
+        *(Heading("actor"), Heading("reason"), Heading("correlation id"), Heading("job", "count")),
+    )
+    rows = (
+        (
+            *(one.transaction_id, one.posted_at, one.kind, one.type, one.amount, one.balance_before, one.balance_after),
+            *(one.currency, " ".join(one.reference) if one.reference else None, one.reverses, one.reversed_by),
+            *(one.actor, one.reason, one.correlation_id, one.job_id),
+        )
+        for one in entries(connection, settings, account, selection)
+    )
+    title = f"History of {account.mapping} {account.key}, {account.bucket}, {account.currency}"
+    exports.export(Document(title, tables=(Table("History", headings, rows),)), path, kinds=kinds, force=force)
+
+
+def of_overview(one: Overview, settings: Settings, charts: tuple[Chart, ...] = ()) -> Document:
+    """The overview as a document."""
+    scale = _scale(settings)
+    money = [field.name for field in fields(one.buckets[0])][4:] if one.buckets else []
+    buckets = tuple(
+        (b.mapping, b.bucket, b.currency, b.accounts, *(getattr(b, name) for name in money)) for b in one.buckets
+    )
+    names = tuple(Heading(name) for name in ("mapping", "bucket", "currency"))
+    amounts = tuple(Heading(name, "amount", scale) for name in money)
+    traits = (
+        (m, t.trait, t.value, t.bucket, t.currency, t.legacy, t.ledger, t.legacy - t.ledger) for m, t in one.traits
+    )
+    of_trait = (*(Heading(n) for n in ("mapping", "trait", "value", "bucket", "currency")), *_money(scale))
+    of_system = (Heading("account"), Heading("currency"), *_amounts(scale, "balance", "expected", "discrepancy"))
+    facts = (
+        ("Verdict", "sound" if one.sound else "NOT SOUND"),
+        *((f"Imbalance {currency}", f"{amount:f}") for currency, amount in one.imbalance.items()),
+        ("Newest snapshot", str(one.snapshot_id) if one.snapshot_id else "none"),
+    )
+    tables = (
+        Table("Totals", (*names, Heading("accounts", "count"), *amounts), buckets),
+        Table("Traits", of_trait, traits),
+        Table(
+            "System accounts",
+            of_system,
+            ((s.name, s.currency, s.balance, s.expected, s.discrepancy) for s in one.system),
+        ),
+    )
+    return Document("Overview", facts, tables, charts)
+
+
+def of_rehearsal(path: Path) -> Document:
+    """A rehearsal's report file as a document. Raises UsageError without one, UnreadableInput if it is none."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        stages = [dict(one) for one in read.pop("stages")]
+        verdict = str(read.pop("verdict"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UnreadableInput(str(path), [(1, "is not a rehearsal's report")]) from None
+    names = list(dict.fromkeys(name for stage in stages for name in stage))
+    headings = tuple(Heading(name, "text" if name == "name" else "amount") for name in names)
+    rows = [tuple(_number(stage.get(name)) for name in names) for stage in stages]
+    speed = Series("per second", tuple(_decimal(stage.get("per_second")) for stage in stages))
+    chart = Chart("Transactions per second, by stage", tuple(str(one.get("name")) for one in stages), (speed,), "bars")
+    facts = (("Verdict", verdict), *((name.replace("_", " "), str(value)) for name, value in read.items()))
+    return Document("Rehearsal", facts, (Table("Stages", headings, rows),), (chart,))
+
+
+def _of_snapshot(connection: Connection, settings: Settings, number: int | None, charts: tuple[Chart, ...]) -> Document:
+    one = snapshots.get(connection, settings, number)
+    scale, kept = _scale(settings), snapshots.totals(connection, settings, one)
+    of_kinds = _amounts(scale, *_KINDS_OF_MONEY)
+    counts = (Heading("accounts", "count"), Heading("balance", "amount", scale), Heading("changed", "count"))
+    names = tuple(Heading(name) for name in ("mapping", "bucket", "currency"))
+    totals = Table(
+        "Totals, and sums by kind since the snapshot before",
+        (*names, *counts, *of_kinds, Heading("transactions", "count")),
+        [tuple(getattr(total, field.name) for field in fields(total)) for total in kept],
+    )
+    shown_names = tuple(Heading(name) for name in ("mapping", "key", "bucket", "currency"))
+    rows = (
+        (b.mapping, b.key, b.bucket, b.currency, b.balance, b.opening, b.resync, b.posting, b.correction, b.reversal)
+        for b in snapshots.balances(connection, settings, one)
+    )
+    balances = Table("Balances", (*shown_names, Heading("balance", "amount", scale), *of_kinds), rows)
+    return Document(f"Snapshot {one.id}", _facts(one), (totals, balances), charts)
+
+
+def _of_job(connection: Connection, settings: Settings, number: int | None, charts: tuple[Chart, ...]) -> Document:
+    name = quoted(settings.ledger_schema)
+    row = _found(
+        connection,
+        "select id, kind, mapping, state, actor, reason, version, items_total, items_done, items_failed, started_at, "
+        f"updated_at, finished_at, details from {name}.jobs",
+        "job",
+        number,
+    )
+    facts = [(title, value) for title, value in row._mapping.items() if title != "details"]
+    facts += [(title.replace("_", " "), value) for title, value in (row.details.get("counts") or {}).items()]
+    headings = (Heading("at", "time"), *(Heading(n) for n in ("action", "actor", "reason", "mapping", "details")))
+    query = text(
+        f"select at, action, actor, reason, mapping, details from {name}.audit_log where job_id = :id order by id"
+    )
+    rows = connection.execute(query.execution_options(yield_per=2000), {"id": row.id})
+    audit = ((*one[:-1], json.dumps(one.details, ensure_ascii=False)) for one in rows)
+    title = f"Job {row.id}: {row.kind}"
+    return Document(title, _written(facts), (Table("Audit log", headings, audit),), charts)
+
+
+def _of_verification(
+    connection: Connection, settings: Settings, number: int | None, charts: tuple[Chart, ...]
+) -> Document:
+    name, scale = quoted(settings.ledger_schema), _scale(settings)
+    columns = "id, mapping, currency, started_at, finished_at, clean, full_run, accounts, missing, drift_accounts"
+    query = f"select {columns}, drift_amount, actor, details from {name}.verifications"
+    row = _found(connection, query, "verification", number)
+    facts = [(title, value) for title, value in row._mapping.items() if title != "details"]
+    details = [(title, json.dumps(value, ensure_ascii=False)) for title, value in row.details.items()]
+    found = Table("Findings", (Heading("what"), Heading("value")), details)
+    headings = (
+        *(Heading("run", "count"), Heading("finished at", "time"), Heading("clean"), Heading("accounts", "count")),
+        *(
+            Heading("missing", "count"),
+            Heading("drifted", "count"),
+            Heading("drift", "amount", scale),
+            Heading("actor"),
+        ),
+    )
+    log = connection.execute(
+        text(
+            "select id, finished_at, clean, accounts, missing, drift_accounts, drift_amount, actor "
+            f"from {name}.verifications where mapping = :mapping and currency = :currency and id <= :id "
+            f"order by id desc limit {_RUNS}"
+        ),
+        {"mapping": row.mapping, "currency": row.currency, "id": row.id},
+    )
+    title = f"Verification {row.id} of {row.mapping}, {row.currency}"
+    before = Table(f"This run and the last {_RUNS - 1} before it", headings, [tuple(one) for one in log])
+    return Document(title, _written(facts), (found, before), charts)
+
+
+def _found(connection: Connection, query: str, kind: str, number: int | None) -> Row[Any]:
+    where = " where id = :id" if number is not None else ""
+    row = connection.execute(text(f"{query}{where} order by id desc limit 1"), {"id": number}).one_or_none()
+    if row is None:
+        raise UnknownRun(kind, "at all" if number is None else str(number), "See: walletmigrate status")
+    return row
+
+
+def _charts(connection: Connection, settings: Settings) -> tuple[Chart, ...]:
+    """States over time as the verifications saw them, and drift by tenant as it is now."""
+    return (
+        *(_states(connection, settings, mapping) for mapping in settings.mappings),
+        *(chart for mapping in settings.mappings for chart in _drift(connection, settings, mapping)),
+    )
+
+
+def _states(connection: Connection, settings: Settings, mapping: Mapping) -> Chart:
+    rows = connection.execute(
+        text(
+            "select * from (select started_at, sum(accounts) as accounts, sum(missing) as missing, "
+            "sum(drift_accounts) as drifted, max(coalesce((details ->> 'stale')::bigint, 0)) as stale "
+            f"from {quoted(settings.ledger_schema)}.verifications where mapping = :mapping and full_run "
+            f"group by started_at order by started_at desc limit {_RUNS}) as x order by started_at"
+        ),
+        {"mapping": mapping.name},
+    ).all()
+    series = (
+        Series("in step", tuple(max(0, int(row.accounts - row.stale - row.drifted)) for row in rows)),
+        Series("stale", tuple(int(row.stale) for row in rows)),
+        Series("absent", tuple(int(row.missing) for row in rows)),
+        Series("drifted", tuple(int(row.drifted) for row in rows)),
+    )
+    places = tuple(f"{row.started_at:%Y-%m-%d %H:%M}" for row in rows)
+    return Chart(f"Accounts of {mapping.name} by state, as full verifications saw them", places, series, "areas")
+
+
+def _drift(connection: Connection, settings: Settings, mapping: Mapping) -> Iterator[Chart]:
+    """Legacy − ledger by the trait ``tenant``, else by the first; nothing without a trait or a legacy column."""
+    phase = connection.scalar(text(f"select phase from {quoted(settings.ledger_schema)}.control"))
+    if not mapping.traits or phase == "retired":
+        return
+    trait = "tenant" if "tenant" in mapping.traits else next(iter(mapping.traits))
+    comparison = Comparison(connection, settings, mapping, with_traits=True)
+    found = [one for one in comparison.groups(connection, _BARS)[1] if one.trait == trait]
+    for column in mapping.columns:
+        here = [one for one in found if (one.bucket, one.currency) == (column.bucket, column.currency)]
+        bars = Series("drift", tuple(one.legacy - one.ledger for one in here))
+        title = f"Drift by {trait} now: legacy − ledger, {mapping.name}, {column.bucket}, {column.currency}"
+        yield Chart(title, tuple(one.value or "(none)" for one in here), (bars,), "bars")
+
+
+def _scale(settings: Settings) -> int:
+    """The most decimals that any column has; amounts of others show zeros behind theirs."""
+    return max((column.scale for mapping in settings.mappings for column in mapping.columns), default=2)
+
+
+def _amounts(scale: int, *titles: str) -> tuple[Heading, ...]:
+    return tuple(Heading(title, "amount", scale) for title in titles)
+
+
+def _money(scale: int) -> tuple[Heading, ...]:
+    return _amounts(scale, "legacy", "ledger", "difference")
+
+
+def _facts(one: Any) -> tuple[tuple[str, str], ...]:
+    return _written([(field.name, getattr(one, field.name)) for field in fields(one)])
+
+
+def _written(facts: list[tuple[str, Any]]) -> tuple[tuple[str, str], ...]:
+    return tuple((name.replace("_", " "), shown(value, Heading(name))) for name, value in facts)
+
+
+def _number(value: Any) -> Any:
+    return Decimal(str(value)) if isinstance(value, int | float) else value
+
+
+def _decimal(value: Any) -> Decimal:
+    return Decimal(str(value)) if isinstance(value, int | float) else Decimal(0)

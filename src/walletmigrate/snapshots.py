@@ -1,0 +1,461 @@
+"""Snapshots: every account's balance at one point, kept, proved against the journal, and pruned.
+
+The point is a set of transactions, not a time: those that one statement's view of the database saw. A posting that
+was in flight is outside, though its time may be earlier and it commits a moment later. So the batches that fold the
+journal take no lock that a posting could meet, and see the same whenever they run. Rows are kept for the accounts that
+changed since the snapshot before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Final
+
+from sqlalchemy import Connection, Engine, Row, text
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+from walletmigrate.audit import Act, record
+from walletmigrate.capture import with_short_locks
+from walletmigrate.config import Settings
+from walletmigrate.errors import Retryable, UnknownRun, UsageError
+from walletmigrate.schema import quoted, statements
+from walletmigrate.standing import require_installed
+
+ATTEMPTS: Final = 8
+KINDS: Final = ("opening", "resync", "posting", "correction", "reversal")
+SYSTEM: Final = "(system)"
+"""The mapping under which totals name the system accounts; their bucket is the account's name."""
+
+_LAST: Final = 2**63 - 1
+_TAKE: Final = "walletmigrate snapshot take --reason '…'"
+
+Progress = Callable[[int], None]
+"""Told how many transactions, or accounts, were looked at so far."""
+Stop = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A row of ``snapshots``. ``transactions`` and ``changed`` (accounts) count since the one before, ``previous``.
+
+    ``state`` is running, complete or pruned (its rows are being merged away). ``taken_at`` is just after the point:
+    all of its transactions were posted before. ``verified_clean`` is None until it was verified.
+    """
+
+    id: int
+    state: str
+    previous: int | None
+    taken_at: datetime
+    finished_at: datetime | None
+    accounts: int
+    changed: int
+    transactions: int
+    verified_at: datetime | None
+    verified_clean: bool | None
+    actor: str
+    reason: str
+    resumed: bool = False
+
+
+@dataclass(frozen=True)
+class SnapshotTotal:
+    """The accounts of one mapping, bucket and currency in a snapshot, in major units.
+
+    ``accounts`` and ``balance`` are of the snapshot; ``changed``, ``transactions`` and the net sums by kind are since
+    the snapshot before. Of a system account ``mapping`` is "(system)" and ``bucket`` its name.
+    """
+
+    mapping: str
+    bucket: str
+    currency: str
+    accounts: int
+    balance: Decimal
+    changed: int
+    opening: Decimal
+    resync: Decimal
+    posting: Decimal
+    correction: Decimal
+    reversal: Decimal
+    transactions: int
+
+
+@dataclass(frozen=True)
+class SnapshotBalance:
+    """One account in a snapshot, in major units; the sums by kind are net, and since the snapshot before.
+
+    ``mapping``, ``key`` and ``bucket`` are None for an account that only the journal knows.
+    """
+
+    account_id: int
+    mapping: str | None
+    key: str | None
+    bucket: str | None
+    currency: str | None
+    balance: Decimal
+    transaction_id: int
+    opening: Decimal
+    resync: Decimal
+    posting: Decimal
+    correction: Decimal
+    reversal: Decimal
+    transactions: int
+
+
+@dataclass(frozen=True)
+class SnapshotProblem:
+    """Something of a snapshot that the journal does not say. Amounts in major units, None: there is no such value.
+
+    ``problem`` is ``missing`` (no row), ``unexplained`` (a row, no transaction), ``differs`` (balance),
+    ``journal_broken`` (the journal's last balance is not the sum of its amounts), ``transactions``, ``kinds``,
+    ``total`` (the accounts do not add up to the total that was kept), ``system``, or ``imbalance``.
+    """
+
+    problem: str
+    account: int | None
+    mapping: str | None
+    key: str | None
+    bucket: str | None
+    expected: Decimal | None
+    found: Decimal | None
+
+
+@dataclass(frozen=True)
+class SnapshotVerification:
+    """What a verification saw. ``problems`` has at most ``limit`` entries, ``found`` counts all."""
+
+    snapshot: Snapshot
+    clean: bool
+    accounts: int
+    found: int
+    problems: tuple[SnapshotProblem, ...]
+    seconds: float
+    dry_run: bool
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What a prune removed, or would (``dry_run``): snapshots by id; the oldest one that is kept, if any."""
+
+    pruned: tuple[int, ...]
+    kept: tuple[int, ...]
+    dry_run: bool
+
+
+def take(
+    engine: Engine,
+    settings: Settings,
+    act: Act,
+    *,
+    batch_size: int = 20_000,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+) -> Snapshot | None:
+    """Take a snapshot of all accounts, or finish the one that was begun; then fold the system accounts' balances.
+
+    ``batch_size`` is transactions of the journal in one database transaction. Killed anywhere, the next call goes
+    on: with the point of the first. ``stop`` leaves it ``running``. None is given for a dry run that would begin
+    one. Raises LedgerNotInstalled, or Retryable when a batch ran out of attempts.
+    """
+    with engine.connect() as connection:
+        require_installed(connection, settings)
+        begun = _running(connection, settings)
+    if dry_run:
+        return begun
+    adopt(engine, settings, act)
+    name = quoted(settings.ledger_schema)
+    snapshot_id = int(_do(engine, f"select {name}.begin_snapshot(:actor, :reason)", vars_of(act)))
+    done = 0
+    while stop is None or not stop():
+        one = {"id": snapshot_id, "limit": batch_size}
+        read = int(_do(engine, f"select {name}.advance_snapshot(:id, :limit)", one))
+        if not read:
+            break
+        done += read
+        if progress is not None:
+            progress(done)
+    with engine.begin() as connection:
+        made = replace(get(connection, settings, snapshot_id), resumed=begun is not None)
+        if made.state == "complete":
+            connection.execute(text(f"select {name}.fold_system_accounts()"))
+            facts = {"snapshot": made.id, "accounts": made.accounts, "changed": made.changed}
+            record(connection, settings, "snapshot take", act, details={**facts, "transactions": made.transactions})
+    return made
+
+
+def adopt(engine: Engine, settings: Settings, act: Act) -> bool:
+    """Recognise a logical restore: the xids of the journal are another cluster's. True if there was one.
+
+    What was restored counts as settled by its ids from then on, and the system accounts are folded from the first
+    transaction. Postings wait, for half a second at a time, until those in flight have ended.
+    """
+
+    def work(connection: Connection) -> bool:
+        found = bool(connection.scalar(text(f"select {quoted(settings.ledger_schema)}.adopt_journal()")))
+        if found:
+            record(connection, settings, "journal adopted", act)
+        return found
+
+    return with_short_locks(engine, work)
+
+
+def listing(connection: Connection, settings: Settings) -> tuple[Snapshot, ...]:
+    """All snapshots, newest first."""
+    require_installed(connection, settings)
+    rows = connection.execute(text(_listing(settings, "s.state <> 'pruned'")))
+    return tuple(_snapshot(row) for row in rows)
+
+
+def get(connection: Connection, settings: Settings, snapshot_id: int | None = None) -> Snapshot:
+    """The snapshot of that id; None: the newest that is complete. Raises UnknownRun."""
+    require_installed(connection, settings)
+    where = "s.state = 'complete'" if snapshot_id is None else "s.id = :id and s.state <> 'pruned'"
+    row = connection.execute(text(_listing(settings, where) + " limit 1"), {"id": snapshot_id}).one_or_none()
+    if row is None:
+        which = "that is complete" if snapshot_id is None else str(snapshot_id)
+        mend = f"Take one: {_TAKE}" if snapshot_id is None else "See: walletmigrate snapshot list"
+        raise UnknownRun("snapshot", which, mend)
+    return _snapshot(row)
+
+
+def totals(connection: Connection, settings: Settings, snapshot: Snapshot) -> tuple[SnapshotTotal, ...]:
+    """The totals that a snapshot keeps, the system accounts' last."""
+    rows = connection.execute(
+        text(
+            "select mapping, bucket, currency, accounts, balance, changed, opening, resync, posting, correction, "
+            f"reversal, transactions from {quoted(settings.ledger_schema)}.snapshot_totals "
+            f"where snapshot_id = :id order by mapping = '{SYSTEM}', mapping, currency, bucket"
+        ),
+        {"id": snapshot.id},
+    )
+    return tuple(SnapshotTotal(*row) for row in rows)
+
+
+def balances(connection: Connection, settings: Settings, snapshot: Snapshot) -> Iterator[SnapshotBalance]:
+    """Every account of a complete snapshot, streamed in the order of account ids."""
+    statement = text(_statement(settings, "balances")).execution_options(yield_per=2000)
+    for row in connection.execute(statement, {"snapshot": snapshot.id}):
+        yield SnapshotBalance(**row._mapping)
+
+
+def verify(
+    engine: Engine,
+    settings: Settings,
+    act: Act,
+    *,
+    snapshot_id: int | None = None,
+    limit: int = 1000,
+    batch_size: int = 20_000,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> SnapshotVerification:
+    """Prove a snapshot (None: the newest complete one) against the journal, from its first transaction.
+
+    Each account's balance, its last transaction and its sums by kind; the totals; the system accounts; and that
+    everything adds up to zero per currency. In ranges of ``batch_size``, each a transaction of its own: the snapshot
+    is the same in all. Unless ``dry_run`` the verdict is kept with the snapshot, and an audit row. Raises UnknownRun,
+    and UsageError for one that is not complete.
+    """
+    began = time.monotonic()
+    with engine.connect() as connection:
+        snapshot = get(connection, settings, snapshot_id)
+        kept = totals(connection, settings, snapshot)
+    if snapshot.state != "complete":
+        raise UsageError(f"snapshot {snapshot.id} is {snapshot.state}: finish it first, by {_TAKE}")
+    check = _Check(engine, settings, snapshot, limit, batch_size, progress)
+    check.owners()
+    check.system()
+    check.compare(kept)
+    result = SnapshotVerification(
+        snapshot=snapshot,
+        clean=not check.found,
+        accounts=check.accounts,
+        found=check.found,
+        problems=tuple(check.problems),
+        seconds=time.monotonic() - began,
+        dry_run=dry_run,
+    )
+    if not dry_run:
+        with engine.begin() as connection:
+            connection.execute(
+                text(
+                    f"update {quoted(settings.ledger_schema)}.snapshots "
+                    "set verified_at = clock_timestamp(), verified_clean = :clean where id = :id"
+                ),
+                {"id": snapshot.id, "clean": result.clean},
+            )
+            facts = {"snapshot": snapshot.id, "clean": result.clean, "found": result.found}
+            record(connection, settings, "snapshot verify", act, details=facts)
+    return result
+
+
+def prune(
+    engine: Engine,
+    settings: Settings,
+    act: Act,
+    *,
+    keep: int,
+    batch_size: int = 20_000,
+    dry_run: bool = False,
+) -> PruneResult:
+    """Keep the newest ``keep`` complete snapshots. The oldest of them takes over what the older ones say.
+
+    In batches; killed, the next prune finishes it. Balances at any time stay exact: they come from the journal.
+    Raises UsageError if ``keep`` is less than 1.
+    """
+    if keep < 1:
+        raise UsageError(f"--keep {keep}: keep at least 1, from which the next one goes on")
+    with engine.begin() as connection:
+        require_installed(connection, settings)
+        name = quoted(settings.ledger_schema)
+        rows = connection.execute(text(f"select id, state from {name}.snapshots where state <> 'running' order by id"))
+        known = [(row.id, row.state) for row in rows]
+        complete = [one for one, state in known if state == "complete"]
+        into = complete[-keep] if len(complete) >= keep else complete[0] if complete else None
+        old = tuple(one for one, state in known if state == "pruned" or (into is not None and one < into))
+        result = PruneResult(old, tuple(one for one in complete if one not in old), dry_run)
+        if dry_run or not old or into is None:
+            return result
+        connection.execute(text(f"update {name}.snapshots set state = 'pruned' where id < :into"), {"into": into})
+        record(connection, settings, "snapshot prune", act, details={"pruned": old, "kept": result.kept})
+    after: int | None = 0
+    while after is not None:
+        after = _do(
+            engine,
+            f"select {name}.merge_snapshots(:into, :after, :limit)",
+            {"into": into, "after": after, "limit": batch_size},
+        )
+    _do(engine, f"select {name}.drop_snapshots(:into)", {"into": into})
+    return result
+
+
+class _Check:
+    """One verification: what was counted, and the first problems."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        snapshot: Snapshot,
+        limit: int,
+        batch_size: int,
+        progress: Progress | None,
+    ) -> None:
+        self.accounts = 0
+        self.found = 0
+        self.problems: list[SnapshotProblem] = []
+        self._engine, self._settings, self._snapshot = engine, settings, snapshot
+        self._limit, self._batch, self._progress = limit, batch_size, progress
+        self._balances: dict[tuple[str, str, str], tuple[int, Decimal]] = {}
+
+    def owners(self) -> None:
+        """Every account's rows against its transactions; the last range has no end, for ids that nobody knows."""
+        after = 0
+        while after < _LAST:
+            with self._engine.begin() as connection:
+                found = self._run(connection, "next_account", after=after, limit=self._batch)[0].upto
+                upto = _LAST if found is None else found
+                for row in self._run(connection, "problems", after=after, upto=upto):
+                    self._tell(row.problem, row.account, row.mapping, row.key, row.bucket, row.expected, row.found)
+                for row in self._run(connection, "owners", after=after, upto=upto):
+                    self._add((row.mapping, row.bucket, row.currency), row.accounts, row.balance)
+                    self.accounts += row.accounts
+            after = upto
+            if self._progress is not None:
+                self._progress(self.accounts)
+
+    def system(self) -> None:
+        """The system accounts' balances, from every transaction of the snapshot."""
+        after: int | None = 0
+        while after is not None:
+            with self._engine.begin() as connection:
+                upto = self._run(connection, "next_transaction", after=after, limit=self._batch)[0].upto
+                for row in self._run(connection, "system", after=after, upto=upto) if upto is not None else ():
+                    self._add((SYSTEM, row.name, row.currency), 0, row.balance)
+            after = upto
+
+    def compare(self, kept: tuple[SnapshotTotal, ...]) -> None:
+        """What was added up against the totals that the snapshot keeps, and against zero."""
+        stored = {(one.mapping, one.bucket, one.currency): (one.accounts, one.balance) for one in kept}
+        for place in sorted(stored.keys() | self._balances.keys()):
+            wanted, found = self._balances.get(place, (0, Decimal(0))), stored.get(place, (0, Decimal(0)))
+            if wanted != found:
+                problem = "system" if place[0] == SYSTEM else "total"
+                self._tell(problem, None, place[0], None, f"{place[1]} {place[2]}", wanted[1], found[1])
+        for currency in sorted({place[2] for place in stored}):
+            balance = sum((amount for place, (_, amount) in stored.items() if place[2] == currency), Decimal(0))
+            if balance:
+                self._tell("imbalance", None, None, None, currency, Decimal(0), balance)
+
+    def _run(self, connection: Connection, name: str, **parameters: Any) -> list[Row[Any]]:
+        values = {"snapshot": self._snapshot.id, **parameters}
+        return list(connection.execute(text(_statement(self._settings, name)), values))
+
+    def _add(self, place: tuple[str, str, str], accounts: int, balance: Decimal) -> None:
+        before = self._balances.get(place, (0, Decimal(0)))
+        self._balances[place] = (before[0] + accounts, before[1] + balance)
+
+    def _tell(self, *problem: Any) -> None:
+        self.found += 1
+        if len(self.problems) < self._limit:
+            self.problems.append(SnapshotProblem(*problem))
+
+
+def vars_of(act: Act) -> dict[str, str]:
+    """Actor and reason as parameters."""
+    return {"actor": act.actor, "reason": act.reason}
+
+
+def _running(connection: Connection, settings: Settings) -> Snapshot | None:
+    row = connection.execute(text(_listing(settings, "s.state = 'running'"))).one_or_none()
+    return None if row is None else _snapshot(row)
+
+
+def _snapshot(row: Row[Any]) -> Snapshot:
+    return Snapshot(**row._mapping)
+
+
+def _listing(settings: Settings, where: str) -> str:
+    name = quoted(settings.ledger_schema)
+    return f"""
+        select
+            s.id, s.state, s.previous, s.taken_at, s.finished_at, coalesce(t.accounts, 0)::bigint as accounts,
+            coalesce(t.changed, 0)::bigint as changed, coalesce(t.transactions, 0)::bigint as transactions,
+            s.verified_at, s.verified_clean, s.actor, s.reason
+        from {name}.snapshots as s
+        left join lateral (
+            select sum(o.accounts) as accounts, sum(o.changed) as changed,
+                -- A transaction has two legs, each in some total.
+                sum(o.transactions) / 2 as transactions
+            from {name}.snapshot_totals as o where o.snapshot_id = s.id
+        ) as t on true
+        where {where}
+        order by s.id desc
+    """
+
+
+def _statement(settings: Settings, name: str) -> str:
+    return statements("snapshot_checks", schema=quoted(settings.ledger_schema))[name]
+
+
+def _do(engine: Engine, statement: str, values: dict[str, Any]) -> Any:
+    """One step in a transaction of its own, at READ COMMITTED, tried again while that can help."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with engine.execution_options(isolation_level="READ COMMITTED").begin() as connection:
+                return connection.execute(text(statement), values).scalar_one()
+        except DBAPIError as error:
+            state = str(getattr(error.orig, "sqlstate", None) or "")
+            lost = error.connection_invalidated or (not state and isinstance(error, OperationalError))
+            # 23505: another process began a snapshot at the same moment; the next look finds it.
+            if not lost and not state.startswith(("40", "08", "57P")) and state not in ("55P03", "23505"):
+                raise
+            if attempt == ATTEMPTS:
+                said = f"a batch of the snapshot failed {ATTEMPTS} times (SQLSTATE {state or 'none'})"
+                raise Retryable(said) from error
+        time.sleep(min(0.05 * 2**attempt, 2.0))
+    raise AssertionError("unreachable")

@@ -1,0 +1,209 @@
+-- sqlfluff:exclude_rules:references.keywords,references.from,structure.column_order,layout.indent,layout.select_targets
+-- What reads snapshots: each statement stands under its name. Read-only; a snapshot is the same whenever it is asked.
+{% set kinds = ["opening", "resync", "posting", "correction", "reversal"] %}
+{# The same as in snapshots.sql: which transactions a snapshot has. #}
+{% macro within(t, p) %}
+({{ t }}.id <= {{ p }}.restored_id or {{ t }}.id <= {{ p }}.last_id and (
+    {{ t }}.xid < {{ p }}.horizon or {{ t }}.xid < {{ p }}.next_xid and {{ t }}.xid <> all({{ p }}.in_flight)
+))
+{%- endmacro %}
+
+-- name: problems
+-- Each account of a range: what the journal says it was at the snapshot, against the snapshot's rows.
+with legs as (
+    select x.account, x.id, x.kind, x.change, x.balance
+    from {{ schema }}.snapshots as p
+    cross join lateral (
+        select t.credit_account as account, t.id, t.kind, t.amount as change, t.credit_balance as balance
+        from {{ schema }}.transactions as t
+        where
+            t.credit_account > 0 and t.credit_account > :after and t.credit_account <= :upto
+            and {{ within("t", "p") }}
+        union all
+        select t.debit_account as account, t.id, t.kind, -t.amount as change, t.debit_balance as balance
+        from {{ schema }}.transactions as t
+        where
+            t.debit_account > 0 and t.debit_account > :after and t.debit_account <= :upto
+            and {{ within("t", "p") }}
+    ) as x
+    where p.id = :snapshot
+),
+
+said as (
+    select
+        l.account,
+        sum(l.change) as balance,
+        max(l.id) as transaction_id,
+        (array_agg(l.balance order by l.id desc))[1] as last_balance,
+        count(*) as transactions,
+        {% for kind in kinds %}
+        coalesce(sum(l.change) filter (where l.kind = '{{ kind }}'), 0) as {{ kind }}{{ "," if not loop.last }}
+        {% endfor %}
+    from legs as l
+    group by l.account
+),
+
+stored as (
+    select
+        b.account_id as account,
+        (array_agg(b.balance order by b.snapshot_id desc))[1] as balance,
+        max(b.transaction_id) as transaction_id,
+        sum(b.transactions) as transactions,
+        {% for kind in kinds %}
+        coalesce(sum(b.{{ kind }}), 0) as {{ kind }}{{ "," if not loop.last }}
+        {% endfor %}
+    from {{ schema }}.snapshot_balances as b
+    where b.account_id > :after and b.account_id <= :upto and b.snapshot_id <= :snapshot
+    group by b.account_id
+)
+
+select
+    coalesce(j.account, s.account) as account,
+    a.mapping,
+    a.key,
+    a.bucket,
+    coalesce(j.balance, 0) as expected,
+    s.balance as found,
+    case
+        when s.account is null then 'missing'
+        when j.account is null then 'unexplained'
+        when j.balance <> s.balance then 'differs'
+        when (j.last_balance is distinct from s.balance) then 'journal_broken'
+        when j.transaction_id <> s.transaction_id or j.transactions <> s.transactions then 'transactions'
+        else 'kinds'
+    end as problem
+from said as j
+full join stored as s on j.account = s.account
+left join {{ schema }}.accounts as a on a.id = coalesce(j.account, s.account)
+where
+    (j.balance, j.last_balance, j.transaction_id, j.transactions, {{ "j." ~ kinds | join(", j.") }})
+    is distinct from
+    (s.balance, s.balance, s.transaction_id, s.transactions, {{ "s." ~ kinds | join(", s.") }})
+order by account;
+
+-- name: owners
+-- The balances of a range of accounts at the snapshot, added up.
+select
+    coalesce(a.mapping, '(unknown)') as mapping,
+    coalesce(a.bucket, cast(min(n.account_id) as text)) as bucket,
+    coalesce(a.currency, '') as currency,
+    count(*) as accounts,
+    sum(n.balance) as balance
+from (
+    select distinct on (b.account_id) b.account_id, b.balance
+    from {{ schema }}.snapshot_balances as b
+    where b.account_id > :after and b.account_id <= :upto and b.snapshot_id <= :snapshot
+    order by b.account_id asc, b.snapshot_id desc
+) as n
+left join {{ schema }}.accounts as a on n.account_id = a.id
+group by a.mapping, a.bucket, a.currency, case when a.id is null then n.account_id end;
+
+-- name: next_account
+-- Where the next range of accounts ends; null: none is left.
+select max(x.id) as upto from (
+    select a.id
+    from {{ schema }}.accounts as a
+    where a.id > :after
+    order by a.id
+    limit :limit
+) as x;
+
+-- name: system
+-- The system accounts' part of a range of transactions, as far as they are in the snapshot.
+select
+    coalesce(x.name, cast(e.account as text)) as name,
+    coalesce(x.currency, '') as currency,
+    sum(e.change) as balance
+from {{ schema }}.snapshots as p
+inner join {{ schema }}.transactions as t on t.id > :after and t.id <= :upto and {{ within("t", "p") }}
+cross join lateral (values (t.debit_account, -t.amount), (t.credit_account, t.amount)) as e (account, change)
+left join {{ schema }}.system_accounts as x on e.account = x.id
+where p.id = :snapshot and e.account < 0
+group by e.account, x.name, x.currency;
+
+-- name: next_transaction
+select max(x.id) as upto from (
+    select t.id
+    from {{ schema }}.transactions as t
+    where t.id > :after and t.id <= (select p.last_id from {{ schema }}.snapshots as p
+        where p.id = :snapshot)
+    order by t.id
+    limit :limit
+) as x;
+
+-- name: balances
+-- All accounts that had a transaction by then, with what changed since the snapshot before.
+select
+    a.mapping, a.key, a.bucket, a.currency, n.account_id, n.balance, n.transaction_id,
+    {% for kind in kinds %}
+    case when n.snapshot_id = :snapshot then coalesce(n.{{ kind }}, 0) else 0 end as {{ kind }},
+    {% endfor %}
+    case when n.snapshot_id = :snapshot then n.transactions else 0 end as transactions
+from (
+    select distinct on (b.account_id) b.*
+    from {{ schema }}.snapshot_balances as b
+    where b.snapshot_id <= :snapshot
+    order by b.account_id asc, b.snapshot_id desc
+) as n
+left join {{ schema }}.accounts as a on n.account_id = a.id
+order by n.account_id;
+
+-- name: journal
+-- What the journal says of every account's kinds of money, by mapping, bucket and currency: what snapshots have folded,
+-- and what came since the newest.
+with newest as (
+    select p.*
+    from {{ schema }}.snapshots as p
+    where p.state = 'complete'
+    order by p.id desc
+    limit 1
+),
+
+since as (
+    select e.account, t.kind, e.change
+    from {{ schema }}.transactions as t
+    cross join lateral (values (t.debit_account, -t.amount), (t.credit_account, t.amount)) as e (account, change)
+    where not exists (select from newest as p where {{ within("t", "p") }})
+    -- Only the tail is read: by xid, and by id for what a restore or another cluster's counter would hide.
+    and (
+        cast(:horizon as bigint) is null
+        or t.xid >= cast(:horizon as bigint)
+        or t.id > cast(:last_id as bigint)
+    )
+),
+
+parts as (
+    select
+        coalesce(a.mapping, case when x.id is null then '(unknown)' else '(system)' end) as mapping,
+        coalesce(a.bucket, x.name, cast(min(s.account) as text)) as bucket,
+        coalesce(a.currency, x.currency, '') as currency,
+        sum(s.change) as balance,
+        {% for kind in kinds %}
+        coalesce(sum(s.change) filter (where s.kind = '{{ kind }}'), 0) as {{ kind }}{{ "," if not loop.last }}
+        {% endfor %}
+    from since as s
+    left join {{ schema }}.accounts as a on s.account = a.id
+    left join {{ schema }}.system_accounts as x on s.account = x.id
+    group by
+        a.mapping, a.bucket, a.currency, x.id, x.name, x.currency, case when a.id is null then s.account end
+    union all
+    select
+        o.mapping, o.bucket, o.currency,
+        o.opening + o.resync + o.posting + o.correction + o.reversal as balance,
+        {{ "o." ~ kinds | join(", o.") }}
+    from {{ schema }}.snapshot_totals as o
+    inner join {{ schema }}.snapshots as s on o.snapshot_id = s.id
+    where s.state = 'complete' or s.state = 'pruned'
+)
+
+select
+    mapping,
+    bucket,
+    currency,
+    sum(balance) as balance,
+    {% for kind in kinds %}
+    sum({{ kind }}) as {{ kind }}{{ "," if not loop.last }}
+    {% endfor %}
+from parts
+group by mapping, bucket, currency
+order by mapping, bucket, currency;
