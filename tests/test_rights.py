@@ -39,6 +39,7 @@ recalculate --all
 trace nobody
 snapshot take
 snapshot verify
+snapshot take
 snapshot list
 snapshot prune --keep 1
 balance --account 1
@@ -143,7 +144,7 @@ def test_every_command_runs_with_its_role_and_names_the_grant_that_a_lesser_one_
         retired = ledger.scalar(admin, "select phase from wallet.control") == "retired"
         needed = "installer" if command == "phase back" and retired else ROLES[command]
         given = [*words, *(REASON if needed in ("operator", "installer") else ()), "--json"]
-        for role in LESSER[needed]:
+        for role in () if command == "history" else LESSER[needed]:  # which the application's role may read as well
             state = (ledger.rows(admin, LOOK), crew.project.flag_path.read_bytes(), files(crew.project.folder))
             said = crew.project.run(*given, url=crew.urls[role])
             error = said.document.get("error", {})
