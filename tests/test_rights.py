@@ -45,7 +45,7 @@ snapshot prune --keep 1
 balance --account 1
 history --account 1
 overview
-report snapshot:1 --to {folder}/snapshot.csv
+report snapshot:2 --to {folder}/snapshot.csv
 verify
 status
 phase show
