@@ -97,7 +97,7 @@ def burning(*windows: str, value: str = "") -> tuple[Firing, ...]:
 
 def burns(window: str, ok: int, failed: int, value: str, all_windows: tuple[str, ...]) -> Case:
     told = f"{value} of the postings fail"
-    series = writes(f"0+{ok}x90", f"0+{failed}x90")
+    series = writes(f"0+{ok}x90", f"0+{failed}x90", skipped="0+900x90", refused="0+900x90")
     return Case(BURN, "fires", told, series, {"90m": burning(*all_windows, value=value)}, window)
 
 
@@ -111,7 +111,7 @@ def budget() -> tuple[Case, ...]:
         "190m": burning("3d"),
         "440m": (),
     }
-    flare = writes("0+1000x170 170920+920x4 175600+1000x10", "0x170 80+80x4 400x10")
+    flare = writes("0+1000x170 170840+840x4 175200+1000x10", "0x170 160+160x4 800x10")
     wanted = writes("0+1000x90", "0x90", skipped="0+900x90", refused="0+900x90")
     lone = writes("0x90", "0x59 1x30")
     return (
@@ -121,7 +121,10 @@ def budget() -> tuple[Case, ...]:
         burns("3d", 998, 2, "0.2%", ("3d",)),
         *(Case(BURN, "silent", "postings skipped and refused", wanted, {"90m": ()}, window) for window in WINDOWS),
         *(Case(BURN, "silent", "one failure without traffic", lone, {"62m": ()}, window) for window in WINDOWS),
-        Case(BURN, "silent", "a flare of five minutes", flare, {"175m": burning("3d")}, "1h"),
+        *(
+            Case(BURN, "silent", "a flare of five minutes", flare, {"177m": burning("1d", "3d")}, window)
+            for window in ("1h", "6h")
+        ),
         *(Case(BURN, "resolves", "the failures end", ends, gone, window) for window in WINDOWS),
     )
 
@@ -224,7 +227,7 @@ def latency() -> tuple[Case, ...]:
     return (
         Case(alert, "fires", "a tenth takes half a second", slow, {"30m": firing}),
         Case(alert, "silent", "slow for less than ten minutes", slow, {"9m": ()}),
-        Case(alert, "silent", "slow where the ledger has no part", calls("0x60", "0+9x60", "legacy"), {"30m": ()}),
+        Case(alert, "silent", "slow where the ledger has no part", calls("0x60", "0+100x60", "legacy"), {"30m": ()}),
         Case(alert, "silent", "a few slow calls", calls("0x60", "0+5x60"), {"30m": ()}),
         Case(alert, "resolves", "fast again", mended, {"30m": firing, "42m": ()}),
     )
