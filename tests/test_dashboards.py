@@ -1,99 +1,85 @@
-"""The Grafana dashboard: equal to what the code makes, complete, with expressions Prometheus can read."""
+"""The Grafana dashboards: equal to what the code makes, complete, and joined by links."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import re
+import shutil
 import subprocess
+import sys
 from itertools import combinations
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
+import yaml
 
-from binaries import program
+from alert_rules import recorded
+from board_files import FILES, FOLDER, board, expressions, panels
 from walletmigrate.observe import METRICS, PREFIX
 
-FOLDER = Path(__file__).resolve().parent.parent / "dashboards"
-COMMITTED = FOLDER / "walletmigrate.json"
 SERIES = {series: metric for metric in METRICS.values() for series in metric.series}
+EXPRESSIONS = [pytest.param(text, id=name) for name, text in expressions().items()]
+OWN = {"ALERTS": {"alertname", "alertstate"}}
+"""Prometheus' own series, and the labels of them that are looked at."""
 
-Json = dict[str, Any]
-
-
-def load_builder() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("dashboards_build", FOLDER / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def committed() -> Json:
-    board: Json = json.loads(COMMITTED.read_text(encoding="utf-8"))
-    return board
-
-
-def panels() -> list[Json]:
-    return [panel for panel in committed()["panels"] if panel["type"] != "row"]
-
-
-EXPRESSIONS = [
-    pytest.param(target["expr"], id=f"{panel['title']}-{target['refId']}")
-    for panel in panels()
-    for target in panel["targets"]
-]
+each_board = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 
 def named(expression: str) -> set[str]:
     return set(re.findall(rf"\b{PREFIX}\w+", expression))
 
 
-def test_the_committed_dashboard_is_what_the_code_makes() -> None:
-    assert COMMITTED.read_text(encoding="utf-8") == load_builder().build()
+def build(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(folder / "build.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_check_tells_a_dashboard_that_was_edited_by_hand(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    builder = load_builder()
-    monkeypatch.setattr(builder, "TARGET", tmp_path / "walletmigrate.json")
-    assert builder.main(["--check"]) == 1
-    assert builder.main([]) == 0
-    assert builder.main(["--check"]) == 0
-    edited = builder.TARGET.read_text(encoding="utf-8").replace("Phase", "Fase")
-    builder.TARGET.write_text(edited, encoding="utf-8")
-    assert builder.main(["--check"]) == 1
-    assert "build.py" in capsys.readouterr().err
+def test_there_are_four_dashboards_and_each_is_what_the_code_makes() -> None:
+    assert [path.stem for path in FILES] == ["dual-write", "jobs", "overview", "reconciliation"]
+    checked = build(FOLDER, "--check")
+    assert checked.returncode == 0, checked.stderr
 
 
-def test_the_data_source_is_a_variable_everywhere() -> None:
-    (variable,) = committed()["templating"]["list"]
-    assert (variable["name"], variable["type"], variable["query"]) == (
-        "datasource",
-        "datasource",
-        "prometheus",
+def test_check_tells_a_dashboard_that_was_edited_left_out_or_added_by_hand(tmp_path: Path) -> None:
+    folder = tmp_path / "dashboards"
+    shutil.copytree(FOLDER, folder)
+    overview = folder / "grafana" / "overview.json"
+    overview.write_text(overview.read_text(encoding="utf-8").replace("Phase", "Fase"), encoding="utf-8")
+    (folder / "grafana" / "jobs.json").unlink()
+    (folder / "grafana" / "another.json").write_text("{}", encoding="utf-8")
+    told = build(folder, "--check")
+    assert told.returncode == 1
+    assert told.stderr == (
+        "not what the code makes: another.json, jobs.json, overview.json; run python dashboards/build.py\n"
     )
-    for panel in panels():
+    assert not (folder / "grafana" / "jobs.json").exists(), "--check writes nothing"
+    (folder / "grafana" / "another.json").unlink()
+    assert build(folder).returncode == 0
+    assert build(folder, "--check").returncode == 0
+
+
+@each_board
+def test_the_data_source_is_a_variable_everywhere(path: Path) -> None:
+    (variable,) = board(path)["templating"]["list"]
+    assert (variable["name"], variable["type"], variable["query"]) == ("datasource", "datasource", "prometheus")
+    for panel in panels(path):
         for part in (panel, *panel["targets"]):
             assert part["datasource"] == {"type": "prometheus", "uid": "${datasource}"}, panel["title"]
 
 
-def test_every_panel_has_a_title_of_its_own_a_description_and_a_unit() -> None:
-    titles = [panel["title"] for panel in panels()]
+@each_board
+def test_every_panel_has_a_title_of_its_own_a_description_and_a_unit(path: Path) -> None:
+    titles = [panel["title"] for panel in panels(path)]
     assert len(set(titles)) == len(titles)
-    for panel in panels():
+    for panel in panels(path):
         assert panel["title"]
         assert len(panel["description"]) > 20, panel["title"]
         assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
         assert all(target["legendFormat"] for target in panel["targets"]), panel["title"]
 
 
-def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
-    everything = committed()["panels"]
+@each_board
+def test_panels_have_ids_of_their_own_and_do_not_overlap(path: Path) -> None:
+    everything = board(path)["panels"]
     assert len({panel["id"] for panel in everything}) == len(everything)
     places = [panel["gridPos"] for panel in everything]
     assert all(place["x"] + place["w"] <= 24 for place in places)
@@ -107,44 +93,51 @@ def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
         assert apart, (one, other)
 
 
-def test_every_metric_of_this_release_is_on_the_dashboard() -> None:
-    text = " ".join(target["expr"] for panel in panels() for target in panel["targets"])
-    assert {SERIES[series].name for series in named(text)} == set(METRICS)
+def test_every_dashboard_leads_to_the_others() -> None:
+    boards = [board(path) for path in FILES]
+    assert len({one["uid"] for one in boards}) == len({one["title"] for one in boards}) == len(boards)
+    for one in boards:
+        (link,) = one["links"]
+        assert (link["type"], link["keepTime"], link["includeVars"]) == ("dashboards", True, True)
+        assert all(set(link["tags"]) <= set(other["tags"]) for other in boards)
+
+
+def test_every_metric_of_this_release_is_on_a_dashboard() -> None:
+    shown = " ".join(expressions().values())
+    assert {SERIES[series].name for series in named(shown)} == set(METRICS)
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_an_expression_names_only_metrics_and_labels_that_exist(expression: str) -> None:
+def test_an_expression_names_only_metrics_recordings_and_labels_that_exist(expression: str) -> None:
     names = named(expression)
-    assert names
+    own = {name for name in OWN if re.search(rf"\b{name}\b", expression)}
+    rules = set(re.findall(r"\bwalletmigrate:[\w:]+", expression))
+    assert names | own | rules
     assert names <= SERIES.keys()
+    assert rules <= recorded()
     known = {label for name in names for label in SERIES[name].labels} | {"le"}
+    known |= {label for name in own for label in OWN[name]}
     grouped = {label.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(",")}
     selected = set(re.findall(r"[{,]\s*(\w+)\s*(?:=~|!~|!=|=)", expression))
     assert grouped | selected <= known
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_a_counter_is_only_looked_at_as_a_rate_over_grafanas_own_interval(expression: str) -> None:
+def test_a_range_is_grafanas_own_interval_and_a_counter_is_only_looked_at_as_a_rate(expression: str) -> None:
     for name in named(expression):
-        ranged = re.findall(rf"(rate|increase)\({name}(?:{{[^}}]*}})?\[\$__rate_interval\]\)", expression)
-        expected = 0 if SERIES[name].kind == "gauge" else len(re.findall(rf"\b{name}\b", expression))
-        assert len(ranged) == expected
+        functions = "deriv" if SERIES[name].kind == "gauge" else "rate|increase"
+        ranged = re.findall(rf"({functions})\({name}(?:{{[^}}]*}})?\[\$__rate_interval\]\)", expression)
+        with_range = re.findall(rf"\b{name}(?:{{[^}}]*}})?\[", expression)
+        counted = SERIES[name].kind != "gauge"
+        assert len(ranged) == len(re.findall(rf"\b{name}\b", expression) if counted else with_range)
     assert "[" not in expression.replace("[$__rate_interval]", "")
 
 
-def test_prometheus_can_read_every_expression(tmp_path: Path) -> None:
-    promtool = program("prometheus", "promtool")
-    expressions = [str(case.values[0]).replace("$__rate_interval", "5m") for case in EXPRESSIONS]
-    rules = [{"record": f"panel:{place}", "expr": text} for place, text in enumerate(expressions)]
-    file = tmp_path / "rules.yml"
-    file.write_text(json.dumps({"groups": [{"name": "panels", "rules": rules}]}), encoding="utf-8")
-    checked = subprocess.run(
-        [str(promtool.path), "check", "rules", str(file)],
-        env=promtool.environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert checked.returncode == 0, checked.stdout + checked.stderr
-    assert f"{len(rules)} rules found" in checked.stdout
+def test_the_provisioning_files_load_these_dashboards_and_a_prometheus() -> None:
+    provisioning = FOLDER / "provisioning"
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "walletmigrate.yaml").read_text())["providers"]
+    assert provider["type"] == "file"
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())["datasources"]
+    assert (source["type"], source["access"]) == ("prometheus", "proxy")
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert provider["options"]["path"] in readme, "where the files are to be put"

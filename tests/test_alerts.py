@@ -1,0 +1,241 @@
+"""The alerts: well formed, with a runbook each, and proved by promtool to fire, to stay silent and to resolve."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alert_cases import CASES, WINDOWS, Case, Firing
+from alert_rules import FOLDER, PREFIX, ROOT, RULES, RUNBOOKS, Alert, alerts, recorded, rules
+from binaries import Program, program
+from walletmigrate import facts, observe
+from walletmigrate.observe import METRICS
+
+ALERTS = alerts()
+NAMED = {(alert.name, alert.window): alert for alert in ALERTS}
+SEVERITIES = {"critical": "pager", "warning": "chat", "info": "inbox"}
+EXPECTED = {
+    "LedgerImbalance",
+    "BalanceDrift",
+    "DualWriteErrorBudgetBurn",
+    "ReadMismatch",
+    "BypassWrites",
+    "VerificationStale",
+    "BackfillStalled",
+    "JobFailed",
+    "LedgerLatencyHigh",
+    "FlagsStale",
+    "FlagDisagreement",
+    "LineStopped",
+    "ExporterDown",
+}
+
+
+def run(tool: Program, *arguments: str | Path) -> str:
+    """What the program said; the test fails unless it ended with 0."""
+    command = [str(tool.path), *map(str, arguments)]
+    done = subprocess.run(
+        command, env=tool.environment, capture_output=True, text=True, timeout=120, check=False, cwd=FOLDER
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def named(alert: Alert) -> str:
+    return f"{alert.name}-{alert.window}" if alert.window else alert.name
+
+
+def test_the_alerts_are_those_of_the_contract() -> None:
+    assert {alert.name for alert in ALERTS} == EXPECTED
+    assert all(rule["alert"].startswith(PREFIX) for rule in rules() if "alert" in rule)
+    assert len(NAMED) == len(ALERTS), "only the windows of the error budget share a name"
+    assert {alert.window for alert in ALERTS if alert.name == "DualWriteErrorBudgetBurn"} == set(WINDOWS)
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=named)
+def test_an_alert_says_what_it_means_how_bad_it_is_and_where_its_runbook_is(alert: Alert) -> None:
+    assert re.fullmatch(r"([A-Z][a-z]+)+", alert.name)
+    assert alert.severity in SEVERITIES
+    assert set(alert.annotations) == {"summary", "description", "runbook_url"}
+    assert 15 < len(alert.annotations["summary"]) < 80
+    assert "{{" not in alert.annotations["summary"], "it groups notifications, so it is the same for all of them"
+    assert len(alert.annotations["description"]) > 80
+    assert alert.annotations["runbook_url"] == RUNBOOKS + alert.runbook
+
+
+@pytest.mark.parametrize("runbook", sorted({alert.runbook for alert in ALERTS}))
+def test_the_file_behind_a_runbooks_url_exists_and_names_its_alert(runbook: str) -> None:
+    text = (ROOT / "runbooks" / runbook).read_text(encoding="utf-8")
+    (name,) = {alert.name for alert in ALERTS if alert.runbook == runbook}
+    assert f"`{PREFIX}{name}`" in text
+
+
+def test_rules_name_only_metrics_and_recordings_that_exist() -> None:
+    series = {name for metric in METRICS.values() for name in metric.series} | recorded()
+    for rule in rules():
+        names = set(re.findall(r"\bwalletmigrate[_:][\w:]+", rule["expr"]))
+        assert names <= series, rule
+
+
+def test_prometheus_can_read_the_rules_and_the_example_configuration() -> None:
+    promtool = program("prometheus", "promtool")
+    assert f"{len(rules())} rules found" in run(promtool, "check", "rules", "--lint-fatal", RULES)
+    assert "1 rule files found" in run(promtool, "check", "config", "prometheus.yml")
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=named)
+def test_every_alert_has_a_case_of_firing_of_silence_and_of_resolving(alert: Alert) -> None:
+    mine = [case for case in CASES if (case.alert, case.window) == (alert.name, alert.window)]
+    assert {case.kind for case in mine} == {"fires", "silent", "resolves"}
+    for case in mine:
+        firing = [any(one.window == alert.window for one in look) for look in case.looks.values()]
+        expected = {"fires": [True], "silent": [False] * len(firing), "resolves": [True, False]}[case.kind]
+        assert [on for on, before in zip(firing, [None, *firing], strict=False) if on != before] == [
+            on for on, before in zip(expected, [None, *expected], strict=False) if on != before
+        ], case
+
+
+def rendered(alert: Alert, firing: Firing) -> dict[str, str]:
+    """The annotations with the labels and the value at their places."""
+    # Prometheus fills in the labels of the series alone, not those that the rule adds.
+    given = alert.annotations["description"]
+    told = re.sub(r"\{\{ \$labels\.(\w+) \}\}", lambda found: firing.labels[found[1]], given)
+    told = re.sub(r"\{\{ \$value.*?\}\}", firing.value, told)
+    assert "{{" not in told
+    return {**alert.annotations, "description": told}
+
+
+def labels(alert: Alert, firing: Firing) -> dict[str, str]:
+    return {**firing.labels, **alert.labels}
+
+
+def stated(case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
+    """promtool's tests of a case. Only where it fires, the texts are compared too: later the values are others."""
+    for when, firing in case.looks.items():
+        expected = [(NAMED[case.alert, one.window], one) for one in firing]
+        samples = [
+            {
+                "labels": written({"alertname": PREFIX + case.alert, "alertstate": "firing", **labels(*one)}),
+                "value": 1,
+            }
+            for one in expected
+        ]
+        query = f'ALERTS{{alertname="{PREFIX}{case.alert}", alertstate="firing"}}'
+        yield "promql_expr_test", {"expr": query, "eval_time": when, "exp_samples": samples}
+        if case.kind == "fires":
+            told = [{"exp_labels": labels(*one), "exp_annotations": rendered(*one)} for one in expected]
+            yield "alert_rule_test", {"eval_time": when, "alertname": PREFIX + case.alert, "exp_alerts": told}
+
+
+def written(given: dict[str, str]) -> str:
+    return "ALERTS{" + ", ".join(f'{label}="{value}"' for label, value in given.items()) + "}"
+
+
+def promtools(case: Case) -> dict[str, Any]:
+    """The case as promtool's file of tests has it."""
+    test: dict[str, Any] = {
+        "interval": f"{case.minutes}m",
+        "input_series": [{"series": name, "values": values} for name, values in case.series.items()],
+    }
+    for kind, one in stated(case):
+        test.setdefault(kind, []).append(one)
+    return test
+
+
+@pytest.mark.parametrize("minutes", sorted({case.minutes for case in CASES}))
+def test_promtool_sees_each_alert_fire_stay_silent_and_resolve(minutes: int, tmp_path: Path) -> None:
+    promtool = program("prometheus", "promtool")
+    texts = [json.dumps(promtools(case)) for case in CASES if case.minutes == minutes]
+    cases = [json.loads(text) for text in dict.fromkeys(texts)]  # the windows of the error budget share some
+    file = tmp_path / "cases.yml"
+    content = {"rule_files": [str(RULES)], "evaluation_interval": f"{minutes}m", "tests": cases}
+    file.write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
+    assert "SUCCESS" in run(promtool, "test", "rules", file)
+
+
+def test_promtool_tells_a_case_that_does_not_hold(tmp_path: Path) -> None:
+    promtool = program("prometheus", "promtool")
+    wrong = promtools(next(case for case in CASES if case.kind == "fires"))
+    wrong["input_series"][0]["values"] = "0x20"
+    file = tmp_path / "cases.yml"
+    content = {"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": [wrong]}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(AssertionError, match="FAILED"):
+        run(promtool, "test", "rules", file)
+
+
+def test_alertmanager_can_read_the_example_routes() -> None:
+    amtool = program("prometheus-alertmanager", "amtool")
+    assert "SUCCESS" in run(amtool, "check-config", "alertmanager.yml")
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=named)
+def test_an_alert_goes_to_the_receiver_of_its_severity(alert: Alert) -> None:
+    amtool = program("prometheus-alertmanager", "amtool")
+    given = [f"{label}={value}" for label, value in alert.labels.items()]
+    route = ["config", "routes", "test", "--config.file=alertmanager.yml"]
+    told = run(amtool, *route, f"alertname={PREFIX}{alert.name}", *given)
+    assert told.strip() == SEVERITIES[alert.severity]
+
+
+def table(heading: str) -> list[list[str]]:
+    """The cells of all tables of a chapter of docs/metrics.md, without their heads."""
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    chapter = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in chapter.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_the_page_of_metrics_has_each_of_them_as_it_is() -> None:
+    told = [row for row in table("Metrics") if row[0].startswith("`walletmigrate_")]
+    assert told == [
+        [
+            f"`{metric.full_name}`",
+            metric.kind,
+            ", ".join(f"`{label}`" for label in metric.labels) or "–",
+            metric.served_by,
+            metric.help,
+        ]
+        for metric in METRICS.values()
+    ]
+
+
+def test_the_page_of_metrics_has_the_values_of_every_label() -> None:
+    given = [row for row in table("Metrics") if not row[0].startswith("`walletmigrate_") and row[0] != "metric"]
+    told = {row[0]: re.findall(r"`([^`]+)`", row[1]) for row in given if row[0] != "label"}
+    assert told == {
+        "`operation`": list(observe.OPERATIONS),
+        "`outcome` of dual-writes": list(observe.OUTCOMES),
+        "`outcome` of compared reads": list(observe.COMPARES),
+        "`outcome` of watched writes": list(observe.WATCHED),
+        "`mode`": list(observe.MODES),
+        "`source`": list(observe.SOURCES),
+        "`where`": list(observe.PLACES),
+        "`flag`": list(observe.FLAGS),
+        "`phase`": list(facts.PHASES),
+        "`state`": list(facts.STATES),
+        "`kind`": list(facts.JOB_KINDS),
+        "`treatment`": list(facts.TREATMENTS),
+        "`currency`": [],
+    }
+
+
+def test_the_page_of_alerts_has_each_of_them_with_its_severity_and_its_runbook() -> None:
+    told = [(row[0], row[1], row[3]) for row in table("Alerts") if row[0].startswith(f"`{PREFIX}")]
+    assert told == [
+        (
+            f"`{PREFIX}{alert.name}`" + (f" ({alert.window})" if alert.window else ""),
+            alert.severity,
+            f"[{alert.runbook.removesuffix('.md')}](../runbooks/{alert.runbook})",
+        )
+        for alert in ALERTS
+    ]
+    series = [row[0].strip("`") for row in table("Alerts") if row[0].startswith("`walletmigrate:")]
+    assert set(series) == recorded()
+    assert len(series) == len(recorded())

@@ -1,0 +1,198 @@
+"""The whole way: a database and a process with traffic, a real Prometheus that scrapes both, a real Alertmanager."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import start_http_server
+
+import adapting
+from alert_rules import FOLDER, PREFIX, ROOT, RULES, RUNBOOKS
+from board_files import expressions
+from flag_documents import document
+from ledger import ACT, execute, set_phase, unguarded
+from monitoring import Server, alertmanager, prometheus, until
+from walletmigrate.backfill import backfill
+from walletmigrate.exporter import Rollout, serve
+from walletmigrate.flag_impact import rollout
+from walletmigrate.flag_sources import FileSource
+from walletmigrate.heartbeat import Heartbeat
+from walletmigrate.verify import verify
+
+EXPORTER = "walletmigrate-exporter"
+READ, WRITTEN, BYPASSED, FAILING = 1, 2, 3, 4
+"""Accounts: two with drift, to be read and written; one written past the adapter; one whose ledger leg fails."""
+
+
+@contextmanager
+def exporting(place: adapting.Place, rolled: Rollout | None = None) -> Iterator[int]:
+    """The port of a running exporter."""
+    exporter = serve(place.settings, 0, rollout=rolled)
+    try:
+        yield exporter.port
+    finally:
+        exporter.close()
+
+
+@contextmanager
+def exposing(place: adapting.Place) -> Iterator[int]:
+    """The port under which this process serves what its adapter counted, as an application does."""
+    server, thread = start_http_server(0, addr="127.0.0.1", registry=place.registry)
+    try:
+        yield int(server.server_port)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def prepared(url: str, flags: Path) -> tuple[adapting.Place, FileSource]:
+    """A migration in phase read_ledger that was once clean, and now has drift."""
+    flags.write_text(json.dumps(document("wallet.dualWrite", "wallet.readFromLedger")), encoding="utf-8")
+    source = FileSource(flags)
+    place = adapting.place(url, rows=20, flags=adapting.READ)
+    backfill(place.engine, place.settings, place.mapping, ACT)
+    assert verify(place.engine, place.settings, place.mapping, ACT).clean
+    set_phase(place.engine, "read_ledger")
+    with unguarded(place.engine, "public.users") as connection:
+        connection.exec_driver_sql("update users set total_coins = 90 where id in (%s, %s)", (READ, WRITTEN))
+    execute(place.engine, "update users set total_coins = total_coins + 1 where id = :id", id=BYPASSED)
+    assert verify(place.engine, place.settings, place.mapping, ACT).drift_accounts == 2
+    execute(place.engine, "alter table wallet.transactions add check (amount <> 13)")
+    execute(place.engine, "analyze users")
+    Heartbeat(place.settings, source).beat()
+    return place, source
+
+
+def traffic(place: adapting.Place) -> None:
+    """Some calls of the application."""
+    for key in range(5, 15):
+        with place.engine.begin() as connection:
+            place.adapter.credit(connection, key, 1, type="booking")
+            place.adapter.balance(connection, key)
+    with place.engine.begin() as connection:
+        place.adapter.balance(connection, READ)
+        place.adapter.credit(connection, WRITTEN, 1, type="booking")
+        place.adapter.credit(connection, FAILING, 13, type="booking")
+
+
+def has_data(server: Server, expression: str) -> bool:
+    """Whether the answer has a number, which NaN is not."""
+    found = server.query(expression.replace("$__rate_interval", "30s"))
+    return any(not math.isnan(float(one["value"][1])) for one in found)
+
+
+def value(server: Server, expression: str) -> float:
+    """The only number of the answer, 0 if there is none."""
+    found = server.query(expression)
+    return float(found[0]["value"][1]) if found else 0.0
+
+
+def test_every_panel_shows_data_of_a_database_and_a_process_with_traffic(database_url: str, tmp_path: Path) -> None:
+    place, source = prepared(database_url, tmp_path / "flags.json")
+    with ExitStack() as stack:
+        counted = stack.enter_context(
+            exporting(place, lambda connection: rollout(connection, place.settings, source.snapshot()))
+        )
+        targets = {EXPORTER: counted, "shop": stack.enter_context(exposing(place))}
+        server = stack.enter_context(prometheus(tmp_path, targets, rules=[RULES]))
+        until(lambda: value(server, "sum(up)") == len(targets))
+        traffic(place)
+        missing = expressions()
+        assert missing
+
+        def complete() -> bool:
+            shown = [name for name, expression in missing.items() if has_data(server, expression)]
+            for name in shown:
+                del missing[name]
+            return not missing
+
+        until(complete, lambda: f"no data in {missing}", 30)
+        # What was done is what is seen, so the data are of this database and of this process.
+        assert server.query("walletmigrate_phase == 1")[0]["metric"]["phase"] == "read_ledger"
+        assert value(server, "walletmigrate_drift_accounts") == 2
+        assert value(server, 'walletmigrate_bypass_writes_total{treatment="turned_stale"}') == 1
+        assert value(server, 'sum(walletmigrate_dual_write_total{outcome="ok"})') == 11
+        assert value(server, 'sum(walletmigrate_dual_write_total{outcome="ledger_failed"})') == 1
+        for where in ("read", "write"):
+            assert value(server, f'walletmigrate_mismatch_total{{where="{where}"}}') == 1
+
+
+class Receiver:
+    """A webhook on loopback that keeps what it is sent: (path, message)."""
+
+    def __init__(self) -> None:
+        received: list[tuple[str, dict[str, Any]]] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                received.append((self.path, json.loads(body)))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+                pass
+
+        self.received = received
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self._server.server_port
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+
+    def __enter__(self) -> Receiver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def example_routes(port: int) -> dict[str, Any]:
+    """The committed example with its receivers at this port."""
+    config: dict[str, Any] = yaml.safe_load((FOLDER / "alertmanager.yml").read_text(encoding="utf-8"))
+    for receiver in config["receivers"]:
+        for hook in receiver["webhook_configs"]:
+            hook["url"] = f"http://127.0.0.1:{port}/{receiver['name']}"
+    return config
+
+
+@pytest.mark.timeout(240)
+def test_an_imbalance_in_the_database_reaches_the_pager_with_its_runbook_within_a_minute(
+    database_url: str, tmp_path: Path
+) -> None:
+    place = adapting.place(database_url)
+    backfill(place.engine, place.settings, place.mapping, ACT)
+    with ExitStack() as stack:
+        receiver = stack.enter_context(Receiver())
+        targets = {EXPORTER: stack.enter_context(exporting(place))}
+        routes = stack.enter_context(alertmanager(tmp_path, example_routes(receiver.port)))
+        server = stack.enter_context(prometheus(tmp_path, targets, rules=[RULES], alertmanager=routes.port))
+        until(lambda: bool(server.query('walletmigrate_ledger_imbalance{currency="EUR"} == 0')))
+        assert receiver.received == []
+
+        execute(place.engine, "update wallet.accounts set balance = balance + 0.01 where key = '1'")
+        broken_at = time.monotonic()
+        until(lambda: bool(receiver.received), lambda: server.get("/api/v1/alerts"))
+        assert time.monotonic() - broken_at < 60
+
+        ((path, message),) = receiver.received
+        (alert,) = message["alerts"]
+        assert (path, message["status"]) == ("/pager", "firing")
+        assert alert["labels"]["alertname"] == f"{PREFIX}LedgerImbalance"
+        assert (alert["labels"]["severity"], alert["labels"]["currency"]) == ("critical", "EUR")
+        assert "together are 0.01" in alert["annotations"]["description"]
+        url = alert["annotations"]["runbook_url"]
+        assert url == f"{RUNBOOKS}ledger-imbalance.md"
+        assert (ROOT / "runbooks" / url.removeprefix(RUNBOOKS)).is_file()
