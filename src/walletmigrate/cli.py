@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from walletmigrate import cli_capture, cli_discover, cli_flags, cli_jobs, cli_line, cli_phases, cli_setup, cli_watch
+from walletmigrate import (
+    cli_capture,
+    cli_discover,
+    cli_flags,
+    cli_joblist,
+    cli_jobs,
+    cli_line,
+    cli_phases,
+    cli_setup,
+    cli_watch,
+)
 from walletmigrate.commands import CONFIG, DATABASE_URL, JSON, Group, command
 from walletmigrate.console import DIFFERENCE, OK, Answer
 from walletmigrate.invocation import Run
@@ -72,6 +82,7 @@ cli_setup.register(app)
 cli_phases.register(app)
 cli_line.register(app)
 cli_jobs.register(app)
+cli_joblist.register(app)
 cli_flags.register(app)
 cli_capture.register(app)
 cli_watch.register(app)

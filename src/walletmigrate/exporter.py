@@ -154,7 +154,8 @@ def _last_success(connection: sa.Connection, schema: str, scope: Collection[tupl
 
 
 def _jobs(connection: sa.Connection, schema: str) -> dict[str, JobFacts]:
-    jobs = _table(schema, "jobs", "id", "kind", "mapping", "state", "items_total", "items_done", "items_failed")
+    counted = ("items_total", "items_done", "items_failed", "held")
+    jobs = _table(schema, "jobs", "id", "kind", "mapping", "state", *counted)
     newest = sa.select(sa.func.max(jobs.c.id)).group_by(jobs.c.kind, jobs.c.mapping)
     facts = {kind: JobFacts() for kind in JOB_KINDS}
     for job in connection.execute(sa.select(jobs).where(jobs.c.id.in_(newest))):
@@ -163,7 +164,7 @@ def _jobs(connection: sa.Connection, schema: str) -> dict[str, JobFacts]:
             items=before.items + job.items_done,
             # A job can fail before any of its items did; it must show all the same.
             failed=before.failed + max(job.items_failed, job.state == "failed"),
-            paused=before.paused + (job.state == "paused"),
+            paused=before.paused + (job.state == "paused" or (job.state == "running" and job.held is not None)),
             remaining=before.remaining + _remaining(job),
         )
     return facts
