@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Final
 
@@ -48,15 +49,18 @@ def backfill(
     *,
     batch_size: int | None = None,
     force: bool = False,
+    workers: int = 1,
+    executor: Executor | None = None,
     dry_run: bool = False,
     progress: jobs.Progress | None = None,
     stop: jobs.Stop | None = None,
 ) -> BackfillResult:
     """Backfill a mapping, or go on with its unfinished backfill. Idempotent: what is in step stays as it is.
 
-    Rows that are inserted, and accounts that turn stale, while it runs are covered by a last pass. ``batch_size``
-    and ``force`` as in `jobs.run_batches` and `jobs.start_or_resume`. Raises PreconditionRefused in phase `legacy` or
-    without the fence as it was made (also if it fell while the job ran), LedgerNotInstalled, and what these raise.
+    Rows that are inserted, and accounts that turn stale, while it runs are covered by a last pass. ``batch_size``,
+    ``workers``, ``executor`` and ``force`` as in `jobs.run_batches` and `jobs.start_or_resume`. Raises
+    PreconditionRefused in phase `legacy` or without the fence as it was made (also if it fell while the job ran),
+    LedgerNotInstalled, and what these raise.
     """
     began = time.monotonic()
     with snapshot(engine) as connection:
@@ -66,7 +70,18 @@ def backfill(
         total = jobs.count_items(connection, mapping)
     job = jobs.start_or_resume(engine, settings, KIND, mapping.name, act, total=total, force=force)
     main, late = steps(settings, mapping, job.id)
-    job = jobs.run_batches(engine, settings, job, main, last=late, batch_size=batch_size, progress=progress, stop=stop)
+    job = jobs.run_batches(
+        engine,
+        settings,
+        job,
+        main,
+        last=late,
+        batch_size=batch_size,
+        workers=workers,
+        executor=executor,
+        progress=progress,
+        stop=stop,
+    )
     if job.state == "running":
         with engine.begin() as connection:
             connection.execute(text(f"select {quoted(settings.ledger_schema)}.fold_system_accounts()"))

@@ -8,7 +8,7 @@ import typer
 
 from walletmigrate import job_control
 from walletmigrate.backfill import backfill
-from walletmigrate.cli_jobs import FORCE, JobCall, jobs_answer, run_over
+from walletmigrate.cli_jobs import DASK, FORCE, WORKERS, JobCall, jobs_answer, run_over
 from walletmigrate.commands import command
 from walletmigrate.console import OK, REFUSED, Answer, plain
 from walletmigrate.errors import UsageError
@@ -88,14 +88,14 @@ def set_options(
     return _changed(run, done, " ".join(settings))
 
 
-def resume(run: Run, job: _ID, force: FORCE = False) -> Answer:
+def resume(run: Run, job: _ID, workers: WORKERS = None, dask: DASK = None, force: FORCE = False) -> Answer:
     """Run a job on, here, with what it has set aside; from where it stopped."""
     run.act()
     found = job_control.resumable(run.engine, run.settings, job, dry_run=run.dry_run)
     call = KINDS.get(found.kind)
     if call is None:
         raise UsageError(f"job {job} is a {found.kind}, which has a command of its own: walletmigrate {found.kind}")
-    results = run_over(run, found.mapping, call, force=force)
+    results = run_over(run, found.mapping, call, workers=workers, dask=dask, force=force)
     (_, result) = results[0]
     lines = [f"job {job}: {found.kind} of {found.mapping}, {result.state} in {result.seconds:.1f} s"]
     failed = getattr(result, "failed", 0) or getattr(result, "refused", 0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -53,6 +54,8 @@ def freeze(
     *,
     batch_size: int | None = None,
     force: bool = False,
+    workers: int = 1,
+    executor: Executor | None = None,
     dry_run: bool = False,
     progress: jobs.Progress | None = None,
     stop: jobs.Stop | None = None,
@@ -71,6 +74,8 @@ def freeze(
         act,
         batch_size=batch_size,
         force=force,
+        workers=workers,
+        executor=executor,
         dry_run=dry_run,
         progress=progress,
         stop=stop,
@@ -85,6 +90,8 @@ def unfreeze(
     *,
     batch_size: int | None = None,
     force: bool = False,
+    workers: int = 1,
+    executor: Executor | None = None,
     dry_run: bool = False,
     progress: jobs.Progress | None = None,
     stop: jobs.Stop | None = None,
@@ -103,6 +110,8 @@ def unfreeze(
         act,
         batch_size=batch_size,
         force=force,
+        workers=workers,
+        executor=executor,
         dry_run=dry_run,
         progress=progress,
         stop=stop,
@@ -118,6 +127,8 @@ def _run(
     *,
     batch_size: int | None,
     force: bool,
+    workers: int,
+    executor: Executor | None,
     dry_run: bool,
     progress: jobs.Progress | None,
     stop: jobs.Stop | None,
@@ -142,6 +153,8 @@ def _run(
         job,
         _step(kind, settings, mapping),
         batch_size=batch_size,
+        workers=workers,
+        executor=executor,
         progress=progress,
         stop=stop,
     )

@@ -138,9 +138,10 @@ def give_back(connection: Connection, settings: Settings, claimed: Claim) -> Non
     )
 
 
-def lose(connection: Connection, settings: Settings, job_id: int) -> None:
+def lose(connection: Connection, settings: Settings, claimed: Claim) -> None:
     """Count a commit that was refused for its token."""
-    change(connection, settings, job_id, "claims_lost = claims_lost + 1")
+    give_back(connection, settings, claimed)
+    change(connection, settings, claimed.job.id, "claims_lost = claims_lost + 1")
 
 
 def fail(connection: Connection, settings: Settings, claimed: Claim, reason: str) -> str | None:

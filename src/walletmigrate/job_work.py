@@ -76,7 +76,7 @@ class Work:
             while not self.rest():
                 if self.stop():
                     return leave(self.engine, self.settings, job, "paused"), False
-                found = None
+                found: Claim | NoClaim | None = None
                 try:
                     found = self._claim(job)
                     if isinstance(found, NoClaim):
@@ -88,7 +88,7 @@ class Work:
                     job = replace(self._carry_out(found), resumed=job.resumed)
                     tries = 0
                 except ClaimLost:
-                    self._lose(job)
+                    self._lose(found if isinstance(found, Claim) else None)
                     continue
                 except Exception as error:  # noqa: BLE001 - each is sorted: try again, split, or stop
                     tries += 1
@@ -97,7 +97,7 @@ class Work:
                 if self.progress is not None:
                     self.progress(job)
         except BaseException as error:
-            self._leave_somehow(job, error)
+            self.leave_somehow(job, error)
             raise
         return job, False
 
@@ -119,9 +119,10 @@ class Work:
                 self._give_back(claimed)
             raise
 
-    def _lose(self, job: Job) -> None:
-        with suppress(DBAPIError), begin(self.engine) as connection:
-            job_batches.lose(connection, self.settings, job.id)
+    def _lose(self, claimed: Claim | None) -> None:
+        if claimed is not None:
+            with suppress(DBAPIError), begin(self.engine) as connection:
+                job_batches.lose(connection, self.settings, claimed)
 
     def _failed(self, job: Job, claimed: Claim | None, error: Exception, tries: int) -> None:
         """Make the batch ready to be tried again, whole or in halves. Raises what ends the job."""
@@ -151,7 +152,7 @@ class Work:
         with suppress(DBAPIError), begin(self.engine) as connection:
             job_batches.give_back(connection, self.settings, claimed)
 
-    def _leave_somehow(self, job: Job, error: BaseException) -> None:
+    def leave_somehow(self, job: Job, error: BaseException) -> None:
         """Without a database the job stays ``running``; the next start resumes it all the same."""
         with suppress(DBAPIError):
             if not isinstance(error, Exception):

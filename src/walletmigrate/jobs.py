@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import version
@@ -36,6 +37,7 @@ from walletmigrate.job_rows import (
     newest,
 )
 from walletmigrate.job_work import ATTEMPTS, Progress, Step, Stop, Work
+from walletmigrate.job_workers import Crew
 from walletmigrate.schema import installed, quoted
 from walletmigrate.standing import REASON
 
@@ -134,6 +136,8 @@ def run_batches(
     *,
     last: Step | None = None,
     batch_size: int | None = None,
+    workers: int = 1,
+    executor: Executor | None = None,
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> Job:
@@ -141,6 +145,9 @@ def run_batches(
 
     ``last`` is the step of a last pass over all keys once more, for what was written meanwhile. ``batch_size``
     (legacy rows) is kept as the job's setting; None leaves that as it is, and by default the size tunes itself.
+
+    More than one of ``workers`` are processes of this machine, or tasks of any ``executor``. They connect with the
+    engine's URL, and get the steps pickled; ``progress`` and ``stop`` stay here, and are called a few times a second.
 
     Returns the job ``paused`` when ``stop`` said so, or in the state that another process gave it. Ctrl-C pauses it
     and goes on as KeyboardInterrupt. A batch that fails is halved until the one bad row is set aside; the job fails
@@ -154,7 +161,9 @@ def run_batches(
     work = Work(engine, settings, steps, progress=progress)
     if stop is not None:
         work = replace(work, stop=stop)
-    return work.run(job)[0]
+    if executor is None and workers == 1:
+        return work.run(job)[0]
+    return Crew(work, workers, executor).run(job)[0]
 
 
 def finish(
