@@ -15,7 +15,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Row, text
 
 from walletmigrate.config import Settings
-from walletmigrate.job_rows import Batch, Job, change, get, table
+from walletmigrate.job_rows import COLUMNS, Batch, Job, change, get, job_of, table
 from walletmigrate.schema import quoted
 
 FIRST_FAILURES: Final = 10
@@ -25,7 +25,6 @@ LATE_FACTOR: Final = 10
 """How many times larger the batches of a last pass are: nearly all of their rows are only looked at."""
 
 _IDLE: Final = "60s"
-_COMMITTABLE: Final = ("running", "paused", "failed")
 
 
 class ClaimLost(Exception):
@@ -71,9 +70,12 @@ def claim(connection: Connection, settings: Settings, job_id: int, worker: str, 
         job = get(connection, settings, job_id, lock=True)
         if job.state != "running":
             return NoClaim(job, ended=False)
-        found = _waiting(connection, settings, job) or _cut(connection, settings, job)
+        found = _waiting(connection, settings, job)
         if found is not None:
             return _taken(connection, settings, job, found, worker)
+        cut = _cut(connection, settings, job)
+        if cut is not None:
+            return _taken(connection, settings, job, cut, worker)
         if _open(connection, settings, job_id):
             return NoClaim(job, ended=False)
         if job.job_pass >= passes:
@@ -84,10 +86,10 @@ def claim(connection: Connection, settings: Settings, job_id: int, worker: str, 
 def hold(connection: Connection, settings: Settings, claimed: Claim) -> None:
     """Lock the claimed batch for the rest of the transaction. Raises ClaimLost."""
     # A worker that was cut off from the server must not hold its rows for hours.
-    connection.exec_driver_sql(f"set local idle_in_transaction_session_timeout = '{_IDLE}'")
     found = connection.execute(
         text(
-            f"select 1 from {table(settings, 'job_batches')} "
+            f"select set_config('idle_in_transaction_session_timeout', '{_IDLE}', true) "
+            f"from {table(settings, 'job_batches')} "
             "where job_id = :job and number = :number and token = :token and state = 'claimed' for no key update"
         ),
         claimed.identity,
@@ -98,32 +100,31 @@ def hold(connection: Connection, settings: Settings, claimed: Claim) -> None:
 
 def complete(connection: Connection, settings: Settings, claimed: Claim, batch: Batch, seconds: float) -> Job:
     """Note the batch as done and add it to the job, in the transaction that did the work. Raises ClaimLost."""
-    job = get(connection, settings, claimed.job.id, lock=True)
-    done = connection.execute(
+    row = connection.execute(
         text(
-            f"update {table(settings, 'job_batches')} set state = 'done', done = :done, failed = :failed, "
+            f"with b as (update {table(settings, 'job_batches')} set state = 'done', done = :done, failed = :failed, "
             "seconds = :seconds, error = null, at = clock_timestamp() "
-            "where job_id = :job and number = :number and token = :token and state = 'claimed'"
+            "where job_id = :job and number = :number and token = :token and state = 'claimed' returning job_id) "
+            f"update {table(settings)} as j set items_done = items_done + :done, items_failed = items_failed + :failed, "
+            "last_batch_seconds = :seconds, proven = true, alike = 0, held = null, held_at = null, "
+            "updated_at = clock_timestamp(), details = details || jsonb_build_object('counts', ("
+            "select coalesce(jsonb_object_agg(n.name, coalesce(cast(details -> 'counts' ->> n.name as bigint), 0) "
+            "+ coalesce(cast(cast(:counts as jsonb) ->> n.name as bigint), 0)), '{}') from ("
+            "select jsonb_object_keys(coalesce(details -> 'counts', '{}')) union "
+            "select jsonb_object_keys(cast(:counts as jsonb))) as n (name))) "
+            f"from b where j.id = b.job_id and j.state in ('running', 'paused', 'failed') returning {COLUMNS}"
         ),
-        {**claimed.identity, "done": batch.done, "failed": batch.failed, "seconds": seconds},
-    ).rowcount
-    if not done or job.state not in _COMMITTABLE:
+        {
+            **claimed.identity,
+            "done": batch.done,
+            "failed": batch.failed,
+            "seconds": seconds,
+            "counts": json.dumps(dict(batch.counts)),
+        },
+    ).one_or_none()
+    if row is None:
         raise ClaimLost
-    counts = dict(job.counts)
-    for name, value in batch.counts.items():
-        counts[name] = counts.get(name, 0) + value
-    return change(
-        connection,
-        settings,
-        job.id,
-        "items_done = items_done + :done, items_failed = items_failed + :failed, last_batch_seconds = :seconds, "
-        "proven = true, alike = 0, held = null, held_at = null, updated_at = clock_timestamp(), "
-        "details = details || jsonb_build_object('counts', cast(:counts as jsonb))",
-        done=batch.done,
-        failed=batch.failed,
-        seconds=seconds,
-        counts=json.dumps(counts),
-    )
+    return job_of(row)
 
 
 def give_back(connection: Connection, settings: Settings, claimed: Claim) -> None:
@@ -226,7 +227,20 @@ def _waiting(connection: Connection, settings: Settings, job: Job) -> Row[Any] |
     return connection.execute(text(query), {"id": job.id, "proven": job.proven}).one_or_none()
 
 
-def _cut(connection: Connection, settings: Settings, job: Job) -> Row[Any] | None:
+@dataclass(frozen=True)
+class _Cut:
+    """A batch that does not stand in the database yet."""
+
+    batch_pass: int
+    after_key: str | None
+    upto_key: str
+    keys: int
+    until: str
+    size: int
+    attempts: int = 0
+
+
+def _cut(connection: Connection, settings: Settings, job: Job) -> _Cut | None:
     until = job.until_key
     if until is None:
         until = connection.scalar(text(f"select {_function(settings, job, 'last')}()"))
@@ -237,12 +251,12 @@ def _cut(connection: Connection, settings: Settings, job: Job) -> Row[Any] | Non
     found = _next(connection, settings, job, job.cursor, until, size * (LATE_FACTOR if late else 1))
     if not found.keys:
         return None
-    changed = "cursor = :cursor, until_key = :until, batch_size = :size"
-    change(connection, settings, job.id, changes=changed, cursor=found.upto, until=until, size=size)
-    return _insert(connection, settings, job, job.job_pass, job.cursor, found.upto, found.keys)
+    return _Cut(job.job_pass, job.cursor, found.upto, found.keys, until, size)
 
 
 def _size(connection: Connection, settings: Settings, job: Job) -> int:
+    if job.options.batch_size is not None and job.options.rate is None:
+        return job.options.batch_size
     query = (
         f"select seconds from {table(settings, 'job_batches')} "
         "where job_id = :id and state = 'done' and pass = :pass order by number desc limit 20"
@@ -255,37 +269,49 @@ def _size(connection: Connection, settings: Settings, job: Job) -> int:
     return size
 
 
-def _taken(connection: Connection, settings: Settings, job: Job, found: Row[Any], worker: str) -> Claim:
-    accounts = found.keys * _accounts_per_key(settings, job) / (LATE_FACTOR if found.batch_pass > 1 else 1)
-    row = connection.execute(
-        text(
-            f"update {table(settings)} set claims = claims + 1, "
-            "paced_until = case when cast(:rate as float8) is null then null "
-            "else greatest(paced_until, clock_timestamp()) + make_interval(secs => :accounts / cast(:rate as float8)) "
-            "end where id = :id "
-            "returning claims, coalesce(greatest(0, extract(epoch from paced_until - clock_timestamp()) "
-            "- :accounts / cast(:rate as float8)), 0)::float8 as delay"
-        ),
-        {"id": job.id, "rate": job.options.rate, "accounts": float(accounts)},
-    ).one()
-    connection.execute(
-        text(
-            f"update {table(settings, 'job_batches')} set state = 'claimed', token = :token, worker = :worker, "
-            "attempts = attempts + 1, lease_until = clock_timestamp() + make_interval(secs => :lease) "
-            "where job_id = :id and number = :number"
-        ),
-        {
-            "id": job.id,
-            "number": found.number,
-            "token": row.claims,
-            "worker": worker,
-            "lease": row.delay + job.options.lease_seconds,
-        },
-    )
+_PACED: Final = (
+    "claims = claims + 1, paced_until = case when cast(:rate as float8) is not null then "
+    "greatest(paced_until, clock_timestamp()) + make_interval(secs => :accounts / cast(:rate as float8)) end"
+)
+_TOKEN: Final = (
+    "returning id, batches, claims, coalesce(greatest(0, extract(epoch from paced_until - clock_timestamp()) "
+    "- :accounts / cast(:rate as float8)), 0)::float8 as delay"
+)
+_LEASE: Final = "clock_timestamp() + make_interval(secs => j.delay + :lease)"
+
+
+def _taken(connection: Connection, settings: Settings, job: Job, found: Row[Any] | _Cut, worker: str) -> Claim:
+    """Note the claim with a token of its own, and its turn if there is a rate."""
+    jobs, batches = table(settings), table(settings, "job_batches")
+    values: dict[str, Any] = {
+        "id": job.id,
+        "rate": job.options.rate,
+        "accounts": found.keys * _accounts_per_key(settings, job) / (LATE_FACTOR if found.batch_pass > 1 else 1),
+        "lease": job.options.lease_seconds,
+        "worker": worker,
+    }
+    if isinstance(found, _Cut):
+        values |= {"pass": found.batch_pass, "after": found.after_key, "upto": found.upto_key, "keys": found.keys}
+        values |= {"until": found.until, "size": found.size}
+        moved = "cursor = :upto, until_key = :until, batch_size = :size, batches = batches + 1"
+        statement = (
+            f"with j as (update {jobs} set {moved}, {_PACED} where id = :id {_TOKEN}), b as (insert into {batches} "
+            "(job_id, number, pass, after_key, upto_key, keys, state, token, lease_until, worker, attempts) "
+            f"select j.id, j.batches, :pass, :after, :upto, :keys, 'claimed', j.claims, {_LEASE}, :worker, 1 from j "
+            "returning number, token) select b.number, b.token, j.delay from b, j"
+        )
+    else:
+        values["number"] = found.number
+        statement = (
+            f"with j as (update {jobs} set {_PACED} where id = :id {_TOKEN}) update {batches} as b "
+            f"set state = 'claimed', token = j.claims, worker = :worker, attempts = attempts + 1, lease_until = {_LEASE} "
+            "from j where b.job_id = j.id and b.number = :number returning b.number, b.token, j.delay"
+        )
+    row = connection.execute(text(statement), values).one()
     return Claim(
         job=job,
-        number=found.number,
-        token=row.claims,
+        number=row.number,
+        token=row.token,
         after=found.after_key,
         upto=found.upto_key,
         keys=found.keys,
