@@ -10,10 +10,11 @@ import pytest
 from sqlalchemy import Connection, Engine, text
 
 import ledger
-from walletmigrate import job_batches, job_work, jobs
+from walletmigrate import job_claims, job_work, jobs
 from walletmigrate.config import Settings
 from walletmigrate.errors import JobFailed, PreconditionRefused, UsageError
-from walletmigrate.job_batches import Claim, ClaimLost
+from walletmigrate.job_batches import Claim
+from walletmigrate.job_claims import ClaimLost
 from walletmigrate.job_options import Options, parsed
 from walletmigrate.job_rows import configure
 
@@ -60,7 +61,7 @@ def run(made: Ledger, job: jobs.Job, work: jobs.Step = note, **options: Any) -> 
 
 def claim(made: Ledger, job: jobs.Job, worker: str) -> Claim:
     with jobs.begin(made[0]) as connection:
-        found = job_batches.claim(connection, made[1], job.id, worker)
+        found = job_claims.claim(connection, made[1], job.id, worker)
     assert isinstance(found, Claim), found
     return found
 
@@ -70,7 +71,7 @@ def commit(made: Ledger, claimed: Claim, before: Callable[[], None] = lambda: No
     with jobs.begin(made[0]) as connection:
         batch = note(connection, claimed.after, claimed.upto)
         before()
-        return job_batches.complete(connection, made[1], claimed, batch, 0.1)
+        return job_claims.complete(connection, made[1], claimed, batch, 0.1)
 
 
 def seen(made: Ledger) -> list[int]:
@@ -93,8 +94,8 @@ def test_batches_are_cut_one_after_the_other_and_no_two_workers_get_the_same(mad
     ]
     assert [one.token for one in claims] == [1, 2, 3, 4]
     with jobs.begin(made[0]) as connection:
-        none = job_batches.claim(connection, made[1], job.id, "a")
-    assert isinstance(none, job_batches.NoClaim)
+        none = job_claims.claim(connection, made[1], job.id, "a")
+    assert isinstance(none, job_claims.NoClaim)
     # The others are at work still: it is not the end.
     assert not none.ended
 
@@ -109,7 +110,7 @@ def test_a_stale_workers_commit_is_refused_by_its_token_and_its_work_rolled_back
     assert (fresh.number, fresh.after, fresh.upto) == (stale.number, stale.after, stale.upto)
     assert fresh.token > stale.token
     with pytest.raises(ClaimLost), jobs.begin(engine) as connection:
-        job_batches.hold(connection, settings, stale)
+        job_claims.hold(connection, settings, stale)
     with pytest.raises(ClaimLost):
         commit(made, stale)
     assert seen(made) == []
@@ -137,10 +138,10 @@ def test_a_batch_that_is_worked_on_is_not_taken_however_long_its_lease_is_over(m
     job = start(made, batch_size=100, lease_seconds=0.0)
     slow = claim(made, job, "slow")
     with jobs.begin(engine) as connection:
-        job_batches.hold(connection, settings, slow)
+        job_claims.hold(connection, settings, slow)
         with jobs.begin(engine) as other:
-            found = job_batches.claim(other, settings, job.id, "thief")
-            assert isinstance(found, job_batches.NoClaim)
+            found = job_claims.claim(other, settings, job.id, "thief")
+            assert isinstance(found, job_claims.NoClaim)
             assert not found.ended
     # As soon as the one that held it is gone, it is free.
     assert claim(made, job, "heir").token > slow.token

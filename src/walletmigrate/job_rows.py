@@ -175,6 +175,18 @@ def configure(connection: Connection, settings: Settings, job_id: int, options: 
     return change(connection, settings, job_id, merged, options=json.dumps(dict(options)))
 
 
+def hold(connection: Connection, settings: Settings, job_id: int, reason: str | None) -> None:
+    """Write down why a running job stands still, or that it goes on (None); nothing where that is known."""
+    connection.execute(
+        text(
+            f"update {table(settings)} set held = :reason, "
+            "held_at = case when cast(:reason as text) is not null then coalesce(held_at, clock_timestamp()) end "
+            "where id = :id and state = 'running' and held is distinct from :reason"
+        ),
+        {"id": job_id, "reason": reason},
+    )
+
+
 def sqlstate(error: DBAPIError) -> str:
     """The SQLSTATE, "" where the driver gave none."""
     return str(getattr(error.orig, "sqlstate", None) or "")

@@ -15,7 +15,7 @@ from typing import Final
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from walletmigrate import job_batches, job_rows
+from walletmigrate import job_batches, job_claims, job_rows
 from walletmigrate.config import Settings
 from walletmigrate.errors import (
     JobFailed,
@@ -23,8 +23,10 @@ from walletmigrate.errors import (
     Retryable,
     WalletMigrateError,
 )
-from walletmigrate.job_batches import Claim, ClaimLost, NoClaim
+from walletmigrate.job_batches import Claim
+from walletmigrate.job_claims import ClaimLost, NoClaim
 from walletmigrate.job_rows import Batch, Job, begin, leave, said, sqlstate
+from walletmigrate.throttle import Throttle
 
 ATTEMPTS: Final = 8
 """How often a batch is tried that meets a deadlock, a lock time limit or a lost connection."""
@@ -32,6 +34,7 @@ ATTEMPTS: Final = 8
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
 _OTHERS_AT_WORK: Final = 0.05
+_HELD: Final = 0.25
 _NO_FUNCTIONS: Final = ("42883", "42P01", "3F000", "WM010")
 _NO_GRANT: Final = "42501"
 
@@ -54,7 +57,7 @@ def _never() -> bool:
 class Work:
     """What a worker needs: ``steps``, one for each pass over the keys, and whom it asks and tells on the way.
 
-    ``stop`` True pauses the job; ``rest`` True ends this worker alone.
+    ``stop`` True pauses the job; ``rest`` True ends this worker alone; ``throttle`` makes all workers stand still.
     """
 
     engine: Engine
@@ -63,6 +66,7 @@ class Work:
     progress: Progress | None = None
     stop: Stop = _never
     rest: Stop = _never
+    throttle: Throttle | None = None
     name: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident() % 10_000}")
 
     def run(self, job: Job) -> tuple[Job, bool]:
@@ -78,12 +82,13 @@ class Work:
                     return leave(self.engine, self.settings, job, "paused"), False
                 found: Claim | NoClaim | None = None
                 try:
+                    self.ask(job)
                     found = self._claim(job)
                     if isinstance(found, NoClaim):
                         now = replace(found.job, resumed=job.resumed)
                         if found.ended or now.state != "running":
                             return now, found.ended
-                        time.sleep(_OTHERS_AT_WORK)
+                        time.sleep(_OTHERS_AT_WORK if now.held is None else _HELD)
                         continue
                     job = replace(self._carry_out(found), resumed=job.resumed)
                     tries = 0
@@ -101,19 +106,26 @@ class Work:
             raise
         return job, False
 
+    def ask(self, job: Job) -> None:
+        """Ask the throttle, and write down what it says: no worker claims a batch while the job is held."""
+        if self.throttle is not None:
+            reason = self.throttle.reason()
+            with begin(self.engine) as connection:
+                job_rows.hold(connection, self.settings, job.id, reason)
+
     def _claim(self, job: Job) -> Claim | NoClaim:
         with begin(self.engine) as connection:
-            return job_batches.claim(connection, self.settings, job.id, self.name, len(self.steps))
+            return job_claims.claim(connection, self.settings, job.id, self.name, len(self.steps))
 
     def _carry_out(self, claimed: Claim) -> Job:
         try:
             time.sleep(claimed.delay)
             with begin(self.engine) as connection:
                 began = time.monotonic()
-                job_batches.hold(connection, self.settings, claimed)
+                job_claims.hold(connection, self.settings, claimed)
                 batch = self.steps[claimed.batch_pass - 1](connection, claimed.after, claimed.upto)
                 seconds = time.monotonic() - began
-                return job_batches.complete(connection, self.settings, claimed, batch, seconds)
+                return job_claims.complete(connection, self.settings, claimed, batch, seconds)
         except BaseException as error:
             if not isinstance(error, Exception):
                 self._give_back(claimed)
@@ -122,7 +134,7 @@ class Work:
     def _lose(self, claimed: Claim | None) -> None:
         if claimed is not None:
             with suppress(DBAPIError), begin(self.engine) as connection:
-                job_batches.lose(connection, self.settings, claimed)
+                job_claims.lose(connection, self.settings, claimed)
 
     def _failed(self, job: Job, claimed: Claim | None, error: Exception, tries: int) -> None:
         """Make the batch ready to be tried again, whole or in halves. Raises what ends the job."""
@@ -150,7 +162,7 @@ class Work:
     def _give_back(self, claimed: Claim) -> None:
         """Without a database the lease ends the claim."""
         with suppress(DBAPIError), begin(self.engine) as connection:
-            job_batches.give_back(connection, self.settings, claimed)
+            job_claims.give_back(connection, self.settings, claimed)
 
     def leave_somehow(self, job: Job, error: BaseException) -> None:
         """Without a database the job stays ``running``; the next start resumes it all the same."""

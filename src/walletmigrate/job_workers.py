@@ -22,12 +22,13 @@ from importlib import import_module
 from typing import Any, Final
 
 from pydantic import SecretStr
+from sqlalchemy.exc import DBAPIError
 
 from walletmigrate import connect, job_rows
 from walletmigrate.config import Settings
-from walletmigrate.errors import JobFailed, UsageError, WalletMigrateError
-from walletmigrate.job_rows import Job, begin, leave
-from walletmigrate.job_work import Step, Work
+from walletmigrate.errors import JobFailed, Retryable, UsageError, WalletMigrateError
+from walletmigrate.job_rows import Job, begin, leave, said
+from walletmigrate.job_work import ATTEMPTS, Step, Work
 
 SLICE_SECONDS: Final = 5.0
 """How long a worker works before it comes back for more."""
@@ -124,8 +125,17 @@ class Crew:
                 ended = ended or (outcome is not None and outcome.ended)
 
     def _look(self, job: Job) -> Job:
-        with begin(self._main.engine) as connection:
-            return replace(job_rows.get(connection, self._main.settings, job.id), resumed=job.resumed)
+        """Ask the throttle, and look how far the job is; a database that is away for a moment is waited for."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                self._main.ask(job)
+                with begin(self._main.engine) as connection:
+                    return replace(job_rows.get(connection, self._main.settings, job.id), resumed=job.resumed)
+            except DBAPIError as error:
+                if not job_rows.retryable(error) or attempt == ATTEMPTS:
+                    raise Retryable(f"job {job.id} ({job.kind}) cannot be looked at: {said(error)}") from error
+            time.sleep(_LOOK * attempt)
+        raise AssertionError("unreachable")
 
     def _outcome(self, job: Job, future: Future[Outcome]) -> Outcome | None:
         """None for a worker that was lost. Raises JobFailed for one that could not be given its work."""

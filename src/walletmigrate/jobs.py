@@ -40,6 +40,7 @@ from walletmigrate.job_work import ATTEMPTS, Progress, Step, Stop, Work
 from walletmigrate.job_workers import Crew
 from walletmigrate.schema import installed, quoted
 from walletmigrate.standing import REASON
+from walletmigrate.throttle import Throttle, of_settings
 
 __all__ = [
     "ATTEMPTS",
@@ -138,6 +139,7 @@ def run_batches(
     batch_size: int | None = None,
     workers: int = 1,
     executor: Executor | None = None,
+    throttle: Throttle | None = None,
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> Job:
@@ -148,6 +150,7 @@ def run_batches(
 
     More than one of ``workers`` are processes of this machine, or tasks of any ``executor``. They connect with the
     engine's URL, and get the steps pickled; ``progress`` and ``stop`` stay here, and are called a few times a second.
+    ``throttle`` makes the job stand still for as long as it says; by default the one that the configuration asks for.
 
     Returns the job ``paused`` when ``stop`` said so, or in the state that another process gave it. Ctrl-C pauses it
     and goes on as KeyboardInterrupt. A batch that fails is halved until the one bad row is set aside; the job fails
@@ -158,7 +161,8 @@ def run_batches(
         with begin(engine) as connection:
             configure(connection, settings, job.id, {"batch_size": batch_size})
     steps = (step,) if last is None else (step, last)
-    work = Work(engine, settings, steps, progress=progress)
+    throttle = throttle or of_settings(engine, settings, job.id, job.mapping or "")
+    work = Work(engine, settings, steps, progress=progress, throttle=throttle)
     if stop is not None:
         work = replace(work, stop=stop)
     if executor is None and workers == 1:
@@ -279,7 +283,7 @@ def _resume(settings: Settings) -> str:
     return (
         f"update {quoted(settings.ledger_schema)}.jobs set state = 'running', actor = :actor, reason = :reason, "
         "version = :version, functions_version = :functions, items_total = coalesce(:total, items_total), "
-        "updated_at = clock_timestamp(), finished_at = null, "
+        "updated_at = clock_timestamp(), finished_at = null, held = null, held_at = null, "
         "details = (details - 'error') || cast(:details as jsonb) "
         f"where id = :id returning {COLUMNS}"
     )
