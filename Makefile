@@ -42,7 +42,8 @@ test: $(READY) ## run all tests on real PostgreSQL
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 torture: $(READY) ## play every interleaving of the protocol, for some hours; SHARE=10: one of ten
-	$(BIN)/python -m pytest -n $(JOBS) --timeout 0 --torture $(SHARE) tests/test_torture.py $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --timeout 0 --torture $(SHARE) tests/test_torture.py \
+	  tests/test_job_workers.py::test_a_backfill_killed_at_random_points_opens_each_account_once $(ARGS)
 
 check: $(READY) ## format, lint, types, layers and SQL
 	$(BIN)/ruff format --check

@@ -101,11 +101,10 @@ def install_ledger(url: str, phase: str) -> None:
 def mirror(engine: Engine, upto: int) -> None:
     """Open the accounts of the keys 1 to ``upto`` at least, a batch at a time."""
     with engine.begin() as connection:
-        last: str | None = None
-        while last is None or int(last) < upto:
-            last = connection.scalar(
-                text("select last_key from wallet.backfill_users(:after, :limit, null)"),
-                {"after": last, "limit": min(5_000, upto - int(last or 0))},
+        for last in range(0, upto, 5_000):
+            connection.execute(
+                text("select from wallet.backfill_users(cast(:after as text), cast(:upto as text), null)"),
+                {"after": str(last), "upto": str(min(last + 5_000, upto))},
             )
 
 

@@ -105,8 +105,8 @@ def test_only_operators_write_the_audit_log_and_run_jobs(made: Engine, database_
     engine = engine_named(database_url, role=role)
     entry = "insert into wallet.audit_log (action, actor, reason) values ('freeze', 'me', 'why')"
     assert sqlstate_of(engine, entry) == "42501"
-    assert sqlstate_of(engine, "select * from wallet.backfill_users(null, 5, null)") == "42501"
-    assert sqlstate_of(engine, "select * from wallet.freeze_users(null, 5)") == "42501"
+    assert sqlstate_of(engine, "select * from wallet.backfill_users(null, null, null)") == "42501"
+    assert sqlstate_of(engine, "select * from wallet.freeze_users(null, null)") == "42501"
     assert sqlstate_of(engine, "update wallet.control set phase = 'legacy'") == "42501"
 
 

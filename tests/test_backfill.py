@@ -15,7 +15,7 @@ from sqlalchemy import Engine, text
 
 import ledger
 from ledger import ACT, engine_named, execute, install_users, journal, post, rows, scalar, set_phase
-from walletmigrate import jobs
+from walletmigrate import job_batches, jobs
 from walletmigrate.backfill import BackfillResult, backfill
 from walletmigrate.config import Settings
 from walletmigrate.errors import JobFailed, LedgerNotInstalled, PreconditionRefused
@@ -90,27 +90,106 @@ def test_a_balance_of_zero_opens_without_a_transaction_and_a_debt_opens_as_it_is
     assert openings == [(False, Decimal("10.50")), (True, Decimal("10.50"))]
 
 
-@pytest.mark.parametrize("batches", [0, 1, 3])
-def test_a_batch_that_fails_leaves_the_earlier_ones_and_the_next_run_does_the_rest(made: Ledger, batches: int) -> None:
-    engine, _ = made
-    # The second last key of the batch that fails: others of the same batch are written before it.
-    stopper = batches * 5 + 4
+@pytest.mark.parametrize("key", [1, 9, 20])
+def test_a_row_that_fails_is_set_aside_with_its_reason_and_the_next_run_opens_it(made: Ledger, key: int) -> None:
+    engine, settings = made
     execute(
         engine,
         "create function public.stopper() returns trigger language plpgsql as "
-        f"$$ begin if new.key = '{stopper}' then raise exception 'stopped'; end if; return new; end $$",
+        f"$$ begin if new.key = '{key}' then raise exception 'stopped'; end if; return new; end $$",
     )
     execute(
         engine,
         "create trigger stopper before insert on wallet.accounts for each row execute function public.stopper()",
     )
-    with pytest.raises(JobFailed, match="stopped"):
-        run(made)
-    assert scalar(engine, "select count(*) from wallet.accounts") == batches * 5
+    result = run(made)
+    assert (result.state, result.opened, result.failed, result.keys) == ("done", ROWS - 1, 1, ROWS - 1)
+    with engine.connect() as connection:
+        (aside,) = job_batches.set_aside(connection, settings, result.job_id or 0)
+    assert (aside.key, aside.reason) == (str(key), "stopped (P0001)")
+    assert rows(engine, "select items_done, items_failed, items_total from wallet.jobs") == [(ROWS - 1, 1, ROWS)]
     execute(engine, "drop trigger stopper on wallet.accounts")
     result = run(made)
-    assert (result.resumed, result.opened, result.keys) == (True, ROWS, ROWS)
+    assert (result.resumed, result.opened, result.failed, result.keys) == (False, 1, 0, ROWS)
     assert_whole(engine)
+
+
+def test_a_function_that_is_broken_is_not_tried_row_by_row(made: Ledger) -> None:
+    engine, _ = made
+    execute(
+        engine,
+        "create function public.stopper() returns trigger language plpgsql as $$ begin raise 'stopped'; end $$",
+    )
+    execute(engine, "create trigger stopper before insert on wallet.accounts execute function public.stopper()")
+    with pytest.raises(JobFailed, match="the first 10 batches failed for the same reason: stopped"):
+        run(made, batch_size=ROWS)
+    assert scalar(engine, "select count(*) from wallet.job_batches where state = 'set_aside'") == 0
+    execute(engine, "drop trigger stopper on wallet.accounts")
+    result = run(made)
+    assert (result.resumed, result.opened, result.keys, result.failed) == (True, ROWS, ROWS, 0)
+    assert_whole(engine)
+
+
+@pytest.mark.parametrize("key_type", ["bigint", "uuid"])
+def test_rows_that_appear_or_turn_stale_while_it_runs_are_covered_by_its_last_pass(
+    database_url: str, key_type: str
+) -> None:
+    engine, _ = made = install_users(database_url, rows=ROWS, key_type=key_type, coins="100 + g", phase="dual_write")
+    first = rows(engine, "select min(id::text) from users")[0][0]
+
+    def meanwhile(job: jobs.Job) -> None:
+        if job.items_done != 10:
+            return
+        # Behind the cursor, before the first key, and beyond what was the largest key.
+        ledger.add_users(engine, ROWS + 1, ROWS + 2, key_type=key_type, coins="100 + g")
+        ledger.add_users(engine, 0, 0, key_type=key_type, coins="100 + g")
+        execute(engine, "update users set total_coins = 7 where id::text = :key", key=first)
+
+    result = run(made, progress=meanwhile)
+    assert (result.opened, result.resynced, result.failed, result.keys) == (ROWS + 3, 1, 0, ROWS + 3)
+    assert rows(engine, "select items_total, items_done, items_failed from wallet.jobs") == [(ROWS + 3, ROWS + 3, 0)]
+    found = rows(engine, "select state::text, count(*) from wallet.accounts group by 1")
+    assert found == [("mirrored", ROWS + 3)]
+
+
+def test_a_table_that_always_grows_has_an_end(made: Ledger) -> None:
+    engine, _ = made
+    keys = iter(range(ROWS + 1, 10_000))
+    result = run(made, progress=lambda _: ledger.add_users(engine, *[next(keys)] * 2))
+    assert result.state == "done"
+    assert scalar(engine, "select count(*) from users") < ROWS + 20
+
+
+def test_its_last_pass_knows_old_rows_from_new_ones_by_their_transaction(made: Ledger) -> None:
+    """Rows that nobody has written since the job began are not looked up: the test takes the account of one away."""
+    engine, _ = made
+
+    def take(job: jobs.Job) -> None:
+        if job.items_done == ROWS and job.job_pass == 1:
+            for key in (3, 4):
+                execute(engine, "delete from wallet.accounts where key = :key", key=str(key))
+            execute(engine, "update users set total_coins = 1 where id = 4")
+
+    result = run(made, progress=take)
+    assert result.opened == ROWS + 1
+    assert scalar(
+        engine, "select array_agg(id) from users where id::text not in (select key from wallet.accounts)"
+    ) == [3]
+
+
+def test_values_mended_or_broken_while_it_runs_are_counted_as_they_are_at_its_end(made: Ledger) -> None:
+    engine, _ = made
+    execute(engine, "update users set total_coins = null where id in (1, 2)")
+
+    def meanwhile(job: jobs.Job) -> None:
+        if job.items_done == 8:
+            execute(engine, "update users set total_coins = 5 where id = 1")
+            execute(engine, "update users set total_coins = 'NaN' where id in (3, 19)")
+
+    result = run(made, progress=meanwhile)
+    assert result.failed == 3
+    assert rows(engine, "select items_failed from wallet.jobs") == [(3,)]
+    assert scalar(engine, "select count(*) from wallet.accounts where state = 'mirrored'") == ROWS - 3
 
 
 @contextmanager
@@ -120,7 +199,7 @@ def other_process(url: str) -> Iterator[subprocess.Popen[str]]:
         "import sys; import ledger; from walletmigrate.backfill import backfill\n"
         f"engine = ledger.engine_named({url!r}, 'walletmigrate-other')\n"
         f"settings = ledger.users_settings({url!r})\n"
-        "def told(job): print(job.cursor, flush=True); sys.stdin.readline()\n"
+        "def told(job): print(job.items_done, flush=True); sys.stdin.readline()\n"
         "backfill(engine, settings, settings.mapping(), ledger.ACT, batch_size=5, progress=told)\n"
     )
     process = subprocess.Popen(
@@ -225,7 +304,7 @@ def test_a_posting_waits_for_a_batch_in_flight_and_finds_its_account(made: Ledge
             return post(connection, settings, "credit", 3, 1)
 
     with engine.connect() as batch, ThreadPoolExecutor(1) as pool:
-        batch.execute(text("select * from wallet.backfill_users(null, 5, null)"))
+        batch.execute(text("select * from wallet.backfill_users(null, '5', null)"))
         running = pool.submit(credit)
         ledger.until_blocked(engine, "walletmigrate-other")
         batch.commit()
@@ -417,7 +496,7 @@ def test_a_fence_that_falls_meanwhile_fails_the_job_at_its_end(made: Ledger) -> 
     engine, _ = made
 
     def cut(job: jobs.Job) -> None:
-        if job.cursor == "10":
+        if job.items_done == 10:
             execute(engine, "drop trigger walletmigrate_users_update on users")
 
     with pytest.raises(PreconditionRefused, match="walletmigrate_users_update"):

@@ -155,7 +155,7 @@ def test_a_write_of_the_adapter_that_a_trigger_changes_turns_the_account_stale_i
 @pytest.mark.parametrize("mode", ["mirror", "reject"])
 def test_a_frozen_account_is_refused_in_every_mode_and_counted(place: Place, mode: fences.Mode) -> None:
     place.mode(mode)
-    execute(place.engine, "select * from wallet.freeze_users(null, 1)")
+    execute(place.engine, "select * from wallet.freeze_users(null, '1')")
     assert place.write(ADD) == "WM030"
     assert place.rejected() == 1
 

@@ -31,9 +31,9 @@ from walletmigrate.postings import Posting
 each_level = pytest.mark.parametrize("isolation", LEVELS, ids=lambda level: level.replace(" ", "_").lower())
 
 RETRY = "40001"
-BACKFILL = "select opened, resynced, failed from wallet.backfill_users(null, 1000, null)"
-FREEZE = "select frozen, refused from wallet.freeze_users(null, 1000)"
-UNFREEZE = "select unfrozen from wallet.unfreeze_users(null, 1000)"
+BACKFILL = "select opened, resynced, failed from wallet.backfill_users(null, null, null)"
+FREEZE = "select frozen, refused from wallet.freeze_users(null, null)"
+UNFREEZE = "select unfrozen from wallet.unfreeze_users(null, null)"
 
 
 @dataclass

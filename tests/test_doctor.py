@@ -37,7 +37,7 @@ def test_the_fence_comes_down_only_in_phase_legacy_and_leaves_no_account_mirrore
 
 
 def test_the_fence_does_not_come_down_over_frozen_accounts(place: Place) -> None:
-    execute(place.engine, "select * from wallet.freeze_users(null, 1)")
+    execute(place.engine, "select * from wallet.freeze_users(null, '1')")
     set_phase(place.engine, "legacy")
     with pytest.raises(PreconditionRefused, match="frozen"):
         fences.take_down(place.engine, place.settings, ACT)

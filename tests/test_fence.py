@@ -56,7 +56,7 @@ class World:
             self.freeze()
 
     def freeze(self) -> None:
-        execute(self.engine, "select * from wallet.freeze_users(null, 1000)")
+        execute(self.engine, "select * from wallet.freeze_users(null, null)")
 
     def write(self, *statements: str) -> str:
         """Run statements in one transaction, and give the SQLSTATE of their failure, or nothing."""
@@ -365,7 +365,7 @@ def test_a_before_trigger_that_changes_the_balance_is_refused_by_the_strict_poli
 def test_a_before_trigger_that_changes_an_unassigned_balance_is_seen(world: World) -> None:
     world.bring("mirrored", key=2)
     world.bring("frozen", key=1)
-    execute(world.engine, "select * from wallet.unfreeze_users('1', 1000)")
+    execute(world.engine, "select * from wallet.unfreeze_users('1', null)")
     assert (world.state(1), world.state(2)) == ("frozen", "mirrored")
     application_trigger(world, "before update", BONUS)
     assert world.write("update users set role = 'vip' where id = 2") == ""
@@ -439,7 +439,7 @@ def test_a_raw_writer_whose_snapshot_is_older_than_the_opening_gets_40001(
     with interleaving.stage(database_url) as stage:
         old = stage.session(isolation)
         old.look()
-        execute(world.engine, "select * from wallet.backfill_users(null, 1000, null)")
+        execute(world.engine, "select * from wallet.backfill_users(null, null, null)")
         assert outcome(lambda: old.sql(statement)) == "40001"
         old.rollback()
     assert (world.state(), world.legacy()) == ("mirrored", 100)
@@ -452,7 +452,7 @@ def test_a_truncate_never_leaves_an_account_mirrored_that_its_snapshot_does_not_
     with interleaving.stage(database_url) as stage:
         old = stage.session(isolation)
         old.look()
-        execute(world.engine, "select * from wallet.backfill_users(null, 1000, null)")
+        execute(world.engine, "select * from wallet.backfill_users(null, null, null)")
         result = outcome(lambda: old.sql(TRUNCATE))
         old.commit()
     if isolation == READ_COMMITTED:

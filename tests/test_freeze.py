@@ -25,10 +25,10 @@ from ledger import (
     set_phase,
     until_blocked,
 )
-from walletmigrate import jobs
+from walletmigrate import job_batches, jobs
 from walletmigrate.backfill import backfill
 from walletmigrate.config import Settings
-from walletmigrate.errors import JobFailed, LedgerMismatch, PreconditionRefused
+from walletmigrate.errors import PreconditionRefused
 from walletmigrate.freeze import FreezeResult, freeze, unfreeze
 from walletmigrate.verify import verify
 
@@ -282,23 +282,27 @@ def test_a_balance_that_the_column_cannot_hold_is_refused_while_frozen_so_that_t
     assert run_unfreeze(made).changed == ROWS
 
 
-def test_a_balance_that_the_application_forbids_stops_the_unfreeze_with_its_batch_undone(made: Ledger) -> None:
-    engine, _ = made
+def test_a_balance_that_the_application_forbids_is_set_aside_and_all_others_are_unfrozen(made: Ledger) -> None:
+    engine, settings = made
     set_phase(engine, "frozen")
     run_freeze(made)
     credit(made, 5, 5000)
     execute(engine, "alter table users add constraint at_most check (total_coins < 1000)")
     set_phase(engine, "wallet_only")
-    with pytest.raises(JobFailed, match="at_most"):
-        run_unfreeze(made)
-    assert states(engine) == {"mirrored": 3, "frozen": 7}
-    with engine.begin() as connection:
-        post(connection, made[1], "debit", 5, 4500)
     result = run_unfreeze(made)
-    assert (result.resumed, result.changed, result.refused) == (True, ROWS, 0)
+    assert (result.state, result.changed, result.refused) == ("done", ROWS - 1, 1)
+    assert states(engine) == {"mirrored": ROWS - 1, "frozen": 1}
+    with engine.connect() as connection:
+        (aside,) = job_batches.set_aside(connection, settings, result.job_id or 0)
+    assert aside.key == "5"
+    assert "at_most" in aside.reason
+    with engine.begin() as connection:
+        post(connection, settings, "debit", 5, 4500)
+    result = run_unfreeze(made)
+    assert (result.resumed, result.changed, result.refused) == (False, 1, 0)
 
 
-def test_a_trigger_that_changes_the_written_balance_stops_the_unfreeze(made: Ledger) -> None:
+def test_a_row_whose_written_balance_a_trigger_changes_stays_frozen(made: Ledger) -> None:
     engine, _ = made
     run_freeze(made)
     credit(made, 5, 5)
@@ -312,9 +316,9 @@ def test_a_trigger_that_changes_the_written_balance_stops_the_unfreeze(made: Led
         "create trigger meddle before update on users for each row when (new.id = 5) execute function public.meddle()",
     )
     set_phase(engine, "wallet_only")
-    with pytest.raises(LedgerMismatch):
-        run_unfreeze(made)
-    assert states(engine) == {"mirrored": 3, "frozen": 7}
+    assert run_unfreeze(made).refused == 1
+    assert rows(engine, "select key from wallet.accounts where state = 'frozen'") == [("5",)]
+    assert rows(engine, "select upto_key, error like '%WM020%' from wallet.job_batches") == [("5", True)]
 
 
 def test_a_fence_that_falls_meanwhile_fails_the_job_at_its_end(made: Ledger) -> None:

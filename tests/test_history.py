@@ -130,7 +130,7 @@ def test_history_outlives_the_row_and_the_freeze(at: Place) -> None:
 
 
 def test_openings_of_a_backfill_name_their_job(at: Place) -> None:
-    execute(at.engine, "select * from wallet.backfill_users(null, 100, 42)")
+    execute(at.engine, "select * from wallet.backfill_users(null, null, 42)")
     with at.engine.connect() as connection:
         assert [entry.job_id for entry in at.adapter.history(connection, 1)] == [42]
 

@@ -261,8 +261,8 @@ def test_an_uninstall_that_drops_the_ledger_can_be_run_twice_and_installed_again
 
 def test_an_uninstall_is_refused_while_the_ledger_is_needed_with_all_reasons(database_url: str) -> None:
     engine, settings = install_users(database_url, phase="dual_write")
-    execute(engine, "select * from wallet.backfill_users(null, 1000, null)")
-    execute(engine, "select * from wallet.freeze_users(null, 1000)")
+    execute(engine, "select * from wallet.backfill_users(null, null, null)")
+    execute(engine, "select * from wallet.freeze_users(null, null)")
     for dry_run in (True, False):
         with pytest.raises(PreconditionRefused) as refused:
             uninstall(engine, settings, ACT, dry_run=dry_run)
@@ -282,7 +282,7 @@ def test_a_dry_uninstall_takes_nothing_out(database_url: str) -> None:
 
 def test_an_uninstall_and_a_posting_in_flight_do_not_deadlock(database_url: str) -> None:
     engine, settings = install_users(database_url, phase="dual_write")
-    execute(engine, "select * from wallet.backfill_users(null, 1000, null)")
+    execute(engine, "select * from wallet.backfill_users(null, null, null)")
     adapter = adapter_of(settings)
     with interleaving.stage(database_url) as stage:
         poster, remover = stage.session(), stage.session()
@@ -547,7 +547,7 @@ def test_a_partitioned_table_is_fenced_on_every_partition(database_url: str) -> 
     )
     assert install(engine, settings, ACT).fences_made == ()
     set_phase(engine, "dual_write")
-    assert job(engine, "select opened, failed from wallet.backfill_users(null, 10, null)") == (2, 0)
+    assert job(engine, "select opened, failed from wallet.backfill_users(null, null, null)") == (2, 0)
     uninstall_in_legacy(engine, settings)
     assert rows(engine, FENCES) == []
 
@@ -663,13 +663,13 @@ def test_names_of_any_kind_are_only_names(database_url: str, table: str, key: st
         assert adapter.balance(connection, 1).amount == 106
     execute(engine, f"update {name} set {quoted(column)} = 7 where {quoted(key)} = 1")
     execute(engine, f"update {name} set {quoted(key)} = 33 where {quoted(key)} = 3")
-    assert job(engine, "select opened, resynced, failed from wallet.backfill_odd(null, 100, null)") == (14, 1, 0)
+    assert job(engine, "select opened, resynced, failed from wallet.backfill_odd(null, null, null)") == (14, 1, 0)
     assert_sound(engine, settings)
-    assert job(engine, "select frozen, refused from wallet.freeze_odd(null, 100)") == (18, 0)
+    assert job(engine, "select frozen, refused from wallet.freeze_odd(null, null)") == (18, 0)
     assert failure(engine, f"update {name} set {quoted(column)} = 8 where {quoted(key)} = 1") == "WM030"
     with engine.begin() as connection:
         assert adapter.credit(connection, 1, 1, type="test").mode == "ledger"
-    assert job(engine, "select unfrozen from wallet.unfreeze_odd(null, 100)") == (18,)
+    assert job(engine, "select unfrozen from wallet.unfreeze_odd(null, null)") == (18,)
     assert scalar(engine, f"select {quoted(column)} from {name} where {quoted(key)} = 1") == 8
     execute(engine, f"truncate {name}")
     assert rows(engine, "select distinct state::text from wallet.accounts") == [("closed",)]

@@ -21,7 +21,7 @@ from walletmigrate.adapter import LegacyBalanceAdapter
 from walletmigrate.config import Settings
 from walletmigrate.flags import DUAL_WRITE, StaticSource
 
-BACKFILL = "select * from wallet.backfill_users(null, 1000, null)"
+BACKFILL = "select * from wallet.backfill_users(null, null, null)"
 UPDATE = "update users set total_coins = total_coins + 5 where id = 1"
 
 Story = Callable[[Engine, Settings, Stage], None]

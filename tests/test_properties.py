@@ -245,7 +245,7 @@ class Protocol(RuleBasedStateMachine):
     @precondition(lambda self: self.model.phase != "legacy")
     @rule(count=counts)
     def backfill(self, count: int) -> None:
-        self._job(f"select * from wallet.backfill_users(null, {count}, null)")
+        self._job(f"select * from wallet.backfill_users(null, {_last(count)}, null)")
         for user in self._first_users(count):
             account = self.model.accounts.get(user)
             balance = self.model.legacy[user]
@@ -259,7 +259,7 @@ class Protocol(RuleBasedStateMachine):
     @rule(count=counts)
     def freeze(self, count: int) -> None:
         self._phase("frozen")
-        self._job(f"select * from wallet.freeze_users(null, {count})")
+        self._job(f"select * from wallet.freeze_users(null, {_last(count)})")
         for user in self._first_users(count):
             account = self.model.accounts.get(user)
             if account and account.state == "mirrored":
@@ -269,7 +269,7 @@ class Protocol(RuleBasedStateMachine):
     @rule(count=counts)
     def unfreeze(self, count: int) -> None:
         self._phase("wallet_only")
-        self._job(f"select * from wallet.unfreeze_users(null, {count})")
+        self._job(f"select * from wallet.unfreeze_users(null, {_last(count)})")
         for user in self._first_users(count):
             account = self.model.accounts.get(user)
             if account and account.state == "frozen":
@@ -398,6 +398,11 @@ class Protocol(RuleBasedStateMachine):
         return self.engine.execution_options(isolation_level=level).begin()
 
 
+def _last(count: int) -> str:
+    """SQL for the key of the last of the first ``count`` users."""
+    return f"(select upto from wallet.cut_users(null, null, {count}))"
+
+
 def test_half_a_transfer_is_not_reversible_because_its_other_half_would_stay(database_url: str) -> None:
     """The payer is frozen, the payee in legacy alone: the transaction knows only the payer."""
     engine, configured = install_users(database_url, rows=2, phase="dual_write")
@@ -405,7 +410,7 @@ def test_half_a_transfer_is_not_reversible_because_its_other_half_would_stay(dat
     adapter = LegacyBalanceAdapter(configured, source)
     with engine.begin() as connection:
         adapter.credit(connection, 1, 5, type="test")
-        connection.exec_driver_sql("select * from wallet.freeze_users(null, 1)")
+        connection.exec_driver_sql("select * from wallet.freeze_users(null, '1')")
         source.set({DUAL_WRITE: False})
         half = adapter.transfer(connection, 1, 2, 10, type="test")
         assert half.mode == "ledger"
@@ -425,7 +430,7 @@ def test_personal_data_is_kept_in_its_side_table_whatever_way_a_posting_takes(da
         if state != "absent":
             adapter.open_account(connection, 1)
         if state == "frozen":
-            connection.exec_driver_sql("select * from wallet.freeze_users(null, 1)")
+            connection.exec_driver_sql("select * from wallet.freeze_users(null, '1')")
         posted = adapter.credit(connection, 1, 5, type="test", description="a gift", address="a street")
         found = connection.exec_driver_sql(
             "select transaction_id, description, address from wallet.transaction_details"

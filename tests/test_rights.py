@@ -30,6 +30,8 @@ flags explain 1
 backfill
 backfill undo --job 1
 backfill
+jobs list
+jobs show 1
 adjust --account 1 --amount 5
 reconcile --all
 reconcile list
@@ -196,6 +198,7 @@ def test_a_member_that_lacks_another_right_is_sent_to_install(crew: Crew) -> Non
 
 WRITES = {
     ("operator", "jobs"): {"insert", "update"},
+    ("operator", "job_batches"): {"insert", "update", "delete"},
     ("operator", "control"): {"update"},
     ("operator", "audit_log"): {"insert"},
     ("operator", "verifications"): {"insert"},

@@ -227,7 +227,7 @@ def test_what_was_written_while_the_fence_was_down_is_not_frozen_and_not_read(
     database_url: str, isolation: IsolationLevel, way: str
 ) -> None:
     engine, settings = install_users(database_url, rows=3, phase="dual_write")
-    execute(engine, "select * from wallet.backfill_users(null, 1000, null)")
+    execute(engine, "select * from wallet.backfill_users(null, null, null)")
     adapter, mapping = adapters(settings)["on"], settings.mapping(None)
     down, up = (each.format("walletmigrate_users_update") for each in DOWN[way])
     raw = "update users set total_coins = total_coins + 7 where id = {}"

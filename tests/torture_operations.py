@@ -133,14 +133,14 @@ _WRITES = {
     "swap": _plain(_moved("a", "spare"), _moved("b", "a"), _moved("spare", "b"), allowed=(FROZEN, DEADLOCK, TAKEN)),
 }
 _JOBS = {
-    "backfill": Operation((statement("select * from wallet.backfill_users('{base}', 10, null)"),), job=True),
+    "backfill": Operation((statement("select * from wallet.backfill_users('{base}', '{upto}', null)"),), job=True),
     "freeze": Operation(
-        (statement("select * from wallet.freeze_users('{base}', 10)"),),
+        (statement("select * from wallet.freeze_users('{base}', '{upto}')"),),
         job=True,
         before="update wallet.control set phase = 'frozen' where phase <> 'frozen'",
     ),
     "unfreeze": Operation(
-        (statement("select * from wallet.unfreeze_users('{base}', 10)"),),
+        (statement("select * from wallet.unfreeze_users('{base}', '{upto}')"),),
         job=True,
         before="update wallet.control set phase = 'wallet_only' where phase <> 'wallet_only'",
     ),

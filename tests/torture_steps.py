@@ -56,7 +56,14 @@ class Scene:
     @property
     def words(self) -> dict[str, int]:
         """What stands in the braces of a statement."""
-        return {"base": self.base, "a": self.a, "b": self.b, "c": self.c, "spare": self.base + 4}
+        return {
+            "base": self.base,
+            "a": self.a,
+            "b": self.b,
+            "c": self.c,
+            "spare": self.base + 4,
+            "upto": self.base + 10,
+        }
 
     def add(self, effects: Iterable[Effect]) -> None:
         """Take what was committed into the truth."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Final
 
 from sqlalchemy import Connection, Engine, text
 
-from walletmigrate import jobs
+from walletmigrate import job_batches, jobs
 from walletmigrate.audit import Act
 from walletmigrate.comparison import Comparison, Group, snapshot
 from walletmigrate.config import Mapping, Settings
@@ -25,8 +26,8 @@ class BackfillResult:
     """What a backfill did, over all runs of its job, or would do (``dry_run``, and then no ``job_id``).
 
     ``keys`` are legacy rows; ``opened``, ``resynced`` and ``failed`` are accounts. A failed one has a legacy
-    value that is no exact amount, and stays as it was. ``state`` is ``done``, or ``paused`` by the caller's
-    stop; ``seconds`` are those of this run.
+    value that is no exact amount, or its row was set aside; it stays as it was. ``state`` is ``done``, or
+    ``paused`` by the caller's stop; ``seconds`` are those of this run.
     """
 
     job_id: int | None
@@ -46,16 +47,20 @@ def backfill(
     mapping: Mapping,
     act: Act,
     *,
-    batch_size: int = 5000,
+    batch_size: int | None = None,
+    force: bool = False,
+    workers: int = 1,
+    executor: Executor | None = None,
     dry_run: bool = False,
     progress: jobs.Progress | None = None,
     stop: jobs.Stop | None = None,
 ) -> BackfillResult:
     """Backfill a mapping, or go on with its unfinished backfill. Idempotent: what is in step stays as it is.
 
-    A row that is inserted behind the cursor stays without an account until the adapter posts to it or the
-    backfill runs again. Raises PreconditionRefused in phase `legacy` or without the fence as it was made (also
-    if it fell while the job ran), LedgerNotInstalled, and what `jobs.run_batches` raises.
+    Rows that are inserted, and accounts that turn stale, while it runs are covered by a last pass. ``batch_size``,
+    ``workers``, ``executor`` and ``force`` as in `jobs.run_batches` and `jobs.start_or_resume`. Raises
+    PreconditionRefused in phase `legacy` or without the fence as it was made (also if it fell while the job ran),
+    LedgerNotInstalled, and what these raise.
     """
     began = time.monotonic()
     with snapshot(engine) as connection:
@@ -63,13 +68,26 @@ def backfill(
         if dry_run:
             return _plan(connection, settings, mapping, began)
         total = jobs.count_items(connection, mapping)
-    job = jobs.start_or_resume(engine, settings, KIND, mapping.name, act, total=total)
-    step = _step(settings, mapping, job.id)
-    job = jobs.run_batches(engine, settings, job, step, batch_size=batch_size, progress=progress, stop=stop)
+    job = jobs.start_or_resume(engine, settings, KIND, mapping.name, act, total=total, force=force)
+    main, late = steps(settings, mapping, job.id)
+    job = jobs.run_batches(
+        engine,
+        settings,
+        job,
+        main,
+        last=late,
+        batch_size=batch_size,
+        workers=workers,
+        executor=executor,
+        progress=progress,
+        stop=stop,
+    )
     if job.state == "running":
         with engine.begin() as connection:
             connection.execute(text(f"select {quoted(settings.ledger_schema)}.fold_system_accounts()"))
-        job = jobs.finish(engine, settings, mapping, job, act)
+            aside = len(job_batches.set_aside(connection, settings, job.id)) * len(mapping.columns)
+        failed = job.counts.get("unfit", 0) + aside
+        job = jobs.finish(engine, settings, mapping, job, act, failed=failed)
     counts = job.counts
     return BackfillResult(
         job_id=job.id,
@@ -97,18 +115,36 @@ def _refuse(connection: Connection, settings: Settings, mapping: Mapping) -> Non
     jobs.visibility(connection, mapping, KIND)
 
 
-def _step(settings: Settings, mapping: Mapping, job_id: int) -> jobs.Step:
-    statement = text(
-        f"select * from {quoted(settings.ledger_schema)}.backfill_{mapping.name}(cast(:after as text), :limit, :job)"
-    )
+@dataclass(frozen=True)
+class BackfillStep:
+    """A batch of a backfill: of its main pass, or (``late``) of the last one over what was written meanwhile."""
 
-    def step(connection: Connection, cursor: str | None, limit: int) -> jobs.Batch:
-        row = connection.execute(statement, {"after": cursor, "limit": limit, "job": job_id}).one()
-        counts = {"keys": row.keys, "opened": row.opened, "resynced": row.resynced}
-        done = row.keys * len(mapping.columns) - row.failed
-        return jobs.Batch(row.last_key, row.keys, done, row.failed, counts)
+    statement: str
+    job_id: int
+    columns: int
+    late: bool
 
-    return step
+    def __call__(self, connection: Connection, after: str | None, upto: str | None) -> jobs.Batch:
+        """Open and resync the accounts of a span of keys."""
+        values = {"after": after, "upto": upto, "job": self.job_id}
+        row = connection.execute(text(self.statement), values).one()
+        counts = {"opened": row.opened, "resynced": row.resynced}
+        if self.late:
+            # It has looked at every value once more: what the main pass counted as failed may be mended since.
+            keys = row.opened // self.columns
+            return jobs.Batch(keys, row.opened, 0, {**counts, "keys": keys, "unfit": row.failed})
+        return jobs.Batch(row.keys, row.keys * self.columns - row.failed, row.failed, {**counts, "keys": row.keys})
+
+
+def steps(settings: Settings, mapping: Mapping, job_id: int) -> tuple[BackfillStep, BackfillStep]:
+    """The work of the main and of the last pass."""
+
+    def step(function: str, *, late: bool) -> BackfillStep:
+        called = f"{quoted(settings.ledger_schema)}.{function}_{mapping.name}"
+        statement = f"select * from {called}(cast(:after as text), cast(:upto as text), :job)"
+        return BackfillStep(statement, job_id, len(mapping.columns), late)
+
+    return step("backfill", late=False), step("late", late=True)
 
 
 def _plan(connection: Connection, settings: Settings, mapping: Mapping, began: float) -> BackfillResult:

@@ -14,6 +14,7 @@ from walletmigrate import (
     cli_discover,
     cli_flags,
     cli_history,
+    cli_joblist,
     cli_jobs,
     cli_line,
     cli_phases,
@@ -87,6 +88,7 @@ cli_line.register(app)
 cli_jobs.register(app)
 cli_reconcile.register(app)
 cli_archive.register(app)
+cli_joblist.register(app)
 cli_flags.register(app)
 cli_capture.register(app)
 cli_watch.register(app)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
 from decimal import Decimal
 from typing import Annotated, Any
 
 import typer
 
-from walletmigrate import phases
+from walletmigrate import job_workers, phases
 from walletmigrate.backfill import backfill as run_backfill
 from walletmigrate.commands import command
 from walletmigrate.config import Mapping
@@ -22,7 +24,16 @@ from walletmigrate.verify import Verification
 from walletmigrate.verify import verify as run_verify
 
 _MAPPING = Annotated[str | None, typer.Option("--mapping", help="One mapping. Default: all, one after the other.")]
-_BATCH = Annotated[int, typer.Option("--batch-size", min=1, max=100_000, help="Legacy rows per transaction.")]
+_BATCH = Annotated[
+    int | None,
+    typer.Option("--batch-size", min=1, max=100_000, help="Legacy rows per transaction. Default: it tunes itself."),
+]
+FORCE = Annotated[bool, typer.Option("--force", help="Resume a job of other functions, or older than 7 days.")]
+WORKERS = Annotated[int | None, typer.Option("--workers", min=1, max=1000, help="Processes; with --dask, tasks.")]
+DASK = Annotated[
+    str | None,
+    typer.Option("--dask", metavar="tcp://HOST:PORT", help="Run on a Dask cluster; by default on all of it."),
+]
 _SHOWN = 20
 
 JobCall = Callable[..., Any]
@@ -36,10 +47,17 @@ def register(app: typer.Typer) -> None:
     command(app, "unfreeze", changes=True, confirms=True)(unfreeze)
 
 
-def backfill(run: Run, mapping: _MAPPING = None, batch_size: _BATCH = 5000) -> Answer:
+def backfill(
+    run: Run,
+    mapping: _MAPPING = None,
+    batch_size: _BATCH = None,
+    workers: WORKERS = None,
+    dask: DASK = None,
+    force: FORCE = False,
+) -> Answer:
     """Open an account for every legacy row, and bring stale ones up. Resumable."""
     run.act()
-    results = _over(run, mapping, run_backfill, batch_size)
+    results = run_over(run, mapping, run_backfill, batch_size=batch_size, workers=workers, dask=dask, force=force)
     lines, failed = [], 0
     for name, one in results:
         failed += one.failed
@@ -48,8 +66,11 @@ def backfill(run: Run, mapping: _MAPPING = None, batch_size: _BATCH = 5000) -> A
             f"{name}: {verb} {one.opened}, resynced {one.resynced}, failed {one.failed}, "
             f"of {one.keys} rows in {one.seconds:.1f} s{_job(one)}"
         )
-    notes = ["values that are no exact amounts: walletmigrate install --dry-run lists them"] if failed else []
-    return _jobs_answer(run, results, lines, notes, OK if not failed else REFUSED)
+    notes = []
+    if failed:
+        notes.append("values that are no exact amounts: walletmigrate install --dry-run lists them")
+        notes.append("rows that the database refused: walletmigrate jobs show ID lists them with the reason")
+    return jobs_answer(run, results, lines, notes, OK if not failed else REFUSED)
 
 
 def verify(
@@ -75,38 +96,55 @@ def verify(
     return Answer(document, tuple(lines), tuple(notes), OK if clean else DIFFERENCE)
 
 
-def freeze(run: Run, mapping: _MAPPING = None, batch_size: _BATCH = 1000) -> Answer:
+def freeze(
+    run: Run,
+    mapping: _MAPPING = None,
+    batch_size: _BATCH = None,
+    workers: WORKERS = None,
+    dask: DASK = None,
+    force: FORCE = False,
+) -> Answer:
     """Make the ledger alone true, account by account. The legacy column then rejects writes. Resumable."""
     act, names = run.act(), [one.name for one in run.mappings(mapping)]
     run.confirmed(*names)
     moved = phases.enter_frozen(run.engine, run.settings, run.source, act, dry_run=run.dry_run)
-    results = _over(run, mapping, run_freeze, batch_size)
+    results = run_over(run, mapping, run_freeze, batch_size=batch_size, workers=workers, dask=dask, force=force)
     refused = sum(one.refused for _, one in results)
     lines = [f"{name}: {_changed(one, 'frozen')}, {one.refused} refused{_job(one)}" for name, one in results]
     notes = []
     if refused:
         mend = f"walletmigrate backfill {REASON}; walletmigrate freeze --confirm {confirmation(run.settings)} {REASON}"
         notes.append(f"refused accounts are absent, stale or drifted: {mend}")
-    return _jobs_answer(run, results, lines, notes, REFUSED if refused else OK, phase=plain(moved))
+    return jobs_answer(run, results, lines, notes, REFUSED if refused else OK, phase=plain(moved))
 
 
-def unfreeze(run: Run, mapping: _MAPPING = None, batch_size: _BATCH = 1000) -> Answer:
+def unfreeze(
+    run: Run,
+    mapping: _MAPPING = None,
+    batch_size: _BATCH = None,
+    workers: WORKERS = None,
+    dask: DASK = None,
+    force: FORCE = False,
+) -> Answer:
     """Write the ledger's balances to the legacy column and let both be written again. Resumable."""
     act, names = run.act(), [one.name for one in run.mappings(mapping)]
     run.confirmed(*names)
     moved = phases.leave_frozen(run.engine, run.settings, act, dry_run=run.dry_run)
-    results = _over(run, mapping, run_unfreeze, batch_size)
+    results = run_over(run, mapping, run_unfreeze, batch_size=batch_size, workers=workers, dask=dask, force=force)
     left = sum(one.refused for _, one in results)
     lines = [f"{name}: {_changed(one, 'unfrozen')}{_job(one)}" for name, one in results]
     notes = [f"{left} accounts stay frozen: run unfreeze again; what then stays has no legacy row"] if left else []
-    return _jobs_answer(run, results, lines, notes, OK, phase=plain(moved))
+    return jobs_answer(run, results, lines, notes, OK, phase=plain(moved))
 
 
-def _over(run: Run, name: str | None, job: JobCall, batch_size: int) -> list[tuple[str, Any]]:
+def run_over(
+    run: Run, name: str | None, job: JobCall, *, workers: int | None, dask: str | None, **options: Any
+) -> list[tuple[str, Any]]:
     """Run a job over the chosen mappings, one after the other, until the operator stops it."""
     results: list[tuple[str, Any]] = []
     mapping: Mapping
-    with run.interruptible():
+    with run.interruptible(), _executor(dask, run.dry_run) as (executor, count):
+        options = {**options, "workers": workers or count, "executor": executor}
         for mapping in run.mappings(name):
             with bar(f"{run.command} {mapping.name}", as_json=run.as_json) as progress:
                 result = job(
@@ -114,7 +152,7 @@ def _over(run: Run, name: str | None, job: JobCall, batch_size: int) -> list[tup
                     run.settings,
                     mapping,
                     run.act(),
-                    batch_size=batch_size,
+                    **options,
                     dry_run=run.dry_run,
                     progress=progress,
                     stop=run.stop,
@@ -125,9 +163,19 @@ def _over(run: Run, name: str | None, job: JobCall, batch_size: int) -> list[tup
     return results
 
 
-def _jobs_answer(
+@contextmanager
+def _executor(dask: str | None, dry_run: bool) -> Iterator[tuple[Executor | None, int]]:
+    if dask is None or dry_run:
+        yield None, 1
+        return
+    with job_workers.dask(dask) as found:
+        yield found
+
+
+def jobs_answer(
     run: Run, results: list[tuple[str, Any]], lines: list[str], notes: list[str], exit_code: int, **more: Any
 ) -> Answer:
+    """How a command over all mappings ends: with `INTERRUPTED` when one of its jobs was paused."""
     stopped = any(one.state == "paused" for _, one in results)
     if stopped:
         notes.append("stopped at a checkpoint: run the same command again, it goes on from there")

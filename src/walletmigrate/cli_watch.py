@@ -110,6 +110,8 @@ def _job_line(job: JobStatus) -> str:
     done = job.items_done + job.items_failed
     of = f" of {job.items_total}" if job.items_total is not None else ""
     state = "running, but no batch for a minute" if job.stalled else job.state
+    if job.held is not None:
+        state = f"running, but waiting: {job.held}"
     rate = f", {job.rate:.0f}/s" if job.rate is not None else ""
     eta = f", about {job.eta_seconds:.0f} s left" if job.eta_seconds is not None else ""
     failed = f", {job.items_failed} failed" if job.items_failed else ""

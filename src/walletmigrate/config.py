@@ -35,6 +35,8 @@ from walletmigrate.configfields import (
     SQL_NAME,
     BalanceColumn,
     BucketName,
+    CallableName,
+    Count,
     CurrencyName,
     Duration,
     Floor,
@@ -234,6 +236,17 @@ class CaptureSettings(_Model):
     retention: Duration = timedelta(days=30)
 
 
+class ThrottleSettings(_Model):
+    """Limits above which jobs stand still; one that is not set is not looked at. ``check`` names a callable."""
+
+    replica_lag_seconds: Seconds | None = None
+    lock_waits: Count | None = None
+    active_sessions: Count | None = None
+    wal_bytes_per_second: Count | None = None
+    batch_seconds: Seconds | None = None
+    check: CallableName | None = None
+
+
 class Roles(_Model):
     """Names of the database roles. All four differ: the owner's rights must not reach the application."""
 
@@ -286,11 +299,13 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = None
     flagsmith_key: SecretStr | None = None
     flagsmith_admin_key: SecretStr | None = None
+    replica_urls: SecretStr | None = None
     ledger_schema: LedgerName = "wallet"
     observation_window: Duration = timedelta(days=7)
     compare_share: Share = 1.0
     flags: FlagSettings = FlagSettings()
     capture: CaptureSettings = CaptureSettings()
+    throttle: ThrottleSettings = ThrottleSettings()
     roles: Roles = Roles()
     mappings: tuple[Mapping, ...] = ()
 
@@ -389,6 +404,7 @@ _KNOWN = {
     (): tuple("schema" if name == "ledger_schema" else name for name in Settings.model_fields),
     ("flags",): tuple(FlagSettings.model_fields),
     ("capture",): tuple(CaptureSettings.model_fields),
+    ("throttle",): tuple(ThrottleSettings.model_fields),
     ("roles",): tuple(Roles.model_fields),
     ("mappings",): tuple(Mapping.model_fields),
     ("mappings", "columns"): tuple(Column.model_fields),

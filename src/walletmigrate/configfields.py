@@ -87,6 +87,12 @@ def _exact_floor(value: object) -> object:
     return value
 
 
+def _callable_name(value: object) -> object:
+    if not isinstance(value, str) or not re.fullmatch(r"python:[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", value):
+        raise wrong("not the name of a function", 'write check = "python:module:function"')
+    return value
+
+
 LedgerName = Annotated[str, _spelt(r"[a-z][a-z0-9_]{0,39}", "a small letter, then up to 39 of a-z, 0-9 and _")]
 BucketName = Annotated[str, _spelt(r"[a-z][a-z0-9_]{0,30}", "a small letter, then up to 30 of a-z, 0-9 and _")]
 CurrencyName = Annotated[str, _spelt(r"[A-Z][A-Z0-9]{1,11}", "2 to 12 of A-Z and 0-9, a letter first")]
@@ -102,5 +108,7 @@ BalanceColumn = Annotated[LegacyName, BeforeValidator(_single_column)]
 Scale = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MAX_SCALE)]
 Share = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, le=1)]
 Seconds = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, le=86_400)]
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+CallableName = Annotated[str, BeforeValidator(_callable_name)]
 Duration = Annotated[timedelta, BeforeValidator(_duration)]
 Floor = Annotated[Decimal, BeforeValidator(_exact_floor)]

@@ -25,7 +25,15 @@ Known = Mapping[tuple[str, ...], Sequence[str]]
 
 # Keys of the file whose Python name differs.
 _RENAMED = {"schema": "ledger_schema", "ledger_schema": "schema"}
-_SECRET_KEYS = ("flagsmith_key", "flagsmith_admin_key", "admin_key", "environment_key", "api_key", "password")
+_SECRET_KEYS = (
+    "replica_urls",
+    "flagsmith_key",
+    "flagsmith_admin_key",
+    "admin_key",
+    "environment_key",
+    "api_key",
+    "password",
+)
 
 # What a right value looks like, by key: the fix of an error that has no better one.
 EXAMPLES: Mapping[str | int, str] = {
@@ -40,6 +48,13 @@ EXAMPLES: Mapping[str | int, str] = {
     "capture": 'a [capture] table such as retention = "30d"',
     "raw_queries": "raw_queries = true or raw_queries = false",
     "retention": 'retention = "30d"',
+    "throttle": "a [throttle] table such as replica_lag_seconds = 10",
+    "replica_lag_seconds": "replica_lag_seconds = 10",
+    "lock_waits": "lock_waits = 5",
+    "active_sessions": "active_sessions = 50",
+    "wal_bytes_per_second": "wal_bytes_per_second = 50_000_000",
+    "batch_seconds": "batch_seconds = 2",
+    "check": 'check = "python:module:function"',
     "roles": 'a [roles] table such as owner = "wallet_owner", app = "wallet_app"',
     "name": 'name = "users"',
     "table": 'table = "public.users"',
@@ -138,6 +153,7 @@ def secrets_in(values: Mapping[str, Any], origin: Origin) -> Iterator[ConfigErro
     places += [("flags", key) for key in _SECRET_KEYS if isinstance(flags, dict) and key in flags]
     for place in places:
         variable = "WALLETMIGRATE_FLAGSMITH_ADMIN_KEY" if "admin" in str(place[-1]) else "WALLETMIGRATE_FLAGSMITH_KEY"
+        variable = "WALLETMIGRATE_REPLICA_URLS" if place[-1] == "replica_urls" else variable
         fix = f"delete it here and set {variable} or WALLETMIGRATE_DATABASE_URL."
         yield origin.error(f"{place[-1]!r} is a secret and does not belong in this file.", fix, *place)
 

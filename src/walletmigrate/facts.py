@@ -204,7 +204,17 @@ def _last_success(connection: sa.Connection, schema: str, scope: Collection[tupl
 
 
 def _jobs(connection: sa.Connection, schema: str) -> dict[str, JobFacts]:
-    columns = ("id", "kind", "mapping", "state", "items_total", "items_done", "items_failed", "last_batch_seconds")
+    columns = (
+        "id",
+        "kind",
+        "mapping",
+        "state",
+        "items_total",
+        "items_done",
+        "items_failed",
+        "last_batch_seconds",
+        "held",
+    )
     jobs = _table(schema, "jobs", *columns)
     newest = sa.select(sa.func.max(jobs.c.id)).group_by(jobs.c.kind, jobs.c.mapping)
     facts = {kind: JobFacts() for kind in JOB_KINDS}
@@ -214,7 +224,7 @@ def _jobs(connection: sa.Connection, schema: str) -> dict[str, JobFacts]:
             items=before.items + job.items_done,
             # A job can fail before any of its items did; it must show all the same.
             failed=before.failed + max(job.items_failed, job.state == "failed"),
-            paused=before.paused + (job.state == "paused"),
+            paused=before.paused + (job.state == "paused" or (job.state == "running" and job.held is not None)),
             remaining=before.remaining + _remaining(job),
             batch_seconds=max(before.batch_seconds, float(job.last_batch_seconds or 0)),
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -51,7 +52,10 @@ def freeze(
     mapping: Mapping,
     act: Act,
     *,
-    batch_size: int = 1000,
+    batch_size: int | None = None,
+    force: bool = False,
+    workers: int = 1,
+    executor: Executor | None = None,
     dry_run: bool = False,
     progress: jobs.Progress | None = None,
     stop: jobs.Stop | None = None,
@@ -69,6 +73,9 @@ def freeze(
         mapping,
         act,
         batch_size=batch_size,
+        force=force,
+        workers=workers,
+        executor=executor,
         dry_run=dry_run,
         progress=progress,
         stop=stop,
@@ -81,7 +88,10 @@ def unfreeze(
     mapping: Mapping,
     act: Act,
     *,
-    batch_size: int = 1000,
+    batch_size: int | None = None,
+    force: bool = False,
+    workers: int = 1,
+    executor: Executor | None = None,
     dry_run: bool = False,
     progress: jobs.Progress | None = None,
     stop: jobs.Stop | None = None,
@@ -89,8 +99,8 @@ def unfreeze(
     """Write every frozen account's balance to its legacy row and mirror it again. Idempotent, resumable.
 
     Raises PreconditionRefused while the phase is `frozen` (a dry run may come before it is left) or without the
-    fence as it was made, LedgerMismatch when a legacy row does not take the balance, LedgerNotInstalled, and
-    what `jobs.run_batches` raises.
+    fence as it was made, LedgerNotInstalled, and what `jobs.run_batches` raises. A legacy row that does not take the
+    balance is set aside, and its account stays frozen.
     """
     return _run(
         "unfreeze",
@@ -99,6 +109,9 @@ def unfreeze(
         mapping,
         act,
         batch_size=batch_size,
+        force=force,
+        workers=workers,
+        executor=executor,
         dry_run=dry_run,
         progress=progress,
         stop=stop,
@@ -112,7 +125,10 @@ def _run(
     mapping: Mapping,
     act: Act,
     *,
-    batch_size: int,
+    batch_size: int | None,
+    force: bool,
+    workers: int,
+    executor: Executor | None,
     dry_run: bool,
     progress: jobs.Progress | None,
     stop: jobs.Stop | None,
@@ -130,13 +146,15 @@ def _run(
         _refuse(kind, connection, settings, mapping)
         # An unfinished job of the other direction would later go on behind keys that this one has turned.
         jobs.cancel(connection, settings, _OPPOSITE[kind], mapping.name, act)
-        job = jobs.started(connection, settings, kind, mapping.name, act, total=total)
+        job = jobs.started(connection, settings, kind, mapping.name, act, total=total, force=force)
     job = jobs.run_batches(
         engine,
         settings,
         job,
         _step(kind, settings, mapping),
         batch_size=batch_size,
+        workers=workers,
+        executor=executor,
         progress=progress,
         stop=stop,
     )
@@ -173,19 +191,27 @@ def _refuse(kind: Kind, connection: Connection, settings: Settings, mapping: Map
     jobs.visibility(connection, mapping, kind)
 
 
-def _step(kind: Kind, settings: Settings, mapping: Mapping) -> jobs.Step:
-    statement = text(
-        f"select * from {quoted(settings.ledger_schema)}.{kind}_{mapping.name}(cast(:after as text), :limit)"
-    )
+@dataclass(frozen=True)
+class FreezeStep:
+    """A batch of a freeze or an unfreeze."""
 
-    def step(connection: Connection, cursor: str | None, limit: int) -> jobs.Batch:
-        row = connection.execute(statement, {"after": cursor, "limit": limit}).one()
-        items = row.keys * len(mapping.columns)
-        failed = row.refused if kind == "freeze" else 0
-        changed = row.frozen if kind == "freeze" else row.unfrozen
-        return jobs.Batch(row.last_key, row.keys, items - failed, failed, {"keys": row.keys, _COUNTED[kind]: changed})
+    kind: Kind
+    statement: str
+    columns: int
 
-    return step
+    def __call__(self, connection: Connection, after: str | None, upto: str | None) -> jobs.Batch:
+        """Turn the accounts of a span of keys."""
+        row = connection.execute(text(self.statement), {"after": after, "upto": upto}).one()
+        failed = row.refused if self.kind == "freeze" else 0
+        changed = row.frozen if self.kind == "freeze" else row.unfrozen
+        counts = {"keys": row.keys, _COUNTED[self.kind]: changed}
+        return jobs.Batch(row.keys, row.keys * self.columns - failed, failed, counts)
+
+
+def _step(kind: Kind, settings: Settings, mapping: Mapping) -> FreezeStep:
+    called = f"{quoted(settings.ledger_schema)}.{kind}_{mapping.name}"
+    statement = f"select * from {called}(cast(:after as text), cast(:upto as text))"
+    return FreezeStep(kind, statement, len(mapping.columns))
 
 
 def _plan(kind: Kind, connection: Connection, settings: Settings, mapping: Mapping, began: float) -> FreezeResult:

@@ -233,7 +233,21 @@ def _capture_mode(connection: Connection, schema: str, mapping: Mapping) -> str:
 
 def mapping_functions(connection: Connection, schema: str, mapping: str) -> list[str]:
     """The signatures of the functions made for a mapping, as DROP FUNCTION wants them."""
-    names = ["side", "keys", "lock", "leg", "plain", "settle", "move", "post", "open", "backfill"]
+    names = [
+        "side",
+        "lock",
+        "leg",
+        "plain",
+        "settle",
+        "move",
+        "post",
+        "cut",
+        "last",
+        "span",
+        "open",
+        "backfill",
+        "late",
+    ]
     names += ["freeze", "seal", "unfreeze", "unseal", "close", "fence", "fence_truncate", "retired"]
     names += ["amend", "rewrite", "correct", "recount", "recalculate", "standing"]
     rows = connection.execute(

@@ -317,6 +317,7 @@ def grant(connection: Connection, settings: Settings) -> None:
     connection.exec_driver_sql(f"grant select on {name}.line to {app}")  # a decision asks whether it runs
     connection.exec_driver_sql(f"grant insert on {name}.jobs, {name}.audit_log, {name}.verifications to {operator}")
     connection.exec_driver_sql(f"grant update on {name}.jobs, {name}.control to {operator}")
+    connection.exec_driver_sql(f"grant insert, update, delete on {name}.job_batches to {operator}")
     connection.exec_driver_sql(f"grant delete on {name}.bypasses to {operator}")
     connection.exec_driver_sql(f"grant insert, update on {name}.bypasses_pruned to {operator}")
     connection.exec_driver_sql(f"grant select, insert, update, delete on {name}.processes to {app}, {operator}")
@@ -324,8 +325,8 @@ def grant(connection: Connection, settings: Settings) -> None:
     connection.exec_driver_sql(f"grant insert, update, delete on {snapshots} to {operator}")
     connection.exec_driver_sql(f"grant select on {name}.transaction_ids to {operator}")
     shared = ["turn_stale", "diverged", "resolve", "replay", "enter_batch", "labelled"]
-    own = ["post", "keys", "lock", "leg", "plain", "settle", "move"]
-    jobs = ["backfill", "open", "freeze", "seal", "unfreeze", "unseal", "close"]
+    own = ["post", "lock", "leg", "plain", "settle", "move"]
+    jobs = ["cut", "last", "span", "backfill", "late", "open", "freeze", "seal", "unfreeze", "unseal", "close"]
     jobs += ["amend", "rewrite", "correct", "recount", "recalculate", "standing"]
     for signature, function in _signatures(connection, settings.ledger_schema):
         posting = function in shared or function in [f"{n}_{m}" for n in own for m in _names(settings)]

@@ -1,97 +1,72 @@
-"""Jobs over all accounts of a mapping: batches with a checkpoint in the database, resumed after any end.
+"""Jobs over all accounts of a mapping: begun, resumed, worked on, ended; the batches stand in the database.
 
-A batch's work, its cursor and its counters are one transaction, so a process may be killed at any point: the
-next run goes on behind the last committed batch. Two processes that run the same job take turns on its row.
+A batch's work, its mark and the job's counters are one transaction, so a process may be killed at any point: the
+next run, or another worker, takes the batch up again. Any number of workers and starts work on one job side by side.
 """
 
 from __future__ import annotations
 
 import json
-import random
-import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields, replace
-from datetime import datetime
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import replace
+from datetime import timedelta
 from importlib.metadata import version
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, Row, text
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy import Connection, Engine, text
 
-from walletmigrate import config
+from walletmigrate import config, job_batches
 from walletmigrate.audit import Act, record
 from walletmigrate.capture import fence_problems
 from walletmigrate.config import Settings
-from walletmigrate.errors import JobFailed, LedgerMismatch, LedgerNotInstalled, PreconditionRefused, Retryable
-from walletmigrate.functions import Installed, alteration, fingerprint, installed_mapping, relation
+from walletmigrate.errors import LedgerNotInstalled, PreconditionRefused
+from walletmigrate.functions import FUNCTIONS_VERSION, Installed, alteration, fingerprint, installed_mapping, relation
+from walletmigrate.job_rows import (
+    COLUMNS,
+    RESUMABLE,
+    Batch,
+    Job,
+    begin,
+    cancelled,
+    change,
+    configure,
+    get,
+    job_of,
+    leave,
+    newest,
+)
+from walletmigrate.job_work import ATTEMPTS, Progress, Step, Stop, Work
+from walletmigrate.job_workers import Crew
 from walletmigrate.schema import installed, quoted
 from walletmigrate.standing import REASON
+from walletmigrate.throttle import Throttle, of_settings
 
-ATTEMPTS: Final = 8
-"""How often a batch is tried that meets a deadlock, a lock time limit or a lost connection."""
+__all__ = [
+    "ATTEMPTS",
+    "Batch",
+    "Job",
+    "Progress",
+    "Step",
+    "Stop",
+    "begin",
+    "cancel",
+    "count_items",
+    "finish",
+    "get",
+    "leave",
+    "newest",
+    "obstacles",
+    "phase",
+    "require_installed",
+    "run_batches",
+    "start_or_resume",
+    "started",
+    "visibility",
+]
 
-_FIRST_PAUSE: Final = 0.05
-_LONGEST_PAUSE: Final = 2.0
-_RESUMABLE: Final = ("running", "paused", "failed")
-_LOST: Final = ("08", "57P")  # connection exceptions; the server is shutting down or starting
-_NO_FUNCTIONS: Final = ("42883", "42P01", "3F000", "WM010")
-
-
-@dataclass(frozen=True)
-class Job:
-    """A row of the table ``jobs``. Items are accounts; ``items_done`` leaves out the failed ones.
-
-    ``state`` is running, paused, done, failed or cancelled; ``cursor`` is the last key of the last committed
-    batch, as text. ``resumed`` says that `start_or_resume` found it begun.
-    """
-
-    id: int
-    kind: str
-    mapping: str | None
-    state: str
-    actor: str
-    reason: str
-    version: str
-    items_total: int | None
-    items_done: int
-    items_failed: int
-    cursor: str | None
-    last_batch_seconds: float | None
-    started_at: datetime
-    updated_at: datetime
-    finished_at: datetime | None
-    details: dict[str, Any] = field(default_factory=dict)
-    resumed: bool = False
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """What the batches counted so far, over all runs of this job."""
-        return {name: int(value) for name, value in self.details.get("counts", {}).items()}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one batch did: ``last_key`` None when no key was left, else where the next batch begins.
-
-    ``keys`` are legacy rows; ``done`` and ``failed`` are accounts; ``counts`` are added up over the job.
-    """
-
-    last_key: str | None
-    keys: int
-    done: int
-    failed: int
-    counts: Mapping[str, int]
-
-
-Step = Callable[[Connection, str | None, int], Batch]
-"""``step(connection, cursor, limit)``: the work on the next ``limit`` keys behind the cursor."""
-Progress = Callable[[Job], None]
-"""Told after each committed batch."""
-Stop = Callable[[], bool]
-"""Asked before each batch; True pauses the job."""
-
-_COLUMNS: Final = ", ".join(f.name for f in fields(Job) if f.name != "resumed")
+FRESH: Final = timedelta(days=7)
+"""How long ago the last batch of a job may be that is resumed without being forced."""
 
 
 def start_or_resume(
@@ -103,13 +78,15 @@ def start_or_resume(
     *,
     total: int | None = None,
     details: dict[str, Any] | None = None,
+    force: bool = False,
 ) -> Job:
     """Go on with the newest job of this kind and mapping unless it is done or cancelled; else make one.
 
-    The job's actor and reason are those of the last start; the audit log has them all.
+    The job's actor and reason are those of the last start; the audit log has them all. Raises PreconditionRefused
+    for a job of other functions, or one that nobody has worked on for `FRESH`, unless ``force``.
     """
     with begin(engine) as connection:
-        return started(connection, settings, kind, mapping_name, act, total=total, details=details)
+        return started(connection, settings, kind, mapping_name, act, total=total, details=details, force=force)
 
 
 def started(
@@ -121,6 +98,7 @@ def started(
     *,
     total: int | None = None,
     details: dict[str, Any] | None = None,
+    force: bool = False,
 ) -> Job:
     """`start_or_resume` in the caller's transaction, which is at READ COMMITTED."""
     values = {
@@ -129,19 +107,23 @@ def started(
         "actor": act.actor,
         "reason": act.reason,
         "version": version("walletmigrate"),
+        "functions": FUNCTIONS_VERSION,
         "total": total,
         "details": json.dumps(details or {}, default=str),
     }
     row, resumed = None, False
     while row is None:
         found = newest(connection, settings, kind, mapping_name, lock=True)
-        resumed = found is not None and found.state in _RESUMABLE
+        resumed = found is not None and found.state in RESUMABLE
         if found is not None and resumed:
+            if not force:
+                _refuse_old(connection, found)
+            job_batches.revive(connection, settings, found, aside=found.state != "running")
             row = connection.execute(text(_resume(settings)), {**values, "id": found.id}).one()
         else:
             # No row: another process has just made the job, and the next look finds it.
             row = connection.execute(text(_insert(settings)), values).one_or_none()
-    job = _job(row, resumed=resumed)
+    job = job_of(row, resumed=resumed)
     word = "resume" if resumed else "start"
     record(connection, settings, f"{kind} {word}", act, mapping=mapping_name, job_id=job.id, details=details)
     return job
@@ -153,32 +135,39 @@ def run_batches(
     job: Job,
     step: Step,
     *,
-    batch_size: int,
+    last: Step | None = None,
+    batch_size: int | None = None,
+    workers: int = 1,
+    executor: Executor | None = None,
+    throttle: Throttle | None = None,
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> Job:
     """Run batches until no key is left; the job is then still ``running``, and the caller's to `finish`.
 
-    Returns it ``paused`` when ``stop`` said so, or in the state that another process gave it. Ctrl-C pauses it
-    and goes on as KeyboardInterrupt. Raises Retryable when a batch ran out of attempts, LedgerMismatch,
-    LedgerNotInstalled or JobFailed when the database refused it; the job is then ``failed`` and resumable.
+    ``last`` is the step of a last pass over all keys once more, for what was written meanwhile. ``batch_size``
+    (legacy rows) is kept as the job's setting; None leaves that as it is, and by default the size tunes itself.
+
+    More than one of ``workers`` are processes of this machine, or tasks of any ``executor``. They connect with the
+    engine's URL, and get the steps pickled; ``progress`` and ``stop`` stay here, and are called a few times a second.
+    ``throttle`` makes the job stand still for as long as it says; by default the one that the configuration asks for.
+
+    Returns the job ``paused`` when ``stop`` said so, or in the state that another process gave it. Ctrl-C pauses it
+    and goes on as KeyboardInterrupt. A batch that fails is halved until the one bad row is set aside; the job fails
+    when its first batches fail alike, or when too many rows are set aside (JobFailed), when a batch ran out of
+    attempts (Retryable), or when functions are missing (LedgerNotInstalled); a failed job is resumable.
     """
-    try:
-        while job.state == "running":
-            if stop is not None and stop():
-                return leave(engine, settings, job, "paused")
-            now, ended = _batch(engine, settings, job, step, batch_size)
-            job = replace(now, resumed=job.resumed)
-            if ended:
-                break
-            if progress is not None:
-                progress(job)
-    except BaseException as error:
-        _leave_somehow(engine, settings, job, error)
-        if isinstance(error, DBAPIError):
-            raise _typed(job, error) from error
-        raise
-    return job
+    if batch_size is not None:
+        with begin(engine) as connection:
+            configure(connection, settings, job.id, {"batch_size": batch_size})
+    steps = (step,) if last is None else (step, last)
+    throttle = throttle or of_settings(engine, settings, job.id, job.mapping or "")
+    work = Work(engine, settings, steps, progress=progress, throttle=throttle)
+    if stop is not None:
+        work = replace(work, stop=stop)
+    if executor is None and workers == 1:
+        return work.run(job)[0]
+    return Crew(work, workers, executor).run(job)[0]
 
 
 def finish(
@@ -188,12 +177,13 @@ def finish(
     job: Job,
     act: Act,
     *,
-    details: dict[str, Any] | None = None,
+    details: Mapping[str, Any] | None = None,
+    failed: int | None = None,
 ) -> Job:
     """Call the job done and write the audit row. Idempotent: what is not running stays as it is.
 
-    Raises PreconditionRefused, and the job is failed, if the fence fell while it ran: accounts could then be
-    behind without knowing it.
+    ``failed`` accounts, if known better than by the sum over the batches. Raises PreconditionRefused, and the job is
+    failed, if the fence fell while it ran: accounts could then be behind without knowing it.
     """
     with begin(engine) as connection:
         reasons = obstacles(connection, settings, mapping)
@@ -202,64 +192,34 @@ def finish(
         leave(engine, settings, job, "failed", str(refused))
         raise refused
     with begin(engine) as connection:
-        row = connection.execute(
-            text(
-                f"update {quoted(settings.ledger_schema)}.jobs set state = 'done', "
-                "finished_at = clock_timestamp(), updated_at = clock_timestamp() "
-                f"where id = :id and state = 'running' returning {_COLUMNS}"
-            ),
-            {"id": job.id},
-        ).one_or_none()
-        if row is None:
-            return replace(get(connection, settings, job.id), resumed=job.resumed)
-        done = _job(row, resumed=job.resumed)
+        now = get(connection, settings, job.id, lock=True)
+        if now.state != "running":
+            return replace(now, resumed=job.resumed)
+        done = change(
+            connection,
+            settings,
+            job.id,
+            "state = 'done', items_failed = coalesce(:failed, items_failed), "
+            "items_total = greatest(items_total, items_done + coalesce(:failed, items_failed)), "
+            "held = null, held_at = null, finished_at = clock_timestamp(), updated_at = clock_timestamp()",
+            failed=failed,
+        )
+        job_batches.clear(connection, settings, job.id)
         facts = {**done.counts, "failed": done.items_failed, **(details or {})}
         record(connection, settings, f"{job.kind} done", act, mapping=job.mapping, job_id=job.id, details=facts)
-    return done
+    return replace(done, resumed=job.resumed)
 
 
 def cancel(connection: Connection, settings: Settings, kind: str, mapping_name: str, act: Act) -> int | None:
-    """Give up the unfinished job of this kind, so that a later one begins at the first key; its id or None."""
+    """Give up the unfinished job of this kind, so that a later one begins at the first key; its id or None.
+
+    Batches in flight are rolled back: once this commits, nothing more is done for the job.
+    """
     found = newest(connection, settings, kind, mapping_name, lock=True)
-    if found is None or found.state not in _RESUMABLE:
+    if found is None or found.state not in RESUMABLE:
         return None
-    connection.execute(
-        text(
-            f"update {quoted(settings.ledger_schema)}.jobs set state = 'cancelled', "
-            "finished_at = clock_timestamp(), updated_at = clock_timestamp() where id = :id"
-        ),
-        {"id": found.id},
-    )
-    record(connection, settings, f"{kind} cancel", act, mapping=mapping_name, job_id=found.id)
+    cancelled(connection, settings, found, act)
     return found.id
-
-
-def newest(
-    connection: Connection, settings: Settings, kind: str, mapping_name: str, *, lock: bool = False
-) -> Job | None:
-    """The newest job of a kind on a mapping, None when there never was one."""
-    row = connection.execute(
-        text(
-            f"select {_COLUMNS} from {quoted(settings.ledger_schema)}.jobs "
-            "where kind = :kind and mapping = :mapping order by id desc limit 1"
-            + (" for no key update" if lock else "")
-        ),
-        {"kind": kind, "mapping": mapping_name},
-    ).one_or_none()
-    return None if row is None else _job(row)
-
-
-def get(connection: Connection, settings: Settings, job_id: int, *, lock: bool = False) -> Job:
-    """The job of that id; ``lock`` makes other processes' batches of it wait for this transaction."""
-    return _job(
-        connection.execute(
-            text(
-                f"select {_COLUMNS} from {quoted(settings.ledger_schema)}.jobs where id = :id"
-                + (" for no key update" if lock else "")
-            ),
-            {"id": job_id},
-        ).one()
-    )
 
 
 def require_installed(connection: Connection, settings: Settings, mapping: config.Mapping) -> Installed:
@@ -307,143 +267,34 @@ def count_items(connection: Connection, mapping: config.Mapping) -> int:
     return int(rows or 0) * len(mapping.columns)
 
 
-def _batch(engine: Engine, settings: Settings, job: Job, step: Step, size: int) -> tuple[Job, bool]:
-    """One batch, tried again while that can help; the job as committed, and whether no key was left."""
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return _try_batch(engine, settings, job, step, size)
-        except DBAPIError as error:
-            if not _retryable(error):
-                raise
-            if attempt == ATTEMPTS:
-                what = f"a batch of job {job.id} ({job.kind}) failed {ATTEMPTS} times, last by: {_said(error)}"
-                raise Retryable(what) from error
-        time.sleep(random.uniform(0.5, 1) * min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE))
-    raise AssertionError("unreachable")
-
-
-def _try_batch(engine: Engine, settings: Settings, job: Job, step: Step, size: int) -> tuple[Job, bool]:
-    began = time.monotonic()
-    with begin(engine) as connection:
-        stands = get(connection, settings, job.id, lock=True)
-        if stands.state != "running":
-            return stands, True
-        batch = step(connection, stands.cursor, size)
-        if batch.last_key is None:
-            return stands, True
-        counts = dict(stands.counts)
-        for name, value in batch.counts.items():
-            counts[name] = counts.get(name, 0) + value
-        row = connection.execute(
-            text(
-                f"update {quoted(settings.ledger_schema)}.jobs set cursor = :cursor, "
-                "items_done = items_done + :done, items_failed = items_failed + :failed, "
-                "last_batch_seconds = :seconds, updated_at = clock_timestamp(), "
-                "details = details || jsonb_build_object('counts', cast(:counts as jsonb)) "
-                f"where id = :id returning {_COLUMNS}"
-            ),
-            {
-                "id": job.id,
-                "cursor": batch.last_key,
-                "done": batch.done,
-                "failed": batch.failed,
-                "seconds": time.monotonic() - began,
-                "counts": json.dumps(counts),
-            },
-        ).one()
-    return _job(row), False
-
-
-def leave(engine: Engine, settings: Settings, job: Job, state: str, error: str | None = None) -> Job:
-    """Take a running job out of work as ``paused`` or ``failed``, with its checkpoint and on record."""
-    with begin(engine) as connection:
-        row = connection.execute(
-            text(
-                f"update {quoted(settings.ledger_schema)}.jobs set state = :state, "
-                "updated_at = clock_timestamp(), "
-                "details = details || jsonb_strip_nulls(jsonb_build_object('error', cast(:error as text))) "
-                f"where id = :id and state = 'running' returning {_COLUMNS}"
-            ),
-            {"id": job.id, "state": state, "error": error},
-        ).one_or_none()
-        if row is None:
-            return replace(get(connection, settings, job.id), resumed=job.resumed)
-        word = "pause" if state == "paused" else "failed"
-        record(
-            connection,
-            settings,
-            f"{job.kind} {word}",
-            Act(job.actor, job.reason),
-            mapping=job.mapping,
-            job_id=job.id,
-            details={"error": error} if error else None,
-        )
-    return _job(row, resumed=job.resumed)
-
-
-def _leave_somehow(engine: Engine, settings: Settings, job: Job, error: BaseException) -> None:
-    """Without a database the job stays ``running``; the next start resumes it all the same."""
-    interrupted = not isinstance(error, Exception)
-    try:
-        if interrupted:
-            leave(engine, settings, job, "paused")
-        else:
-            leave(engine, settings, job, "failed", _said(error))
-    except DBAPIError:
-        return
+def _refuse_old(connection: Connection, job: Job) -> None:
+    reasons = []
+    ways = f"walletmigrate jobs resume {job.id} --force {REASON}, or: walletmigrate jobs cancel {job.id} {REASON}"
+    if job.functions_version != FUNCTIONS_VERSION:
+        what = f"job {job.id} was begun with functions {job.functions_version}, these are {FUNCTIONS_VERSION}"
+        reasons.append((what, ways))
+    if connection.scalar(text("select clock_timestamp() - :at > :fresh"), {"at": job.updated_at, "fresh": FRESH}):
+        what = f"job {job.id} was last worked on at {job.updated_at:%Y-%m-%d %H:%M}, more than {FRESH.days} days ago"
+        reasons.append((what, ways))
+    if reasons:
+        raise PreconditionRefused(f"resuming the {job.kind}", reasons)
 
 
 def _resume(settings: Settings) -> str:
     return (
         f"update {quoted(settings.ledger_schema)}.jobs set state = 'running', actor = :actor, reason = :reason, "
-        "version = :version, items_total = coalesce(:total, items_total), updated_at = clock_timestamp(), "
-        "finished_at = null, details = (details - 'error') || cast(:details as jsonb) "
-        f"where id = :id returning {_COLUMNS}"
+        "version = :version, functions_version = :functions, items_total = coalesce(:total, items_total), "
+        "updated_at = clock_timestamp(), finished_at = null, held = null, held_at = null, "
+        "details = (details - 'error') || cast(:details as jsonb) "
+        f"where id = :id returning {COLUMNS}"
     )
 
 
 def _insert(settings: Settings) -> str:
     return (
         f"insert into {quoted(settings.ledger_schema)}.jobs "
-        "(kind, mapping, actor, reason, version, items_total, details) values "
-        "(:kind, :mapping, :actor, :reason, :version, :total, cast(:details as jsonb)) "
+        "(kind, mapping, actor, reason, version, functions_version, items_total, details) values "
+        "(:kind, :mapping, :actor, :reason, :version, :functions, :total, cast(:details as jsonb)) "
         "on conflict (kind, mapping) where state in ('running', 'paused') do nothing "
-        f"returning {_COLUMNS}"
+        f"returning {COLUMNS}"
     )
-
-
-def begin(engine: Engine) -> AbstractContextManager[Connection]:
-    """A transaction at READ COMMITTED, whatever the engine is set to: a batch locks first and reads after."""
-    return engine.execution_options(isolation_level="READ COMMITTED").begin()
-
-
-def _job(row: Row[Any], *, resumed: bool = False) -> Job:
-    return Job(**row._mapping, resumed=resumed)
-
-
-def _sqlstate(error: DBAPIError) -> str:
-    return str(getattr(error.orig, "sqlstate", None) or "")
-
-
-def _retryable(error: DBAPIError) -> bool:
-    state = _sqlstate(error)
-    lost = error.connection_invalidated or (not state and isinstance(error, OperationalError))
-    return lost or state.startswith(("40", *_LOST)) or state == "55P03"
-
-
-def _said(error: BaseException) -> str:
-    """The error's own words on one line; of the driver's only the server's sentence, never the statement."""
-    if isinstance(error, DBAPIError):
-        diagnostic = getattr(error.orig, "diag", None)
-        words = getattr(diagnostic, "message_primary", None) or type(error.orig).__name__
-        return f"{words} ({_sqlstate(error) or 'no SQLSTATE'})"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _typed(job: Job, error: DBAPIError) -> LedgerMismatch | LedgerNotInstalled | JobFailed:
-    state = _sqlstate(error)
-    if state == "WM020":
-        return LedgerMismatch(_said(error))
-    if state in _NO_FUNCTIONS:
-        return LedgerNotInstalled(job.mapping or "", _said(error))
-    return JobFailed(job.id, job.kind, _said(error))

@@ -21,6 +21,7 @@ from walletmigrate.comparison import snapshot
 from walletmigrate.config import Column, Settings
 from walletmigrate.corrections import Correction, Corrector, key_of, refuse, stopped
 from walletmigrate.errors import PreconditionRefused, UsageError
+from walletmigrate.functions import relation
 from walletmigrate.schema import quoted
 from walletmigrate.standing import REASON
 from walletmigrate.truths import LEGACY, Truth
@@ -178,14 +179,16 @@ class _Run:
 
     def planned(self, batch_size: int) -> Reconciliation:
         """The same look at all accounts, with every write left out."""
-        tally, cursor = _Tally(), None
+        tally, after = _Tally(), None
+        cut = text(f"select upto from {self._schema}.cut_{self._mapping.name}(cast(:after as text), null, :limit)")
         while True:
             with jobs.begin(self._engine) as connection:
-                keys, rows = self._standing(connection, cursor, batch_size)
-            if not keys:
+                upto = connection.scalar(cut, {"after": after, "limit": batch_size})
+                rows = self._standing(connection, after, upto)[1] if upto is not None else []
+            if upto is None:
                 break
             self._go_through(rows, None, tally)
-            cursor = keys[-1]
+            after = upto
         self._unknown(tally)
         return self._result(None, tally.counts, tally.items, "planned", resumed=False)
 
@@ -197,8 +200,8 @@ class _Run:
             job = self._start(connection, total)
         items: list[Correction] = []
 
-        def step(connection: Connection, cursor: str | None, limit: int) -> jobs.Batch:
-            keys, rows = self._standing(connection, cursor, limit)
+        def step(connection: Connection, after: str | None, upto: str | None) -> jobs.Batch:
+            keys, rows = self._standing(connection, after, upto)
             tally = _Tally()
             self._go_through(rows, job.id, tally)
             if tally.items:
@@ -206,7 +209,7 @@ class _Run:
                 items.extend(tally.items[: LISTED - len(items)])
             failed = tally.counts["failed"]
             counts = {name: int(number) for name, number in tally.counts.items()}
-            return jobs.Batch(keys[-1] if keys else None, len(keys), len(rows) - failed, failed, counts)
+            return jobs.Batch(len(keys), len(rows) - failed, failed, counts)
 
         job = jobs.run_batches(
             self._engine, self._settings, job, step, batch_size=batch_size, progress=progress, stop=stop
@@ -226,12 +229,20 @@ class _Run:
             job = replace(finished, resumed=job.resumed)
         return self._result(job.id, counts, items, job.state, resumed=job.resumed)
 
-    def _standing(self, connection: Connection, cursor: str | None, limit: int) -> tuple[list[str], list[Row[Any]]]:
-        """The next keys, and how their accounts stand. Nothing is locked."""
-        keys = connection.execute(
-            text(f"select {self._schema}.keys_{self._mapping.name}(cast(:after as text), :limit)::text[]"),
-            {"after": cursor, "limit": limit},
-        ).scalar_one()
+    def _standing(
+        self, connection: Connection, after: str | None, upto: str | None
+    ) -> tuple[list[str], list[Row[Any]]]:
+        """The keys of a span, and how their accounts stand. Nothing is locked."""
+        key = f"l.{quoted(self._mapping.key)}"
+        limits = {">": ("after", after), "<=": ("upto", upto)}
+        bounds = [
+            f"{key} {sign} cast(:{name} as {self._key_type})"
+            for sign, (name, value) in limits.items()
+            if value is not None
+        ]
+        where = f" where {' and '.join(bounds)}" if bounds else ""
+        query = text(f"select {key}::text from {relation(self._mapping)} as l{where} order by {key}")
+        keys = list(connection.scalars(query, {name: value for name, value in limits.values() if value is not None}))
         return keys, self._accounts(connection, keys)
 
     def _accounts(self, connection: Connection, keys: list[str]) -> list[Row[Any]]:

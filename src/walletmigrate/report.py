@@ -43,6 +43,7 @@ class JobStatus:
     updated_at: datetime
     actor: str
     reason: str
+    held: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,8 @@ def _jobs(connection: Connection, settings: Settings) -> Iterator[JobStatus]:
     query = (
         "select distinct on (kind, mapping) id, kind, mapping, state, items_total, items_done, items_failed, "
         "extract(epoch from updated_at - started_at)::float8 as seconds, "
-        f"updated_at < clock_timestamp() - interval '{STALLED_SECONDS} s' as old, updated_at, actor, reason "
+        f"updated_at < clock_timestamp() - interval '{STALLED_SECONDS} s' as old, updated_at, actor, reason, "
+        "case when state = 'running' then held end as held "
         f"from {quoted(settings.ledger_schema)}.jobs order by kind, mapping, id desc"
     )
     for row in sorted(connection.execute(text(query)), key=lambda row: row.id):
@@ -166,7 +168,7 @@ def _jobs(connection: Connection, settings: Settings) -> Iterator[JobStatus]:
             row.kind,
             row.mapping,
             row.state,
-            row.state == "running" and row.old,
+            row.state == "running" and row.old and row.held is None,
             row.items_total,
             row.items_done,
             row.items_failed,
@@ -175,13 +177,14 @@ def _jobs(connection: Connection, settings: Settings) -> Iterator[JobStatus]:
             row.updated_at,
             row.actor,
             row.reason,
+            row.held,
         )
 
 
 def _speed(row: Row[tuple[object, ...]]) -> tuple[float | None, float | None]:
     """Items per second and seconds left; nothing for a job that stands still, whose ETA would be a lie."""
     done = row.items_done + row.items_failed
-    if row.state != "running" or row.old or row.seconds <= 0 or not done:
+    if row.state != "running" or row.old or row.held is not None or row.seconds <= 0 or not done:
         return None, None
     rate = done / row.seconds
     if row.items_total is None:

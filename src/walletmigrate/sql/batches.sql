@@ -1,5 +1,69 @@
--- What jobs do to one mapping, a batch at a time: open and resync, freeze, unfreeze.
+-- What jobs do to one mapping, a span of keys at a time: open and resync, freeze, unfreeze.
+-- A span is (p_after, p_upto] in the order of the legacy table's own key; null leaves an end open.
 -- Legacy rows are locked first, by key, then read in a new statement.
+{% macro within() -%}
+    l.{{ key }} >= v_low and l.{{ key }} <= v_high and (p_after is null or l.{{ key }} > v_low)
+{%- endmacro %}
+{% macro bounds(upto) -%}
+    v_low {{ key_type }} := coalesce(
+        p_after::{{ key_type }}, (select l.{{ key }} from {{ relation }} as l order by l.{{ key }} limit 1)
+    );
+    v_high {{ key_type }} := coalesce(
+        {{ upto }}::{{ key_type }}, (select l.{{ key }} from {{ relation }} as l order by l.{{ key }} desc limit 1)
+    );
+{%- endmacro %}
+
+{% macro kinds() -%}
+    {% for c in columns %}('{{ c.bucket }}', '{{ c.currency }}'){{ "" if loop.last else ", " }}{% endfor %}
+{%- endmacro %}
+
+-- Where a span of p_limit keys behind p_after ends, not beyond p_until; null and 0 where there is no key.
+create or replace function {{ schema }}.cut_{{ mapping }}(p_after text, p_until text, p_limit integer)
+returns table (upto text, keys integer)
+language plpgsql
+stable
+as $$
+#variable_conflict use_variable
+declare
+    {{ bounds("p_until") }}
+    v_keys {{ key_type }}[];
+begin
+    v_keys := array(
+        select l.{{ key }} from {{ relation }} as l
+        where {{ within() }}
+        order by l.{{ key }}
+        limit p_limit
+    );
+    upto := v_keys[cardinality(v_keys)]::text;
+    keys := coalesce(cardinality(v_keys), 0);
+    return next;
+end
+$$;
+
+-- The largest key, null in an empty table.
+create or replace function {{ schema }}.last_{{ mapping }}() returns text
+language sql
+stable
+as $$
+    select l.{{ key }}::text from {{ relation }} as l order by l.{{ key }} desc limit 1
+$$;
+
+-- Lock the legacy rows of a span in the order of their keys, and return the keys.
+create or replace function {{ schema }}.span_{{ mapping }}(p_after text, p_upto text) returns {{ key_type }}[]
+language plpgsql
+as $$
+#variable_conflict use_variable
+declare
+    {{ bounds("p_upto") }}
+begin
+    return array(
+        select l.{{ key }} from {{ relation }} as l
+        where {{ within() }}
+        order by l.{{ key }}
+        for no key update
+    );
+end
+$$;
 
 -- Open or resync the accounts of these keys, whose legacy rows the caller has locked.
 create or replace function {{ schema }}.open_{{ mapping }}(p_keys {{ key_type }}[], p_job bigint)
@@ -114,38 +178,85 @@ begin
 end
 $$;
 
--- One batch of a backfill: the next p_limit keys behind p_after. Returns the last key, null when none was left.
-create or replace function {{ schema }}.backfill_{{ mapping }}(p_after text, p_limit integer, p_job bigint)
-returns table (last_key text, keys bigint, opened bigint, resynced bigint, failed bigint)
+-- One batch of a backfill.
+create or replace function {{ schema }}.backfill_{{ mapping }}(p_after text, p_upto text, p_job bigint)
+returns table (keys bigint, opened bigint, resynced bigint, failed bigint)
 language plpgsql
 as $$
 #variable_conflict use_variable
 declare
     v_keys {{ key_type }}[];
 begin
-    v_keys := {{ schema }}.keys_{{ mapping }}(p_after, p_limit);
-    last_key := v_keys[cardinality(v_keys)]::text;
+    v_keys := {{ schema }}.span_{{ mapping }}(p_after, p_upto);
     keys := coalesce(cardinality(v_keys), 0);
-    v_keys := {{ schema }}.lock_{{ mapping }}(v_keys);
     select o.opened, o.resynced, o.failed into opened, resynced, failed
     from {{ schema }}.open_{{ mapping }}(v_keys, p_job) as o;
     return next;
 end
 $$;
 
+-- One batch of a backfill's last pass: rows that were written since the job began and are not in step. A row's xmin
+-- tells, so that the accounts of all others need not be looked up. Values that are no amount are counted anew.
+create or replace function {{ schema }}.late_{{ mapping }}(p_after text, p_upto text, p_job bigint)
+returns table (keys bigint, opened bigint, resynced bigint, failed bigint)
+language plpgsql
+as $$
+#variable_conflict use_variable
+declare
+    v_keys {{ key_type }}[];
+    {{ bounds("p_upto") }}
+    v_age integer;
+    -- Transaction ids are compared by their lower half, which says nothing of a job that is older than that.
+    v_old boolean;
+    v_aside text[] := array(
+        select b.upto_key from {{ schema }}.job_batches as b
+        where b.job_id = p_job and b.state = 'set_aside'
+    );
+begin
+    select
+        age((j.row_xid % 4294967296)::text::xid),
+        pg_snapshot_xmax(pg_current_snapshot())::text::bigint - j.row_xid > 2000000000
+    into v_age, v_old
+    from {{ schema }}.jobs as j
+    where j.id = p_job;
+    select
+        count(*),
+        array_agg(l.{{ key }} order by l.{{ key }}) filter (
+            where (v_old or age(l.xmin) <= v_age)
+            and l.{{ key }}::text <> all(v_aside)
+            and (
+                select count(*) from {{ schema }}.accounts as a
+                where
+                    a.mapping = '{{ mapping }}' and a.key = l.{{ key }}::text collate "C"
+                    and a.state in ('mirrored', 'frozen') and (a.bucket, a.currency) in ({{ kinds() }})
+            ) < {{ columns | length }}
+        ),
+        {% for c in columns %}
+        {{ "" if loop.first else "+ " }}count(*) filter (
+            where ({{ c.value }} > '-Infinity' and {{ c.value }} < 'Infinity'
+                and {{ c.value }} = round({{ c.value }}, {{ c.scale }})) is not true
+        )
+        {% endfor %}
+    into keys, v_keys, failed
+    from {{ relation }} as l
+    where {{ within() }};
+    v_keys := {{ schema }}.lock_{{ mapping }}(v_keys);
+    select o.opened, o.resynced into opened, resynced from {{ schema }}.open_{{ mapping }}(v_keys, p_job) as o;
+    return next;
+end
+$$;
+
 -- One batch of a freeze: mirrored accounts whose ledger equals legacy turn frozen; the rest is counted.
-create or replace function {{ schema }}.freeze_{{ mapping }}(p_after text, p_limit integer)
-returns table (last_key text, keys bigint, frozen bigint, refused bigint)
+create or replace function {{ schema }}.freeze_{{ mapping }}(p_after text, p_upto text)
+returns table (keys bigint, frozen bigint, refused bigint)
 language plpgsql
 as $$
 #variable_conflict use_variable
 declare
     v_keys {{ key_type }}[];
 begin
-    v_keys := {{ schema }}.keys_{{ mapping }}(p_after, p_limit);
-    last_key := v_keys[cardinality(v_keys)]::text;
+    v_keys := {{ schema }}.span_{{ mapping }}(p_after, p_upto);
     keys := coalesce(cardinality(v_keys), 0);
-    v_keys := {{ schema }}.lock_{{ mapping }}(v_keys);
     select f.frozen, f.refused into frozen, refused from {{ schema }}.seal_{{ mapping }}(v_keys) as f;
     return next;
 end
@@ -185,8 +296,8 @@ end
 $$;
 
 -- State first, then legacy := ledger, by a statement of the caller's role; the fence compares.
-create or replace function {{ schema }}.unfreeze_{{ mapping }}(p_after text, p_limit integer)
-returns table (last_key text, keys bigint, unfrozen bigint)
+create or replace function {{ schema }}.unfreeze_{{ mapping }}(p_after text, p_upto text)
+returns table (keys bigint, unfrozen bigint)
 language plpgsql
 as $$
 #variable_conflict use_variable
@@ -195,10 +306,8 @@ declare
     v_now numeric;
     a record;
 begin
-    v_keys := {{ schema }}.keys_{{ mapping }}(p_after, p_limit);
-    last_key := v_keys[cardinality(v_keys)]::text;
+    v_keys := {{ schema }}.span_{{ mapping }}(p_after, p_upto);
     keys := coalesce(cardinality(v_keys), 0);
-    v_keys := {{ schema }}.lock_{{ mapping }}(v_keys);
     unfrozen := 0;
     {% for c in columns %}
     -- One column after the other: the fence must find the others still frozen, not mirrored and behind.

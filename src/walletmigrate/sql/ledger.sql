@@ -187,8 +187,31 @@ create table {{ schema }}.jobs (
     items_total bigint,
     items_done bigint not null default 0,
     items_failed bigint not null default 0,
-    -- The last key of the last committed batch, as text; the next batch begins behind it.
+    -- What the operator has set (see docs/jobs.md), read whenever a batch is claimed.
+    settings jsonb not null default '{}',
+    functions_version integer,
+    -- 1: all keys up to the largest when the job began; 2: what was written since, for a kind that asks for it.
+    pass smallint not null default 1,
+    -- Batches are cut behind the cursor, the last key of the last one that was cut, up to this key.
     cursor text,
+    until_key text,
+    -- Legacy rows written since have an xmin that is not below it.
+    row_xid bigint not null default pg_snapshot_xmin(pg_current_snapshot())::text::bigint,
+    -- As the job tunes it; null until the first batch.
+    batch_size integer,
+    batches bigint not null default 0,
+    -- Where fencing tokens come from; commits that were refused for their token.
+    claims bigint not null default 0,
+    claims_lost bigint not null default 0,
+    -- Whether a batch has succeeded since the job was last started; else how many failed alike, and of what.
+    proven boolean not null default false,
+    alike integer not null default 0,
+    last_error text,
+    -- With a rate: when the next batch may begin.
+    paced_until timestamptz,
+    -- Why a running job stands still by itself, and since when.
+    held text,
+    held_at timestamptz,
     last_batch_seconds double precision,
     started_at timestamptz not null default clock_timestamp(),
     updated_at timestamptz not null default clock_timestamp(),
@@ -198,6 +221,33 @@ create table {{ schema }}.jobs (
 
 -- At most one unfinished job of a kind on a mapping: a second start resumes it.
 create unique index jobs_unfinished on {{ schema }}.jobs (kind, mapping) where state in ('running', 'paused');
+
+-- The batches of jobs that are not done, and what was set aside: keys k with after_key < k <= upto_key, in the order
+-- of the legacy table's key; no after_key: from the first. Batches that are done go when their job is.
+create table {{ schema }}.job_batches (
+    job_id bigint not null references {{ schema }}.jobs,
+    number bigint not null,
+    pass smallint not null,
+    after_key text,
+    upto_key text not null,
+    -- Keys when it was cut.
+    keys integer not null,
+    state text not null check (state in ('pending', 'claimed', 'done', 'set_aside')),
+    -- Whoever claims a batch gets a higher token than all before; a commit with another one is refused.
+    token bigint not null default 0,
+    -- Until then the worker must have begun; from then on it holds the row's lock until it ends.
+    lease_until timestamptz,
+    worker text,
+    attempts integer not null default 0,
+    done bigint not null default 0,
+    failed bigint not null default 0,
+    error text,
+    seconds double precision,
+    at timestamptz not null default clock_timestamp(),
+    primary key (job_id, number)
+);
+
+create index job_batches_open on {{ schema }}.job_batches (job_id, number) where state <> 'done';
 
 create table {{ schema }}.verifications (
     id bigint generated always as identity primary key,

@@ -52,25 +52,6 @@ begin
 end
 $$;
 
--- The next p_limit keys behind p_after, in order.
-create or replace function {{ schema }}.keys_{{ mapping }}(p_after text, p_limit integer) returns {{ key_type }}[]
-language plpgsql
-stable
-as $$
-#variable_conflict use_variable
-begin
-    if p_after is null then
-        return array(select l.{{ key }} from {{ relation }} as l order by l.{{ key }} limit p_limit);
-    end if;
-    return array(
-        select l.{{ key }} from {{ relation }} as l
-        where l.{{ key }} > p_after::{{ key_type }}
-        order by l.{{ key }}
-        limit p_limit
-    );
-end
-$$;
-
 -- Lock legacy rows in the order of their keys. Returns the keys that have a row: only these are locked.
 create or replace function {{ schema }}.lock_{{ mapping }}(p_keys {{ key_type }}[]) returns {{ key_type }}[]
 language plpgsql

@@ -1,0 +1,208 @@
+"""The rows of the table ``jobs``: what a job is, and how one is found, changed and taken out of work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import Connection, Engine, Row, text
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+from walletmigrate.audit import Act, record
+from walletmigrate.config import Settings
+from walletmigrate.errors import UsageError
+from walletmigrate.job_options import Options
+from walletmigrate.schema import quoted
+
+RESUMABLE: Final = ("running", "paused", "failed")
+_LOST: Final = ("08", "57P")  # connection exceptions; the server is shutting down or starting
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row of the table ``jobs``. Items are accounts; ``items_done`` leaves out the failed ones.
+
+    ``state`` is running, paused, done, failed or cancelled. Batches are cut behind ``cursor``, a key as text, up to
+    ``until_key``; ``job_pass`` 2 is the last pass, over what was written since the job began. ``held`` is why a
+    running job stands still by itself. ``resumed`` says that `start_or_resume` found it begun.
+    """
+
+    id: int
+    kind: str
+    mapping: str | None
+    state: str
+    actor: str
+    reason: str
+    version: str
+    functions_version: int | None
+    settings: dict[str, Any]
+    items_total: int | None
+    items_done: int
+    items_failed: int
+    job_pass: int
+    cursor: str | None
+    until_key: str | None
+    batch_size: int | None
+    claims_lost: int
+    proven: bool
+    alike: int
+    held: str | None
+    held_at: datetime | None
+    last_batch_seconds: float | None
+    started_at: datetime
+    updated_at: datetime
+    finished_at: datetime | None
+    details: dict[str, Any] = field(default_factory=dict)
+    resumed: bool = False
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the batches counted so far, over all runs of this job."""
+        return {name: int(value) for name, value in self.details.get("counts", {}).items()}
+
+    @property
+    def options(self) -> Options:
+        """What the operator has set."""
+        return Options.of(self.settings)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one batch did: ``keys`` are legacy rows, ``done`` and ``failed`` accounts; ``counts`` are added up."""
+
+    keys: int
+    done: int
+    failed: int
+    counts: Mapping[str, int]
+
+
+COLUMNS: Final = ", ".join(
+    "pass as job_pass" if one.name == "job_pass" else one.name for one in fields(Job) if one.name != "resumed"
+)
+
+
+def begin(engine: Engine) -> AbstractContextManager[Connection]:
+    """A transaction at READ COMMITTED, whatever the engine is set to: a batch locks first and reads after."""
+    return engine.execution_options(isolation_level="READ COMMITTED").begin()
+
+
+def table(settings: Settings, name: str = "jobs") -> str:
+    """A table of the ledger's schema, quoted."""
+    return f"{quoted(settings.ledger_schema)}.{name}"
+
+
+def job_of(row: Row[Any], *, resumed: bool = False) -> Job:
+    """The job that a row with `COLUMNS` is."""
+    return Job(**row._mapping, resumed=resumed)
+
+
+def newest(
+    connection: Connection, settings: Settings, kind: str, mapping_name: str, *, lock: bool = False
+) -> Job | None:
+    """The newest job of a kind on a mapping, None when there never was one."""
+    row = connection.execute(
+        text(
+            f"select {COLUMNS} from {table(settings)} "
+            "where kind = :kind and mapping = :mapping order by id desc limit 1"
+            + (" for no key update" if lock else "")
+        ),
+        {"kind": kind, "mapping": mapping_name},
+    ).one_or_none()
+    return None if row is None else job_of(row)
+
+
+def get(connection: Connection, settings: Settings, job_id: int, *, lock: bool = False) -> Job:
+    """The job of that id; ``lock`` keeps others from claiming and committing batches. Raises UsageError."""
+    row = connection.execute(
+        text(f"select {COLUMNS} from {table(settings)} where id = :id" + (" for no key update" if lock else "")),
+        {"id": job_id},
+    ).one_or_none()
+    if row is None:
+        raise UsageError(f"there is no job {job_id}; walletmigrate jobs list names them")
+    return job_of(row)
+
+
+def change(connection: Connection, settings: Settings, job_id: int, changes: str, **values: Any) -> Job:
+    """Change columns of a job, given as SQL, and give the row as it is then."""
+    statement = f"update {table(settings)} set {changes} where id = :id returning {COLUMNS}"
+    return job_of(connection.execute(text(statement), {"id": job_id, **values}).one())
+
+
+def leave(engine: Engine, settings: Settings, job: Job, state: str, error: str | None = None) -> Job:
+    """Take a running job out of work as ``paused`` or ``failed``, with its checkpoint and on record."""
+    with begin(engine) as connection:
+        return left(connection, settings, job, state, Act(job.actor, job.reason), error)
+
+
+def left(connection: Connection, settings: Settings, job: Job, state: str, act: Act, error: str | None = None) -> Job:
+    """`leave` in the caller's transaction. A job that does not run stays as it is."""
+    now = get(connection, settings, job.id, lock=True)
+    if now.state != "running":
+        return replace(now, resumed=job.resumed)
+    now = change(
+        connection,
+        settings,
+        job.id,
+        "state = :state, updated_at = clock_timestamp(), held = null, held_at = null, "
+        "details = details || jsonb_strip_nulls(jsonb_build_object('error', cast(:error as text)))",
+        state=state,
+        error=error,
+    )
+    word = "pause" if state == "paused" else "failed"
+    details = {"error": error} if error else None
+    record(connection, settings, f"{job.kind} {word}", act, mapping=job.mapping, job_id=job.id, details=details)
+    return replace(now, resumed=job.resumed)
+
+
+def cancelled(connection: Connection, settings: Settings, job: Job, act: Act) -> Job:
+    """Give a job up, in the caller's transaction, which has locked its row. Batches in flight are rolled back."""
+    changes = (
+        "state = 'cancelled', held = null, held_at = null, finished_at = clock_timestamp(), "
+        "updated_at = clock_timestamp()"
+    )
+    now = change(connection, settings, job.id, changes)
+    record(connection, settings, f"{job.kind} cancel", act, mapping=job.mapping, job_id=job.id)
+    return now
+
+
+def configure(connection: Connection, settings: Settings, job_id: int, options: Mapping[str, Any]) -> Job:
+    """Change settings of a job, from its next batch on."""
+    merged = "settings = settings || cast(:options as jsonb)"
+    return change(connection, settings, job_id, merged, options=json.dumps(dict(options)))
+
+
+def hold(connection: Connection, settings: Settings, job_id: int, reason: str | None) -> None:
+    """Write down why a running job stands still, or that it goes on (None); nothing where that is known."""
+    connection.execute(
+        text(
+            f"update {table(settings)} set held = :reason, "
+            "held_at = case when cast(:reason as text) is not null then coalesce(held_at, clock_timestamp()) end "
+            "where id = :id and state = 'running' and held is distinct from :reason"
+        ),
+        {"id": job_id, "reason": reason},
+    )
+
+
+def sqlstate(error: DBAPIError) -> str:
+    """The SQLSTATE, "" where the driver gave none."""
+    return str(getattr(error.orig, "sqlstate", None) or "")
+
+
+def retryable(error: DBAPIError) -> bool:
+    """Whether the same batch may well succeed when it is tried again."""
+    state = sqlstate(error)
+    lost = error.connection_invalidated or (not state and isinstance(error, OperationalError))
+    return lost or state.startswith(("40", *_LOST)) or state == "55P03"
+
+
+def said(error: BaseException) -> str:
+    """The error's own words on one line; of the driver's only the server's sentence, never the statement."""
+    if isinstance(error, DBAPIError):
+        diagnostic = getattr(error.orig, "diag", None)
+        words = getattr(diagnostic, "message_primary", None) or type(error.orig).__name__
+        return f"{words} ({sqlstate(error) or 'no SQLSTATE'})"
+    return " ".join(str(error).split()) or type(error).__name__

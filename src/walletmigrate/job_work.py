@@ -1,0 +1,182 @@
+"""A worker's loop: claim a batch, do it, note it, and what to do with one that failed."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from walletmigrate import job_batches, job_claims, job_rows
+from walletmigrate.config import Settings
+from walletmigrate.errors import (
+    JobFailed,
+    LedgerNotInstalled,
+    Retryable,
+    WalletMigrateError,
+)
+from walletmigrate.job_batches import Claim
+from walletmigrate.job_claims import ClaimLost, NoClaim
+from walletmigrate.job_rows import Batch, Job, begin, leave, said, sqlstate
+from walletmigrate.throttle import Throttle
+
+ATTEMPTS: Final = 8
+"""How often a batch is tried that meets a deadlock, a lock time limit or a lost connection."""
+
+_FIRST_PAUSE: Final = 0.05
+_LONGEST_PAUSE: Final = 2.0
+_OTHERS_AT_WORK: Final = 0.05
+_HELD: Final = 0.25
+_NO_FUNCTIONS: Final = ("42883", "42P01", "3F000", "WM010")
+_NO_GRANT: Final = "42501"
+
+Step = Callable[[Connection, str | None, str | None], Batch]
+"""``step(connection, after, upto)``: the work on the keys k with after < k <= upto; None leaves an end open.
+
+To be run by other processes it has to be picklable: a frozen dataclass with ``__call__``, or a function.
+"""
+Progress = Callable[[Job], None]
+"""Told after each committed batch."""
+Stop = Callable[[], bool]
+"""Asked before each batch; True pauses the job."""
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker needs: ``steps``, one for each pass over the keys, and whom it asks and tells on the way.
+
+    ``stop`` True pauses the job; ``rest`` True ends this worker alone; ``throttle`` makes all workers stand still.
+    """
+
+    engine: Engine
+    settings: Settings
+    steps: Sequence[Step]
+    progress: Progress | None = None
+    stop: Stop = _never
+    rest: Stop = _never
+    throttle: Throttle | None = None
+    name: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident() % 10_000}")
+
+    def run(self, job: Job) -> tuple[Job, bool]:
+        """Do batches until none is left; the job as it is then, and whether it has come to its end.
+
+        Raises Retryable when a batch ran out of attempts, LedgerNotInstalled or JobFailed; the job is failed then.
+        Ctrl-C pauses it and goes on as KeyboardInterrupt.
+        """
+        tries = 0
+        try:
+            while not self.rest():
+                if self.stop():
+                    return leave(self.engine, self.settings, job, "paused"), False
+                found: Claim | NoClaim | None = None
+                try:
+                    self.ask(job)
+                    found = self._claim(job)
+                    if isinstance(found, NoClaim):
+                        now = replace(found.job, resumed=job.resumed)
+                        if found.ended or now.state != "running":
+                            return now, found.ended
+                        time.sleep(_OTHERS_AT_WORK if now.held is None else _HELD)
+                        continue
+                    job = replace(self._carry_out(found), resumed=job.resumed)
+                    tries = 0
+                except ClaimLost:
+                    self._lose(found if isinstance(found, Claim) else None)
+                    continue
+                except Exception as error:  # noqa: BLE001 - each is sorted: try again, split, or stop
+                    tries += 1
+                    self._failed(job, found if isinstance(found, Claim) else None, error, tries)
+                    continue
+                if self.progress is not None:
+                    self.progress(job)
+        except BaseException as error:
+            self.leave_somehow(job, error)
+            raise
+        return job, False
+
+    def ask(self, job: Job) -> None:
+        """Ask the throttle, and write down what it says: no worker claims a batch while the job is held."""
+        if self.throttle is not None:
+            reason = self.throttle.reason()
+            with begin(self.engine) as connection:
+                job_rows.hold(connection, self.settings, job.id, reason)
+
+    def _claim(self, job: Job) -> Claim | NoClaim:
+        with begin(self.engine) as connection:
+            return job_claims.claim(connection, self.settings, job.id, self.name, len(self.steps))
+
+    def _carry_out(self, claimed: Claim) -> Job:
+        try:
+            time.sleep(claimed.delay)
+            with begin(self.engine) as connection:
+                began = time.monotonic()
+                job_claims.hold(connection, self.settings, claimed)
+                batch = self.steps[claimed.batch_pass - 1](connection, claimed.after, claimed.upto)
+                seconds = time.monotonic() - began
+                return job_claims.complete(connection, self.settings, claimed, batch, seconds)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                self._give_back(claimed)
+            raise
+
+    def _lose(self, claimed: Claim | None) -> None:
+        if claimed is not None:
+            with suppress(DBAPIError), begin(self.engine) as connection:
+                job_claims.lose(connection, self.settings, claimed)
+
+    def _failed(self, job: Job, claimed: Claim | None, error: Exception, tries: int) -> None:
+        """Make the batch ready to be tried again, whole or in halves. Raises what ends the job."""
+        if isinstance(error, DBAPIError) and job_rows.retryable(error):
+            if claimed is not None:
+                self._give_back(claimed)
+                tries = max(tries, claimed.attempts)
+            if tries >= ATTEMPTS:
+                what = f"a batch of job {job.id} ({job.kind}) failed {ATTEMPTS} times, last by: {said(error)}"
+                raise Retryable(what) from error
+            time.sleep(random.uniform(0.5, 1) * min(_FIRST_PAUSE * 2**tries, _LONGEST_PAUSE))
+            return
+        if claimed is None or isinstance(error, WalletMigrateError):
+            raise _typed(job, error) from error
+        if isinstance(error, DBAPIError) and sqlstate(error) in (*_NO_FUNCTIONS, _NO_GRANT):
+            self._give_back(claimed)
+            raise _typed(job, error) from error
+        why = None
+        # Without a database the lease ends the claim, and the batch fails once more.
+        with suppress(DBAPIError), begin(self.engine) as connection:
+            why = job_batches.fail(connection, self.settings, claimed, said(error))
+        if why is not None:
+            raise JobFailed(job.id, job.kind, why) from error
+
+    def _give_back(self, claimed: Claim) -> None:
+        """Without a database the lease ends the claim."""
+        with suppress(DBAPIError), begin(self.engine) as connection:
+            job_claims.give_back(connection, self.settings, claimed)
+
+    def leave_somehow(self, job: Job, error: BaseException) -> None:
+        """Without a database the job stays ``running``; the next start resumes it all the same."""
+        with suppress(DBAPIError):
+            if not isinstance(error, Exception):
+                leave(self.engine, self.settings, job, "paused")
+            else:
+                detail = error.detail if isinstance(error, JobFailed) else said(error)
+                leave(self.engine, self.settings, job, "failed", detail)
+
+
+def _typed(job: Job, error: Exception) -> Exception:
+    if not isinstance(error, DBAPIError):
+        return error
+    if sqlstate(error) in _NO_FUNCTIONS:
+        return LedgerNotInstalled(job.mapping or "", said(error))
+    return JobFailed(job.id, job.kind, said(error))

@@ -1,0 +1,185 @@
+"""Several workers on one job: processes of this machine, a Dask cluster, or any `concurrent.futures` executor.
+
+What travels to a worker is the job's number, the settings, the steps and the database's URL, pickled. A worker works
+for a few seconds at a time and comes back: so one that is lost costs no more than its batch, which the next claim
+takes up, and whoever is left goes on.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from typing import Any, Final
+
+from pydantic import SecretStr
+from sqlalchemy.exc import DBAPIError
+
+from walletmigrate import connect, job_rows
+from walletmigrate.config import Settings
+from walletmigrate.errors import JobFailed, Retryable, UsageError, WalletMigrateError
+from walletmigrate.job_rows import Job, begin, leave, said
+from walletmigrate.job_work import ATTEMPTS, Step, Work
+
+SLICE_SECONDS: Final = 5.0
+"""How long a worker works before it comes back for more."""
+
+LOSSES: Final = 20
+"""How many workers may be lost before the job is failed: then it is the machines, or the work kills its process."""
+
+_LOOK: Final = 0.25
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a worker gets. Its text never shows the URL's password."""
+
+    settings: Settings
+    url: SecretStr
+    job_id: int
+    steps: tuple[Step, ...]
+    seconds: float = SLICE_SECONDS
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker brings back: the job as it left it, whether that has come to its end, or why it stopped."""
+
+    job: Job | None
+    ended: bool
+    error: WalletMigrateError | None = None
+
+
+def work(assignment: Assignment) -> Outcome:
+    """Do batches for a while; runs in the worker."""
+    engine = connect.engine(assignment.url, application_name="walletmigrate worker", pool_size=1, max_overflow=0)
+    end = time.monotonic() + assignment.seconds
+    try:
+        connect.reachable(engine)
+        with begin(engine) as connection:
+            job = job_rows.get(connection, assignment.settings, assignment.job_id)
+        worker = Work(engine, assignment.settings, assignment.steps, rest=lambda: time.monotonic() > end)
+        return Outcome(*worker.run(job))
+    except WalletMigrateError as error:
+        return Outcome(None, False, error)
+    finally:
+        engine.dispose()
+
+
+class Crew:
+    """``count`` workers of an executor on one job; ``executor`` None makes processes of this machine."""
+
+    def __init__(self, main: Work, count: int, executor: Executor | None) -> None:
+        self._main = main
+        self._count = count
+        self._given = executor
+        self._pool = executor or _processes(count)
+        self._losses = 0
+
+    def run(self, job: Job) -> tuple[Job, bool]:
+        """As `Work.run`: until the job ends, stops, or a worker says why it cannot go on."""
+        try:
+            return self._run(job)
+        except BaseException as error:
+            # The workers see it before their next batch, and end.
+            self._main.leave_somehow(job, error)
+            raise
+        finally:
+            if self._given is None:
+                self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, job: Job) -> tuple[Job, bool]:
+        url = SecretStr(self._main.engine.url.render_as_string(hide_password=False))
+        task = partial(work, Assignment(self._main.settings, url, job.id, tuple(self._main.steps)))
+        running: set[Future[Outcome]] = set()
+        ended, told = False, -1
+        while True:
+            job = self._look(job)
+            if self._main.progress is not None and job.items_done + job.items_failed != told:
+                told = job.items_done + job.items_failed
+                self._main.progress(job)
+            if job.state == "running" and not ended and self._main.stop():
+                job = leave(self._main.engine, self._main.settings, job, "paused")
+            while job.state == "running" and not ended and len(running) < self._count:
+                running.add(self._pool.submit(task))
+            if not running:
+                return job, ended
+            done, running = wait(running, timeout=_LOOK, return_when=FIRST_COMPLETED)
+            outcomes = [self._outcome(job, one) for one in done]
+            if self._given is None and any(one is None for one in outcomes):
+                # A process that dies takes its pool along.
+                self._pool.shutdown(wait=True, cancel_futures=True)
+                self._pool, running = _processes(self._count), set()
+            for outcome in outcomes:
+                if outcome is not None and outcome.error is not None:
+                    raise outcome.error
+                ended = ended or (outcome is not None and outcome.ended)
+
+    def _look(self, job: Job) -> Job:
+        """Ask the throttle, and look how far the job is; a database that is away for a moment is waited for."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                self._main.ask(job)
+                with begin(self._main.engine) as connection:
+                    return replace(job_rows.get(connection, self._main.settings, job.id), resumed=job.resumed)
+            except DBAPIError as error:
+                if not job_rows.retryable(error) or attempt == ATTEMPTS:
+                    raise Retryable(f"job {job.id} ({job.kind}) cannot be looked at: {said(error)}") from error
+            time.sleep(_LOOK * attempt)
+        raise AssertionError("unreachable")
+
+    def _outcome(self, job: Job, future: Future[Outcome]) -> Outcome | None:
+        """None for a worker that was lost. Raises JobFailed for one that could not be given its work."""
+        try:
+            return future.result()
+        except Exception as error:  # noqa: BLE001 - each executor has errors of its own
+            lost = isinstance(error, BrokenProcessPool | CancelledError) or type(error).__module__.startswith(
+                "distributed"
+            )
+            self._losses += 1
+            if lost and self._losses <= LOSSES:
+                return None
+            what = f"{self._losses} workers were lost, the last by" if lost else "a worker could not do its work:"
+            raise JobFailed(job.id, job.kind, f"{what} {type(error).__name__}") from None
+
+
+@contextmanager
+def dask(address: str) -> Iterator[tuple[Executor, int]]:
+    """The executor of a Dask cluster (``tcp://host:port``) and how many workers it has. Raises UsageError."""
+    try:
+        distributed: Any = import_module("distributed")
+    except ImportError:
+        raise UsageError("--dask needs the extra: pip install 'walletmigrate[dask]'") from None
+    try:
+        client = distributed.Client(address, timeout=10)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise UsageError(f"no Dask scheduler answers at {address}: {type(error).__name__}") from None
+    with client:
+        yield client.get_executor(pure=False), len(client.scheduler_info(n_workers=-1)["workers"])
+
+
+def _processes(count: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(count, mp_context=context, initializer=_prepare)
+
+
+def _prepare() -> None:
+    """A worker process leaves Ctrl-C to the one that made it, and does not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,174 @@
+"""Signals of the database, and of the user's own, that make a job stand still until they are well again.
+
+Each signal has a limit in the table ``[throttle]`` of the configuration; one without a limit is not read. A signal that
+cannot be read for `BLIND_SECONDS` counts as over its limit: who does not see does not drive.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
+
+from walletmigrate import connect
+from walletmigrate.config import Settings
+from walletmigrate.functions import relation
+from walletmigrate.job_rows import said, table
+
+BLIND_SECONDS: Final = 15.0
+LOOK_SECONDS: Final = 1.0
+"""How often the signals are read at most."""
+
+_REST_SECONDS: Final = 5
+_HIDDEN: Final = "<insufficient privilege>"
+
+
+class Unreadable(Exception):
+    """A signal has no value that could be trusted."""
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Something to be read: a number, which is held against ``limit``, or why to stand still, or None."""
+
+    name: str
+    read: Callable[[], float | str | None]
+    limit: float = 0.0
+
+
+class Throttle:
+    """Asked before each claim; reads the signals at most once in `LOOK_SECONDS`. ``clock`` gives seconds."""
+
+    def __init__(self, signals: Sequence[Signal], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._signals = tuple(signals)
+        self._clock = clock
+        self._looked: float | None = None
+        self._read_at = dict.fromkeys((one.name for one in self._signals), clock())
+        self._reason: str | None = None
+
+    def reason(self) -> str | None:
+        """Why the job has to stand still, None: it need not."""
+        now = self._clock()
+        if self._looked is None or now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            found = (self._judged(one) for one in self._signals)
+            self._reason = next((why for why in found if why is not None), None)
+        return self._reason
+
+    def _judged(self, signal: Signal) -> str | None:
+        try:
+            value = signal.read()
+        except Exception as error:  # noqa: BLE001 - the user's callable may raise anything; blind is blind
+            blind = self._clock() - self._read_at[signal.name]
+            if blind < BLIND_SECONDS:
+                return None
+            return f"{signal.name} cannot be read for {blind:.0f} s: {_words(error)}"
+        self._read_at[signal.name] = self._clock()
+        if value is None or isinstance(value, str):
+            return value if value is None else f"{signal.name}: {value}"
+        return f"{signal.name} {value:g} is over {signal.limit:g}" if value > signal.limit else None
+
+
+def of_settings(engine: Engine, settings: Settings, job_id: int, mapping_name: str) -> Throttle | None:
+    """The throttle that the configuration asks for, None where it sets no limit."""
+    signals = tuple(_configured(engine, settings, job_id, mapping_name))
+    return Throttle(signals) if signals else None
+
+
+def _configured(engine: Engine, settings: Settings, job_id: int, mapping_name: str) -> Iterator[Signal]:
+    limits = settings.throttle
+    if limits.replica_lag_seconds is not None:
+        urls = settings.replica_urls.get_secret_value() if settings.replica_urls else ""
+        replicas = [
+            connect.engine(url, application_name="walletmigrate throttle", poolclass=NullPool) for url in urls.split()
+        ]
+        read = partial(_replicas, replicas) if replicas else partial(_query, engine, _LAG, {})
+        yield Signal("replica lag in seconds", read, limits.replica_lag_seconds)
+    if limits.lock_waits is not None:
+        values: dict[str, Any] = {"table": relation(settings.mapping(mapping_name))}
+        yield Signal("sessions waiting for locks", partial(_query, engine, _WAITS, values), limits.lock_waits)
+    if limits.active_sessions is not None:
+        values = {"hidden": _HIDDEN}
+        yield Signal("active sessions", partial(_query, engine, _ACTIVE, values), limits.active_sessions)
+    if limits.wal_bytes_per_second is not None:
+        yield Signal("WAL bytes per second", _Rate(partial(_query, engine, _WAL, {})), limits.wal_bytes_per_second)
+    if limits.batch_seconds is not None:
+        query = _LATENCY.format(table=table(settings))
+        values = {"id": job_id, "rest": _REST_SECONDS}
+        yield Signal("seconds of the last batch", partial(_query, engine, query, values), limits.batch_seconds)
+    if limits.check is not None:
+        yield Signal(limits.check, partial(_asked, limits.check))
+
+
+# A null means that this role is not shown it.
+_LAG: Final = (
+    "select case when bool_or(state is null) then null "
+    "else coalesce(extract(epoch from max(replay_lag)), 0)::float8 end from pg_stat_replication"
+)
+_BEHIND: Final = (
+    "select case when not pg_is_in_recovery() or pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn() then 0 "
+    "else extract(epoch from clock_timestamp() - pg_last_xact_replay_timestamp()) end::float8"
+)
+# Who waits for a row waits for a transaction; that it is one of this table's the locks that it has tell.
+_WAITS: Final = (
+    "select count(distinct w.pid) from pg_locks as w where not w.granted and exists (select from pg_locks as h "
+    "where h.pid = w.pid and h.relation = cast(:table as regclass) "
+    "and h.database = (select oid from pg_database where datname = current_database()))"
+)
+_ACTIVE: Final = (
+    "select case when bool_or(query = :hidden) then null else count(*) filter (where state = 'active') end "
+    "from pg_stat_activity where pid <> pg_backend_pid() and datname = current_database()"
+)
+_WAL: Final = "select pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::float8"
+_LATENCY: Final = (
+    "select coalesce(max(last_batch_seconds), 0) from {table} "
+    "where id = :id and updated_at > clock_timestamp() - make_interval(secs => :rest)"
+)
+
+
+def _query(engine: Engine, query: str, values: dict[str, Any]) -> float:
+    with engine.connect() as connection:
+        found = connection.scalar(text(query), values)
+    if found is None:
+        raise Unreadable("the database does not show it to this role: grant it pg_monitor")
+    return float(found)
+
+
+def _replicas(replicas: Sequence[Engine]) -> float:
+    return max(_query(one, _BEHIND, {}) for one in replicas)
+
+
+class _Rate:
+    """How fast a counter grows, in units a second, from one look to the next."""
+
+    def __init__(self, read: Callable[[], float]) -> None:
+        self._read = read
+        self._last: tuple[float, float] | None = None
+
+    def __call__(self) -> float:
+        now, value = time.monotonic(), self._read()
+        before, self._last = self._last, (now, value)
+        if before is None or now <= before[0]:
+            return 0.0
+        return (value - before[1]) / (now - before[0])
+
+
+def _asked(name: str) -> str | None:
+    answer = pkgutil.resolve_name(name.removeprefix("python:"))()
+    if answer is True:
+        return None
+    return answer if isinstance(answer, str) else f"it answers {answer!r}"
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, DBAPIError | Unreadable):
+        return said(error)
+    return re.sub(r"//[^/@\s]*@", "//***@", said(error))

@@ -1,0 +1,114 @@
+"""The commands under ``jobs``: what they show, and that they steer a job that runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+
+import ledger
+from commandline import REASON, Project, project_at
+from ledger import ACT
+from walletmigrate import jobs
+from walletmigrate.backfill import backfill
+
+
+@pytest.fixture
+def made(database_url: str, tmp_path: Path) -> tuple[Project, Engine]:
+    """A project in phase dual_write whose table has 20 rows without an account, and an aborted backfill of four."""
+    project, engine = project_at(tmp_path, database_url, "dual_write")
+    ledger.add_users(engine, 11, 30)
+    settings = project.settings
+    calls = iter([False, True])
+    backfill(engine, settings, settings.mapping(), ACT, batch_size=14, stop=lambda: next(calls))
+    return project, engine
+
+
+def newest(engine: Engine) -> tuple[int, str]:
+    ((job, state),) = ledger.rows(engine, "select id, state from wallet.jobs order by id desc limit 1")
+    return job, state
+
+
+def test_jobs_are_listed_and_shown_with_progress_and_settings(made: tuple[Project, Engine]) -> None:
+    project, engine = made
+    job, _ = newest(engine)
+    listed = project.run("jobs", "list", "--json").document["jobs"]
+    assert [(one["kind"], one["state"]) for one in listed] == [("backfill", "paused"), ("backfill", "done")]
+    shown = project.run("jobs", "show", str(job))
+    assert f"job {job}: backfill of users, paused, 14 of 30 accounts" in shown.stdout
+    assert "cut up to key 14 of 30; 1 batches done, 0 open" in shown.stdout
+    assert "batch-size=14" in shown.stdout
+    assert project.run("jobs", "show", "999").exit_code == 2
+
+
+def test_a_job_is_resumed_here_with_the_settings_that_it_has(made: tuple[Project, Engine]) -> None:
+    project, engine = made
+    job, _ = newest(engine)
+    project.change("jobs", "set", str(job), "batch-size=5", "rate=1000000")
+    said = project.change("jobs", "resume", str(job))
+    assert f"job {job}: backfill of users, done" in said.stdout
+    assert newest(engine) == (job, "done")
+    assert ledger.scalar(engine, "select count(*) from wallet.accounts where state = 'mirrored'") == 30
+    actions = ledger.rows(engine, "select action, actor, reason from wallet.audit_log where job_id = :id", id=job)
+    assert ("backfill set", "tests", "a test") in actions
+    assert ("backfill resume", "tests", "a test") in actions
+    # It is done, and nothing was set aside: nothing to resume.
+    assert project.run("jobs", "resume", str(job), *REASON).exit_code == 4
+
+
+def test_a_running_job_is_paused_from_another_process(made: tuple[Project, Engine]) -> None:
+    project, engine = made
+    settings = project.settings
+
+    def pause(job: jobs.Job) -> None:
+        project.change("jobs", "pause", str(job.id))
+
+    result = backfill(engine, settings, settings.mapping(), ACT, batch_size=1, progress=pause)
+    assert (result.state, result.keys) == ("paused", 15)
+    job, state = newest(engine)
+    assert state == "paused"
+    assert project.run("jobs", "pause", str(job), *REASON).exit_code == 4
+
+
+def test_a_cancelled_job_is_not_resumed(made: tuple[Project, Engine]) -> None:
+    project, engine = made
+    job, _ = newest(engine)
+    assert project.run("jobs", "cancel", str(job), "--dry-run").exit_code == 0
+    assert newest(engine) == (job, "paused")
+    project.change("jobs", "cancel", str(job))
+    assert newest(engine) == (job, "cancelled")
+    assert project.run("jobs", "resume", str(job), *REASON).exit_code == 4
+    assert project.run("jobs", "cancel", str(job), *REASON).exit_code == 4
+
+
+@pytest.mark.parametrize("command", ["pause", "resume", "cancel", "set"])
+def test_what_steers_a_job_wants_a_reason(made: tuple[Project, Engine], command: str) -> None:
+    project, engine = made
+    words = ["jobs", command, str(newest(engine)[0]), *(["rate=5"] if command == "set" else [])]
+    said = project.run(*words)
+    assert (said.exit_code, "--reason" in said.stderr) == (2, True)
+
+
+def test_rows_that_a_done_job_has_set_aside_are_shown_and_tried_again(made: tuple[Project, Engine]) -> None:
+    project, engine = made
+    job, _ = newest(engine)
+    ledger.execute(engine, "alter table wallet.accounts add constraint odd check (key <> '20')")
+    said = project.run("jobs", "resume", str(job), *REASON)
+    assert said.exit_code == 4
+    shown = project.run("jobs", "show", str(job), "--json").document
+    assert [one["key"] for one in shown["set_aside"]] == ["20"]
+    assert "odd" in shown["set_aside"][0]["reason"]
+    assert newest(engine) == (job, "done")
+    ledger.execute(engine, "alter table wallet.accounts drop constraint odd")
+    project.change("jobs", "resume", str(job))
+    assert ledger.scalar(engine, "select count(*) from wallet.accounts where state = 'mirrored'") == 30
+    assert ledger.rows(engine, "select items_done, items_failed from wallet.jobs where id = :id", id=job) == [(30, 0)]
+
+
+def test_a_settings_word_that_makes_no_sense_changes_nothing(made: tuple[Project, Engine]) -> None:
+    project, engine = made
+    job, _ = newest(engine)
+    assert project.run("jobs", "set", str(job), "batch-size=0", *REASON).exit_code == 2
+    assert project.run("jobs", "set", str(job), "rate=5", "--dry-run").exit_code == 0
+    assert ledger.scalar(engine, "select settings ? 'rate' from wallet.jobs where id = :id", id=job) is False

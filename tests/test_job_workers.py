@@ -1,0 +1,245 @@
+"""Several workers on one job: processes, threads, a Dask cluster; and what becomes of one that is lost."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import Connection, Engine
+
+import ledger
+from ledger import ACT, execute, install_users, rows, scalar
+from walletmigrate import job_workers, jobs
+from walletmigrate.backfill import BackfillResult, backfill, steps
+from walletmigrate.config import Settings
+from walletmigrate.errors import JobFailed
+from walletmigrate.job_rows import configure
+
+Ledger = tuple[Engine, Settings]
+ROWS = 400
+
+
+@pytest.fixture
+def made(database_url: str) -> Ledger:
+    return install_users(database_url, rows=ROWS, coins="100 + g", phase="dual_write")
+
+
+def run(made: Ledger, **options: Any) -> BackfillResult:
+    engine, settings = made
+    return backfill(engine, settings, settings.mapping(), ACT, **{"batch_size": 5, "workers": 2, **options})
+
+
+def assert_whole(made: Ledger, accounts: int = ROWS) -> None:
+    """Every row has one account with its balance, which one opening explains; nothing else is in the journal."""
+    engine = made[0]
+    wrong = rows(
+        engine,
+        "select u.id, u.total_coins, a.balance, t.openings from users as u "
+        "left join wallet.accounts as a on a.key = u.id::text collate \"C\" and a.state = 'mirrored' "
+        "left join lateral (select count(*) as openings, sum(amount) as amount from wallet.transactions "
+        "where credit_account = a.id) as t on true "
+        "where a.balance is distinct from u.total_coins or t.openings <> 1 or t.amount <> a.balance",
+    )
+    assert wrong == []
+    counted = rows(engine, "select (select count(*) from wallet.accounts), (select count(*) from wallet.transactions)")
+    assert counted == [(accounts, accounts)]
+
+
+def test_two_processes_open_each_account_once(made: Ledger) -> None:
+    told: list[int] = []
+    result = run(made, progress=lambda job: told.append(job.items_done))
+    assert (result.state, result.opened, result.keys, result.failed) == ("done", ROWS, ROWS, 0)
+    assert told == sorted(told)
+    assert_whole(made)
+    assert multiprocessing.active_children() == []
+
+
+def test_any_executor_will_do(made: Ledger) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        assert run(made, executor=pool, workers=3).opened == ROWS
+    assert_whole(made)
+
+
+def test_a_stop_pauses_all_workers_at_a_checkpoint(made: Ledger) -> None:
+    engine, _ = made
+    with ThreadPoolExecutor(2) as pool:
+        paused = run(
+            made, executor=pool, stop=lambda: bool(scalar(engine, "select sum(items_done) > 20 from wallet.jobs"))
+        )
+        assert paused.state == "paused"
+        assert 20 < paused.keys < ROWS
+        assert scalar(engine, "select count(*) from wallet.job_batches where state = 'claimed'") == 0
+        assert run(made, executor=pool).state == "done"
+    assert_whole(made)
+
+
+def sleepers(engine: Engine) -> Callable[[], None]:
+    """Make every batch stop at row 200 until the function is called that this gives."""
+    holder = engine.connect()
+    holder.exec_driver_sql("select from users where id = 200 for update")
+
+    def release() -> None:
+        holder.rollback()
+        holder.close()
+
+    return release
+
+
+def kill_a_worker_that_waits(engine: Engine, release: Callable[[], None], kill: Callable[[], None]) -> bool:
+    """To be called again and again: once a worker waits for the row, kill, and let the row go."""
+    waiting = (
+        "select count(*) from pg_stat_activity "
+        "where application_name = 'walletmigrate worker' and wait_event_type = 'Lock'"
+    )
+    if not scalar(engine, waiting):
+        return False
+    kill()
+    release()
+    return True
+
+
+def test_a_worker_process_that_is_killed_in_a_batch_costs_nothing_but_time(made: Ledger) -> None:
+    engine, settings = made
+    release = sleepers(engine)
+    killed: list[bool] = []
+
+    def kill() -> None:
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+
+    def look() -> bool:
+        if not killed and kill_a_worker_that_waits(engine, release, kill):
+            killed.append(True)
+        return False
+
+    job = jobs.start_or_resume(engine, settings, "backfill", "users", ACT)
+    with engine.begin() as connection:
+        configure(connection, settings, job.id, {"lease_seconds": 0.5})
+    result = run(made, stop=look)
+    assert killed
+    assert (result.state, result.opened) == ("done", ROWS)
+    assert_whole(made)
+
+
+def fatal(connection: Connection, after: str | None, upto: str | None) -> jobs.Batch:
+    """A step that takes its process down."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def test_work_that_kills_every_worker_fails_the_job(made: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_workers, "LOSSES", 1)
+    engine, settings = made
+    job = jobs.start_or_resume(engine, settings, "backfill", "users", ACT)
+    with pytest.raises(JobFailed, match="2 workers were lost"):
+        jobs.run_batches(engine, settings, job, fatal, workers=2)
+    assert scalar(engine, "select state from wallet.jobs") == "failed"
+
+
+def test_a_step_that_cannot_be_sent_to_a_worker_is_an_error_that_says_so(made: Ledger) -> None:
+    engine, settings = made
+    job = jobs.start_or_resume(engine, settings, "backfill", "users", ACT)
+    with pytest.raises(JobFailed, match="a worker could not do its work"):
+        jobs.run_batches(engine, settings, job, lambda *_: jobs.Batch(0, 0, 0, {}), workers=2)
+
+
+def test_an_error_of_a_worker_reaches_the_caller_with_its_type(made: Ledger) -> None:
+    engine, _ = made
+    execute(engine, "create function public.stopper() returns trigger language plpgsql as $$ begin raise 'no'; end $$")
+    execute(engine, "create trigger stopper before insert on wallet.accounts execute function public.stopper()")
+    message = "the first 10 batches failed for the same reason: no"
+    with ThreadPoolExecutor(2) as pool, pytest.raises(JobFailed, match=message):
+        run(made, batch_size=50, executor=pool)
+    assert rows(engine, "select state, details ->> 'error' like '%first 10 batches%' from wallet.jobs") == [
+        ("failed", True)
+    ]
+
+
+def test_what_travels_never_shows_the_password() -> None:
+    settings = ledger.users_settings("postgresql://ana:hunter2@localhost/shop")
+    url = SecretStr("postgresql://ana:hunter2@localhost/shop")
+    sent = job_workers.Assignment(settings, url, 1, steps(settings, settings.mapping(), 1))
+    assert "hunter2" not in f"{sent!r} {sent}"
+
+
+@contextmanager
+def cluster() -> Iterator[Any]:
+    """A Dask cluster of two worker processes on the loopback interface."""
+    distributed: Any = pytest.importorskip("distributed", reason="the extra 'dask' is not installed")
+    options = {"n_workers": 2, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
+    with distributed.LocalCluster(**options, silence_logs=50) as made:
+        yield made
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_dask_worker_that_is_lost_costs_nothing_but_time(made: Ledger) -> None:
+    engine, settings = made
+    job = jobs.start_or_resume(engine, settings, "backfill", "users", ACT)
+    with engine.begin() as connection:
+        configure(connection, settings, job.id, {"lease_seconds": 0.5})
+    release = sleepers(engine)
+    killed: list[bool] = []
+    with cluster() as dask, job_workers.dask(dask.scheduler_address) as (executor, count):
+        assert count == 2
+
+        def kill() -> None:
+            os.kill(next(iter(dask.workers.values())).pid, signal.SIGKILL)
+
+        def look() -> bool:
+            if not killed and kill_a_worker_that_waits(engine, release, kill):
+                killed.append(True)
+            return False
+
+        assert isinstance(executor, Executor)
+        result = run(made, executor=executor, stop=look)
+    assert killed
+    assert (result.state, result.opened) == ("done", ROWS)
+    assert_whole(made)
+
+
+@pytest.fixture
+def kills(pytestconfig: pytest.Config) -> int:
+    """How many times a backfill is killed: a few, or all of them under ``make torture``."""
+    share = pytestconfig.getoption("--torture")
+    return 200 // share if share else 3
+
+
+def test_a_backfill_killed_at_random_points_opens_each_account_once(database_url: str, kills: int) -> None:
+    """SIGKILL to the whole process group, workers included, a moment after as many accounts are open as chance says."""
+    accounts = 60 + 30 * kills
+    engine, settings = install_users(database_url, rows=accounts, coins="100 + g", phase="dual_write")
+    chance = random.Random(kills)
+    program = (
+        "import ledger; from walletmigrate.backfill import backfill\n"
+        f"engine = ledger.engine_named({database_url!r}, 'walletmigrate-other')\n"
+        f"settings = ledger.users_settings({database_url!r})\n"
+        "backfill(engine, settings, settings.mapping(), ledger.ACT, batch_size=3, workers=2)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": ":".join(path for path in sys.path if path)}
+    query = "select coalesce(sum(items_done), 0)::int from wallet.jobs"
+    for number in range(kills):
+        point = chance.randint(30 * number, 30 * number + 30)
+        moment = chance.uniform(0, 0.02)
+        process = subprocess.Popen([sys.executable, "-c", program], env=environment, start_new_session=True)
+        try:
+            while process.poll() is None and scalar(engine, query) < point:
+                time.sleep(0.001)  # the pause between two looks
+            time.sleep(moment)  # so that the kill meets a batch anywhere, not always where it ends
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        assert process.returncode == -signal.SIGKILL
+    result = run((engine, settings), workers=1)
+    assert (result.state, result.resumed, result.opened) == ("done", True, accounts)
+    assert scalar(engine, "select count(*) from wallet.jobs") == 1
+    assert_whole((engine, settings), accounts)
