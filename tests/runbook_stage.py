@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from servers import Postgres
 from walletmigrate import LegacyBalanceAdapter, Settings, line, phases
 from walletmigrate.audit import Act
 from walletmigrate.backfill import backfill
+from walletmigrate.errors import WalletMigrateError
 from walletmigrate.flag_file import FlagFile
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.flags import DUAL_WRITE
@@ -108,8 +110,8 @@ class Stage:
         )
 
 
-def backfilled(server: Postgres, url: str, folder: Path) -> Stage:
-    """Phase dual_write, dual-write on for everyone, every account open and none verified yet."""
+def backfilled(server: Postgres, url: str, folder: Path, *, opened: bool = True) -> Stage:
+    """Phase dual_write, dual-write on for everyone, every account open (or none yet) and none verified."""
     engine, _ = install_users(url)
     config = folder / "walletmigrate.toml"
     write_configuration(config, CONFIGURATION)
@@ -117,7 +119,32 @@ def backfilled(server: Postgres, url: str, folder: Path) -> Stage:
     stage = Stage(server, engine, settings, FlagFile(settings.flags.path), folder)
     phases.advance(engine, settings, FileSource(settings.flags.path), ACT)
     phases.set_flag(engine, settings, stage.flags, DUAL_WRITE, True, ACT, everyone=True)
-    backfill(engine, settings, settings.mapping(None), ACT)
+    if opened:
+        backfill(engine, settings, settings.mapping(None), ACT)
+    return stage
+
+
+def failed_job(server: Postgres, url: str, folder: Path) -> Stage:
+    """As `backfilled`, but somebody had added a constraint that every opening breaks: the backfill gave up."""
+    stage = backfilled(server, url, folder, opened=False)
+    execute(stage.engine, "alter table wallet.transactions add constraint no_openings check (type <> 'opening')")
+    with suppress(WalletMigrateError):
+        backfill(stage.engine, stage.settings, stage.settings.mapping(None), ACT)
+    return stage
+
+
+def stalled(server: Postgres, url: str, folder: Path) -> Stage:
+    """As `backfilled`, but the backfill's process is gone after four rows; it counts as running since an hour."""
+    stage = backfilled(server, url, folder, opened=False)
+    batches = 0
+
+    def gone() -> bool:
+        nonlocal batches
+        batches += 1
+        return batches > 2
+
+    backfill(stage.engine, stage.settings, stage.settings.mapping(None), ACT, batch_size=2, stop=gone)
+    execute(stage.engine, "update wallet.jobs set state = 'running', updated_at = updated_at - interval '1 hour'")
     return stage
 
 

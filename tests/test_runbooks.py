@@ -27,8 +27,10 @@ from runbook_stage import (
     cut_over,
     disagreeing,
     drifted,
+    failed_job,
     failing,
     imbalanced,
+    stalled,
     stopped,
     unreadable_flags,
     waiting,
@@ -41,6 +43,7 @@ RUNBOOKS = sorted(set(FOLDER.glob("*.md")) - {INDEX})
 
 SITUATIONS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
     "README": backfilled,
+    "backfill-stalled": stalled,
     "balance-drift": drifted,
     "bypass-writes": bypassed,
     "cutover": backfilled,
@@ -48,6 +51,7 @@ SITUATIONS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
     "exporter-down": cut_over,
     "flag-disagreement": disagreeing,
     "flags-stale": unreadable_flags,
+    "job-failed": failed_job,
     "ledger-imbalance": imbalanced,
     "ledger-latency-high": waiting,
     "line-stopped": stopped,
