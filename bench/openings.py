@@ -30,7 +30,7 @@ _TEMPLATE = "bench_openings"
 _COPY = "bench_openings_copy"
 _PLAIN = """
 with batch as materialized (
-    select l.id, l.total_coins from users as l where l.id > :after order by l.id limit :limit
+    select l.id, l.total_coins from users as l where l.id > :after and l.id <= :upto order by l.id limit :limit
 ), fresh as (
     insert into wallet.accounts (mapping, key, bucket, currency, state, balance)
     select 'users', b.id::text, 'cash', 'EUR', 'mirrored', b.total_coins from batch as b order by b.id
@@ -130,20 +130,25 @@ def backfill_run(url: str) -> Run:
 
 def plain_run(url: str) -> Run:
     """The same rows by one statement a batch, each committed."""
+    started = time.perf_counter()
+    plain_span(url, 0, None)
+    return Run(time.perf_counter() - started, 0.0)
+
+
+def plain_span(url: str, after: int, upto: int | None) -> None:
+    """The rows with after < id <= upto, by one statement a batch."""
     engine = connect.engine(url, application_name="walletmigrate-bench")
     statement = text(_PLAIN)
-    started = time.perf_counter()
     with engine.begin() as connection:
         system = connection.scalar(
             text("select id from wallet.system_accounts where name = 'opening' and currency = 'EUR'")
         )
-    last: int | None = 0
+    last: int | None = after
     while last is not None:
         with engine.begin() as connection:
-            last = connection.scalar(statement, {"after": last, "limit": BATCH, "system": system})
-    seconds = time.perf_counter() - started
+            values = {"after": last, "upto": upto or 2**62, "limit": BATCH, "system": system}
+            last = connection.scalar(statement, values)
     engine.dispose()
-    return Run(seconds, 0.0)
 
 
 def resident() -> float:

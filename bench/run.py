@@ -29,6 +29,7 @@ BENCHMARKS = {
     "bypass": "bypass",
     "handwritten": "crowd",
     "backfill": "openings",
+    "workers": "workers",
 }
 """What ``--only`` knows, and the module that measures it."""
 

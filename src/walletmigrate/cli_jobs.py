@@ -133,7 +133,10 @@ def unfreeze(
     results = run_over(run, mapping, run_unfreeze, batch_size=batch_size, workers=workers, dask=dask, force=force)
     left = sum(one.refused for _, one in results)
     lines = [f"{name}: {_changed(one, 'unfrozen')}{_job(one)}" for name, one in results]
-    notes = [f"{left} accounts stay frozen: run unfreeze again; what then stays has no legacy row"] if left else []
+    notes = []
+    if left:
+        notes.append(f"{left} accounts stay frozen: run unfreeze again; what then stays has no legacy row")
+        notes.append("or was refused by the database: walletmigrate jobs show ID lists them")
     return jobs_answer(run, results, lines, notes, OK, phase=plain(moved))
 
 
