@@ -228,7 +228,7 @@ def look(at: Place) -> Overview:
 
 def test_the_overview_adds_up_what_is_there_what_should_be_and_where_it_came_from(at: Place) -> None:
     execute(at.engine, "update users set total_coins = total_coins + 5 where id = 2")
-    execute(at.engine, "select * from wallet.backfill_users(null, 4, 1)")
+    execute(at.engine, "select * from wallet.backfill_users(null, '4', 1)")
     execute(at.engine, "delete from users where id = 3")
     found = look(at)
     cash, promo = found.buckets

@@ -502,7 +502,7 @@ def test_ten_thousand_users_add_no_series(database_url: str) -> None:
             "insert into users (id, tenant, role, total_coins) "
             "select g, 'tenant ' || g, 'role ' || g, 1 from generate_series(2, 10001) as g"
         )
-        connection.exec_driver_sql("select * from wallet.backfill_users(null, 20000, null)")
+        connection.exec_driver_sql("select * from wallet.backfill_users(null, null, null)")
         post(connection, users, "credit", 7, 1)
     after = facts(engine)
     assert set(after) == before

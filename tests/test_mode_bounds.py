@@ -85,7 +85,7 @@ def test_a_write_that_mirror_followed_is_waited_for_like_any_posting_in_flight(
     assert line.wait(place.engine, place.settings, timeout=0) == ()
     assert place.state() == ("stale", 105, 110), "the first write before the stop, the second one after"
     line.resume(place.engine, place.settings, ACT)
-    execute(place.engine, "select * from wallet.backfill_users(null, 1000, null)")
+    execute(place.engine, "select * from wallet.backfill_users(null, null, null)")
     assert place.write(ADD) == ""
     assert place.state() == ("mirrored", 115, 115)
 

@@ -76,7 +76,7 @@ def test_a_snapshot_has_every_balance_and_the_sums_by_kind_since_the_one_before(
         at.adapter.reverse(connection, posted.transaction_id or 0, reason="refund")
         at.adapter.set_balance(connection, 3, 500, actor="admin", reason="case")
     execute(at.engine, "update users set total_coins = 7 where id = 4")
-    execute(at.engine, "select * from wallet.backfill_users(null, 100, 1)")
+    execute(at.engine, "select * from wallet.backfill_users(null, null, 1)")
     second = take(at)
     assert (second.previous, second.accounts, second.changed, second.transactions) == (first.id, 12, 6, 7)
     with at.engine.connect() as connection:
@@ -197,7 +197,7 @@ def test_snapshots_taken_amid_postings_are_all_clean_and_add_up_to_zero(at: Plac
 
 
 def test_two_processes_take_one_snapshot_together(at: Place) -> None:
-    execute(at.engine, "select * from wallet.backfill_users(null, 100, 1)")
+    execute(at.engine, "select * from wallet.backfill_users(null, null, 1)")
     assert take(at, batch_size=1, stop=ends_after(2)).state == "running"
     made, _ = crowd(at.engine, "READ COMMITTED", [lambda _: take(at, batch_size=1)] * 2)
     assert {one.id for one in made} == {scalar(at.engine, "select max(id) from wallet.snapshots")}

@@ -70,7 +70,7 @@ language plpgsql
 as $$
 begin
     if p_backfill then
-        perform * from wallet.backfill_users(p_base::text, 10, null);
+        perform * from wallet.backfill_users(p_base::text, (p_base + 10)::text, null);
     end if;
     return query
     select
