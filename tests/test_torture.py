@@ -165,7 +165,7 @@ FOUND: dict[str, tuple[Mutant, str]] = {
     "accounts read without a lock": (ACCOUNT_LOCKS, "stale:raw.rr.commit,backfill.rc.commit:l1-2-e2-1-e1"),
     "no probe": (PROBE, "absent:raw.rr.commit,backfill.rc.commit:l1-2-e2-1-e1"),
     "rows read without a lock": (
-        Mutant(("lock_users",), "for no key update", ""),
+        Mutant(("lock_users", "span_users"), "for no key update", ""),
         "absent:credit.rc.commit,backfill.rc.commit:1-2-e1-e2",
     ),
     "no key in the long way": (
