@@ -32,6 +32,10 @@ backfill undo --job 1
 backfill
 jobs list
 jobs show 1
+jobs pause 3
+jobs set 3 rate=1000
+jobs resume 3
+jobs cancel 3
 adjust --account 1 --amount 5
 reconcile --all
 reconcile list
@@ -87,6 +91,9 @@ uninstall --confirm users
 SERVICES = {"exporter", "sandbox", "rehearse", "init"}
 """Run until they are stopped, in a database of their own, or on no ledger: see the tests below."""
 
+UNFINISHED = {"jobs pause": "running", "jobs set": "paused", "jobs resume": "paused", "jobs cancel": "paused"}
+"""What the third job, the second backfill, is before these commands."""
+
 LESSER = {"auditor": ("app",), "operator": ("auditor",), "installer": ("operator",)}
 
 
@@ -140,6 +147,8 @@ def test_every_command_runs_with_its_role_and_names_the_grant_that_a_lesser_one_
         words = line.format(folder=crew.project.folder).split()
         command = next(name for name in (" ".join(words[:2]), words[0]) if name in ROLES)
         seen.add(command)
+        if command in UNFINISHED:
+            ledger.execute(admin, "update wallet.jobs set state = :state where id = 3", state=UNFINISHED[command])
         if command == "recalculate":  # which writes nothing where nothing differs
             ledger.execute(admin, "update wallet.accounts set balance = balance + 1 where key = '2'")
         # Out of phase retired, the way back makes triggers and functions anew.
@@ -278,7 +287,7 @@ def test_an_auditor_may_run_no_function_and_nobody_s_public_right_is_left(crew: 
     assert ledger.rows(admin, query, role=crew.names["auditor"]) == []
     assert ledger.rows(admin, query, role=crew.names["stranger"]) == []
     posting = {"diverged", "enter_batch", "labelled", "replay", "resolve", "turn_stale"}
-    own = {f"{name}_users" for name in ("keys", "leg", "lock", "move", "plain", "post", "settle")}
+    own = {f"{name}_users" for name in ("leg", "lock", "move", "plain", "post", "settle")}
     assert {name for (name,) in ledger.rows(admin, query, role=crew.names["app"])} == posting | own
     admin.dispose()
 
