@@ -448,6 +448,7 @@ def test_a_retry_after_the_row_is_gone_gives_the_first_result(database_url: str)
         assert (again.replayed, again.transaction_id) == (True, first.transaction_id)
 
 
+@pytest.mark.timeout(1200)  # a database for each of its stories: minutes on a busy machine
 def test_the_protocol_holds_in_every_order_of_events(server: servers.Postgres, make_database: MakeDatabase) -> None:
     template = make_database()
     _, configured = install_users(template, rows=len(USERS), floor=Decimal(0), phase="dual_write")
