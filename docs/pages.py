@@ -26,6 +26,9 @@ LANGUAGES = {".py": "python", ".sql": "sql", ".toml": "toml", ".yml": "yaml", ".
 _LINK = re.compile(r"(?<=\]\()([^)\s#]+)")
 _FENCE = re.compile(r"^ *(```|~~~)")
 _ITEM = re.compile(r"(?:[-*]|\d+\.) ")
+_CELL = re.compile(r"<td.*?</td>", re.DOTALL)
+_NAME = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
+_JOINT = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[_./=])(?=\w)")
 _log = logging.getLogger("mkdocs.hooks.pages")
 
 
@@ -56,6 +59,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return posixpath.relpath(place_in_site(name), posixpath.dirname(here) or ".")
 
     return "\n".join(outside_code(indented(markdown), lambda line: _LINK.sub(lambda found: moved(found[1]), line)))
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:  # noqa: ARG001 (MkDocs' own)
+    """Long names in tables may be broken between their words. (Not before: the search would find the words alone.)"""
+    return _CELL.sub(lambda cell: _NAME.sub(lambda name: _JOINT.sub("<wbr>", name[0]), cell[0]), output)
 
 
 def on_post_build(config: MkDocsConfig) -> None:

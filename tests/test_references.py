@@ -65,8 +65,8 @@ def rows(text: str) -> list[list[str]]:
 def documented(title: str) -> dict[str, list[str]]:
     """The rows of a table of settings, by the setting's name."""
     found = rows(section(SETTINGS, title))
-    assert all(len(row) == 6 for row in found), "a row has another number of cells than its head"
-    return {row[0].strip("`"): row for row in found}
+    assert all(len(row) == 5 for row in found), "a row has another number of cells than its head"
+    return {row[0].split("<br>")[0].strip("`"): row for row in found}
 
 
 def written(name: str) -> str:
@@ -91,9 +91,14 @@ def default_of(field: FieldInfo) -> str:
 def variable_of(title: str, name: str) -> str:
     """The environment variable of a field."""
     if title.startswith("`[["):
-        return "–"
+        return ""
     table = "" if title == "Top level" else title.strip("`[]").upper() + "__"
     return f"`WALLETMIGRATE_{table}{name.upper()}`"
+
+
+def variable_in(row: list[str]) -> str:
+    """The environment variable that the page names."""
+    return row[0].partition("<br>")[2]
 
 
 @pytest.mark.parametrize("title", MODELS)
@@ -105,9 +110,9 @@ def test_every_setting_is_documented_with_its_default_and_its_variable(title: st
     assert list(found) == [written(name) for name in fields]
     for name, field in fields.items():
         row = found[written(name)]
-        assert (row[1], row[3]) == (variable_of(title, name), default_of(field)), name
+        assert (variable_in(row), row[2]) == (variable_of(title, name), default_of(field)), name
         secret = SecretStr in (field.annotation, *get_args(field.annotation))
-        assert ("*Secret*" in row[5]) is secret, name
+        assert ("*Secret*" in row[4]) is secret, name
 
 
 def test_every_table_of_the_file_has_a_part_of_its_own() -> None:
@@ -118,7 +123,7 @@ def test_every_table_of_the_file_has_a_part_of_its_own() -> None:
 
 def examples() -> list[tuple[str, str, str]]:
     """Part, setting and example, where there is one: secrets have none."""
-    found = [(title, name, row[4]) for title in MODELS for name, row in documented(title).items()]
+    found = [(title, name, row[3]) for title in MODELS for name, row in documented(title).items()]
     return [(title, name, example.strip("`")) for title, name, example in found if example != "–"]
 
 
@@ -145,7 +150,7 @@ def test_the_whole_example_is_accepted(tmp_path: Path) -> None:
 
 
 def test_every_variable_that_the_code_reads_is_documented_and_no_other() -> None:
-    of_settings = {row[1].strip("`") for title in MODELS for row in documented(title).values()} - {"–"}
+    of_settings = {variable_in(row).strip("`") for title in MODELS for row in documented(title).values()} - {""}
     others = {row[0].strip("`") for row in rows(section(SETTINGS, "Variables that are no settings"))}
     read = set()
     for path in SOURCE.rglob("*.py"):
