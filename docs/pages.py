@@ -1,7 +1,7 @@
 """What MkDocs is told about this repository (a hook, see mkdocs.yml): pages outside docs/, their links, the navigation.
 
 A page keeps the links that work on a code host. Here they are made to lead to the same file within the site. A linked
-file that is no text of its own, such as a program, becomes a page that shows it.
+file that is no text of its own, such as a program, becomes a page that shows it, and a folder one that names its files.
 """
 
 from __future__ import annotations
@@ -9,19 +9,21 @@ from __future__ import annotations
 import logging
 import posixpath
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 DOCS, PROJECT = "docs/", "project/"
 FOLDERS = ("bench", "dashboards", "flags", "model", "runbooks")
 LANGUAGES = {".py": "python", ".sql": "sql", ".toml": "toml", ".yml": "yaml", ".yaml": "yaml", ".json": "json"}
+
+NOT_IN_NAV = InclusionLevel.NOT_IN_NAV
 
 _LINK = re.compile(r"(?<=\]\()([^)\s#]+)")
 _FENCE = re.compile(r"^ *(```|~~~)")
@@ -40,8 +42,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page in list(files.documentation_pages()):
         for name in linked(page.content_string, path_of(page.src_uri)):
             uri = place_in_site(name)
-            if files.get_file_from_path(uri) is None and (ROOT / name).is_file():
-                files.append(File.generated(config, uri, content=shown(ROOT / name)))
+            if files.get_file_from_path(uri) is None and (ROOT / name).exists():
+                files.append(File.generated(config, uri, content=shown(ROOT / name), inclusion=NOT_IN_NAV))
     config.nav = filled(config.nav, list(files.documentation_pages()))
     return files
 
@@ -54,11 +56,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if re.match(r"[a-z]+:", link):
             return link
         name = posixpath.normpath(posixpath.join(posixpath.dirname(path_of(here)), link))
-        if not (ROOT / name).is_file():
-            _log.warning("%s links to %s, which is no file", path_of(here), link)
+        if not (ROOT / name).exists():
+            _log.warning("%s links to %s, which is not there", path_of(here), link)
         return posixpath.relpath(place_in_site(name), posixpath.dirname(here) or ".")
 
-    return "\n".join(outside_code(indented(markdown), lambda line: _LINK.sub(lambda found: moved(found[1]), line)))
+    lines = told_apart(indented(markdown))
+    return "\n".join(line if is_code else _LINK.sub(lambda found: moved(found[1]), line) for line, is_code in lines)
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:  # noqa: ARG001 (MkDocs' own)
@@ -74,6 +77,8 @@ def on_post_build(config: MkDocsConfig) -> None:
 
 def place_in_site(name: str) -> str:
     """Where a file of the repository stands in the site; an image or a style sheet of docs/ stays what it is."""
+    if (ROOT / name / "README.md").is_file():
+        name = f"{name}/README.md"
     if name.startswith(DOCS):
         return name.removeprefix(DOCS)
     page = name if name.endswith(".md") else f"{name}.md"
@@ -85,32 +90,32 @@ def path_of(uri: str) -> str:
     if uri.startswith(PROJECT):
         return uri.removeprefix(PROJECT)
     name = uri.removesuffix(".md")
-    return name if (ROOT / name).is_file() else uri if (ROOT / uri).is_file() else DOCS + uri
+    return name if (ROOT / name).exists() else uri if (ROOT / uri).is_file() else DOCS + uri
 
 
 def linked(markdown: str, here: str) -> Iterator[str]:
     """The files of the repository that a text links to."""
-    found: list[str] = []
-    list(outside_code(markdown.splitlines(), lambda line: found.extend(_LINK.findall(line)) or line))
-    for link in found:
-        if not re.match(r"[a-z]+:", link):
-            yield posixpath.normpath(posixpath.join(posixpath.dirname(here), link))
+    for line, is_code in told_apart(markdown.splitlines()):
+        for link in () if is_code else _LINK.findall(line):
+            if not re.match(r"[a-z]+:", link):
+                yield posixpath.normpath(posixpath.join(posixpath.dirname(here), link))
 
 
 def shown(path: Path) -> str:
-    """A page that shows a file."""
+    """A page that shows a file, or the names in a folder."""
     language = LANGUAGES.get(path.suffix, "text")
     unsearched = "---\nsearch:\n  exclude: true\n---\n"
-    code = f"````{language}\n{path.read_text(encoding='utf-8')}````\n"
+    names = "".join(f"{one.name}\n" for one in sorted(path.iterdir())) if path.is_dir() else ""
+    code = f"````{language}\n{names or path.read_text(encoding='utf-8')}````\n"
     return f"{unsearched}# {path.name}\n\n`{path.relative_to(ROOT)}`\n\n{code}"
 
 
-def outside_code(lines: list[str], change: Callable[[str], str]) -> Iterator[str]:
-    """All lines, those outside of fences changed."""
+def told_apart(lines: list[str]) -> Iterator[tuple[str, bool]]:
+    """Each line, and whether it is of a block of code."""
     within = False
     for line in lines:
         fence = bool(_FENCE.match(line))
-        yield line if within or fence else change(line)
+        yield line, within or fence
         within ^= fence
 
 

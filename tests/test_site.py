@@ -165,8 +165,12 @@ def test_whatever_is_wrong_is_told_and_ends_the_build(tmp_path: Path) -> None:
 
 def test_a_page_that_nobody_put_into_the_navigation_is_taken_with_the_others(tmp_path: Path) -> None:
     copied(tmp_path)
-    (tmp_path / "docs" / "latest.md").write_text("# The latest\n", encoding="utf-8")
+    rules = "[rules](../dashboards/alerts/walletmigrate.rules.yml)"
+    latest = f"# The latest\n\n[files](../examples/shop/) [boards](../dashboards/) {rules}\n"
+    (tmp_path / "docs" / "latest.md").write_text(latest, encoding="utf-8")
     (tmp_path / "runbooks" / "latest.md").write_text("# Late\n\nKind: procedure.\n", encoding="utf-8")
     made = built(tmp_path, tmp_path / "site")
     assert made.returncode == 0, made.stderr
     assert {"latest.html", "runbooks/latest.html"} <= set(Page(tmp_path / "site" / "index.html").links)
+    links = set(Page(tmp_path / "site" / "latest.html").links)
+    assert {"examples/shop.html", "dashboards/index.html", "dashboards/alerts/walletmigrate.rules.yml.html"} <= links
