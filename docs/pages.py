@@ -6,7 +6,6 @@ file that is no text of its own, such as a program, becomes a page that shows it
 
 from __future__ import annotations
 
-import logging
 import posixpath
 import re
 from collections.abc import Iterator
@@ -31,7 +30,6 @@ _ITEM = re.compile(r"(?:[-*]|\d+\.) ")
 _CELL = re.compile(r"<td.*?</td>", re.DOTALL)
 _NAME = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
 _JOINT = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[_./=])(?=\w)")
-_log = logging.getLogger("mkdocs.hooks.pages")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -56,8 +54,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if re.match(r"[a-z]+:", link):
             return link
         name = posixpath.normpath(posixpath.join(posixpath.dirname(path_of(here)), link))
-        if not (ROOT / name).exists():
-            _log.warning("%s links to %s, which is not there", path_of(here), link)
         return posixpath.relpath(place_in_site(name), posixpath.dirname(here) or ".")
 
     lines = told_apart(indented(markdown))
