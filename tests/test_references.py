@@ -26,7 +26,8 @@ from walletmigrate.config import (
     Settings,
     ThrottleSettings,
 )
-from walletmigrate.errors import WalletMigrateError
+from walletmigrate.errors import UsageError, WalletMigrateError
+from walletmigrate.job_options import Options, parsed
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(walletmigrate.__file__).parent
@@ -163,6 +164,32 @@ def test_every_variable_that_the_code_reads_is_documented_and_no_other() -> None
     assert others | of_settings | {"WALLETMIGRATE_ROLES", "WALLETMIGRATE_MAPPINGS"} == set(
         re.findall(r"WALLETMIGRATE_[A-Z_]*[A-Z]", SETTINGS)
     )
+
+
+def test_the_settings_of_a_job_are_documented_with_their_defaults_and_bounds() -> None:
+    text = (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8")
+    found = {row[0].strip("`"): row[1:3] for row in rows(section(text, "Settings"))}
+    assert {name: default for name, (default, _) in found.items()} == Options().shown()
+    for name, (default, allowed) in found.items():
+        *words, bounds = allowed.split(", or ")
+        least, most = bounds.split(" to ")
+        assert words == ([] if default[0].isdigit() else [default])
+        parsed(f"{name}={value}" for value in (*words, least, most))
+        for value in (f"{float(least) / 10:g}" if "." in least else str(int(least) - 1), str(int(most) + 1)):
+            with pytest.raises(UsageError):
+                parsed([f"{name}={value}"])
+
+
+def test_a_text_shows_a_metric_with_a_label_that_it_has() -> None:
+    table = rows(section((ROOT / "docs" / "metrics.md").read_text(encoding="utf-8"), "Metrics"))
+    labels = {row[0].strip("`"): row[2] for row in table if len(row) == 5}
+    shown = [
+        (path.name, *found.groups())
+        for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "runbooks").glob("*.md"))
+        for found in re.finditer(r"\b(walletmigrate_\w+?)(?:_bucket)?\{(\w+)=", path.read_text(encoding="utf-8"))
+    ]
+    assert shown
+    assert [one for one in shown if f"`{one[2]}`" not in labels.get(one[1], "")] == []
 
 
 def errors() -> Iterator[type[WalletMigrateError]]:
