@@ -28,7 +28,7 @@ _LINK = re.compile(r"(?<=\]\()([^)\s#]+)")
 _FENCE = re.compile(r"^ *(```|~~~)")
 _ITEM = re.compile(r"(?:[-*]|\d+\.) ")
 _CELL = re.compile(r"<td.*?</td>", re.DOTALL)
-_NAME = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
+_LONG_NAME = re.compile(r"(?<=<code>)[^<]{17,}(?=</code>)")
 _JOINT = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[_./=])(?=\w)")
 
 
@@ -62,7 +62,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:  # noqa: ARG001 (MkDocs' own)
     """Long names in tables may be broken between their words. (Not before: the search would find the words alone.)"""
-    return _CELL.sub(lambda cell: _NAME.sub(lambda name: _JOINT.sub("<wbr>", name[0]), cell[0]), output)
+    return _CELL.sub(lambda cell: _LONG_NAME.sub(lambda name: _JOINT.sub("<wbr>", name[0]), cell[0]), output)
 
 
 def on_post_build(config: MkDocsConfig) -> None:

@@ -147,6 +147,13 @@ def test_a_list_and_the_code_in_it_are_shown_as_on_a_code_host(site: Path) -> No
     assert re.search(r"<li>(?:(?!</li>).)*promtool(?:(?!</li>).)*check(?:(?!</li>).)*</pre>", steps, re.DOTALL)
 
 
+def test_a_long_name_in_a_table_may_break_and_is_found_by_the_search(site: Path) -> None:
+    shown = (site / "metrics.html").read_text(encoding="utf-8")
+    assert "walletmigrate_<wbr>flag_<wbr>age_<wbr>seconds</code></td>" in shown
+    assert "<code>dual_write</code>" in shown
+    assert "walletmigrate_flag_age_seconds" in (site / "search" / "search_index.json").read_text(encoding="utf-8")
+
+
 def test_the_search_works_without_a_server(site: Path) -> None:
     assert (site / "search" / "search_index.js").read_text(encoding="utf-8").startswith("var __index = {")
     assert '<script src="assets/search.js"></script>' in (site / "index.html").read_text(encoding="utf-8")
