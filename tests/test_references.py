@@ -26,7 +26,7 @@ from walletmigrate.config import (
     Settings,
     ThrottleSettings,
 )
-from walletmigrate.errors import UsageError, WalletMigrateError
+from walletmigrate.errors import ConfigError, UsageError, WalletMigrateError
 from walletmigrate.job_options import Options, parsed
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +114,17 @@ def test_every_setting_is_documented_with_its_default_and_its_variable(title: st
         assert (variable_in(row), row[2]) == (variable_of(title, name), default_of(field)), name
         secret = SecretStr in (field.annotation, *get_args(field.annotation))
         assert ("*Secret*" in row[4]) is secret, name
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_in_the_environment_that_is_no_json_is_named(
+    table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"WALLETMIGRATE_{table.upper()}", "{")
+    file = tmp_path / "walletmigrate.toml"
+    file.write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"^WALLETMIGRATE_{table.upper()} in the environment must be valid JSON"):
+        Settings.load(file)
 
 
 def test_every_table_of_the_file_has_a_part_of_its_own() -> None:
