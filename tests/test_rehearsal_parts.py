@@ -10,12 +10,19 @@ from sqlalchemy import Engine
 
 from ledger import engine_named, execute, rows, scalar
 from walletmigrate import rehearsal_flags, traffic
+from walletmigrate.config import Column, Mapping
 from walletmigrate.flags import OFF, FixedSnapshot, Snapshot
 from walletmigrate.rehearsal_flags import LateSource
 from walletmigrate.rehearsal_raw import NOTES, ONE_IN, RawWriteFailed, RawWriter, is_raw
 from walletmigrate.rehearse import _isolation
 from walletmigrate.traffic import Transaction
 
+MAPPING = Mapping(
+    name="accounts",
+    table="public.accounts",
+    key="id",
+    columns=(Column(bucket="cash", column="balance", currency="XXX", scale=2),),
+)
 ONE = Transaction("t-1", "7", "north", "fee", Decimal("-1.50"), 2)
 
 
@@ -47,20 +54,20 @@ def balance(engine: Engine) -> Decimal:
 
 
 def test_raw_sql_moves_money_once_however_often_it_is_sent(accounts: Engine) -> None:
-    assert [RawWriter(accounts, integer_keys=True).write(ONE) for _ in range(2)] == [True, True]
+    assert [RawWriter(accounts, MAPPING, "integer").write(ONE) for _ in range(2)] == [True, True]
     assert balance(accounts) == Decimal("8.50")
 
 
 def test_raw_sql_that_the_fence_rejects_is_said_and_leaves_no_note(accounts: Engine) -> None:
     refuse_with(accounts, "WM030")
-    assert RawWriter(accounts, integer_keys=True).write(ONE) is False
+    assert RawWriter(accounts, MAPPING, "integer").write(ONE) is False
     assert rows(accounts, f"select * from {NOTES}") == []
 
 
 def test_raw_sql_that_fails_otherwise_is_no_rejection(accounts: Engine) -> None:
     refuse_with(accounts, "22000")
     with pytest.raises(RawWriteFailed, match="no"):
-        RawWriter(accounts, integer_keys=True).write(ONE)
+        RawWriter(accounts, MAPPING, "integer").write(ONE)
 
 
 def test_one_transaction_in_twenty_comes_as_raw_sql_whoever_asks() -> None:
