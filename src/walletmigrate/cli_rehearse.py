@@ -14,10 +14,10 @@ from walletmigrate.config import Mapping
 from walletmigrate.console import DIFFERENCE, OK, Answer, plain
 from walletmigrate.errors import UsageError
 from walletmigrate.invocation import Run
+from walletmigrate.rehearsal_source import LIMIT, Source, Wish, opened
 
 if TYPE_CHECKING:  # what the rehearsal needs is loaded by those who run one
     from walletmigrate.rehearsal_report import CopiedFrom, Report
-    from walletmigrate.rehearsal_source import Source
 
 FROM: Final = "WALLETMIGRATE_FROM_DATABASE"
 
@@ -39,7 +39,7 @@ def rehearse(
     mapping: Annotated[
         str | None, typer.Option(help="Which mapping to copy. Default: the only one; without a file, the likeliest.")
     ] = None,
-    limit_accounts: Annotated[int, typer.Option(min=1, help="Copy so many rows at most, a random sample.")] = 100_000,
+    limit_accounts: Annotated[int, typer.Option(min=1, help="Copy so many rows at most, a random sample.")] = LIMIT,
     transactions_count: Annotated[
         int | None, typer.Option(min=1, help="How many transactions to make. Default: as fits the rows copied.")
     ] = None,
@@ -61,7 +61,7 @@ def rehearse(
     """Rehearse the whole migration, and the way back, in a scratch database. Exit 3 if it fails."""
     copying = {
         "--mapping": mapping is not None,
-        "--limit-accounts": limit_accounts != 100_000,
+        "--limit-accounts": limit_accounts != LIMIT,
         "--transactions-count": transactions_count is not None,
         "--pseudonymous": pseudonymous,
         "--keep-keys": keep_keys,
@@ -80,7 +80,6 @@ def rehearse(
         from walletmigrate.rehearse import rehearse as run_rehearsal
 
         return _answer(run_rehearsal(transactions, database_url=run.url_given, **options))
-    from walletmigrate.rehearsal_source import Wish, opened
     from walletmigrate.rehearse import rehearse_copy
 
     wish = Wish(
