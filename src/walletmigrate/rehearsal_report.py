@@ -222,14 +222,14 @@ def judge(
 
 
 def _total(kind: tuple[str, str], balances: Sequence[AccountBalances]) -> Total:
-    sides = (_sum(getattr(each, side) for each in balances) for side in ("legacy", "ledger", "expected"))
+    sides = (_sum((getattr(each, side) for each in balances), Decimal(0)) for side in ("legacy", "ledger", "expected"))
     return Total(*kind, len(balances), *sides)
 
 
-def _sum(amounts: Iterable[Decimal | None]) -> Decimal:
+def _sum(amounts: Iterable[Decimal | None], zero: Decimal = Decimal("0.00")) -> Decimal:
     """Exact, also where the default context would round."""
     with localcontext(EXACT):
-        return sum((amount for amount in amounts if amount is not None), Decimal("0.00"))
+        return sum((amount for amount in amounts if amount is not None), zero)
 
 
 def stage(name: str, transactions: int, seconds: float, durations: array[float]) -> Stage:
