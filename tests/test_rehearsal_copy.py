@@ -30,6 +30,7 @@ from walletmigrate.errors import ConfigError, PreconditionRefused, UsageError
 from walletmigrate.rehearsal_report import Report
 from walletmigrate.rehearsal_source import Wish, opened
 from walletmigrate.rehearse import rehearse_copy
+from walletmigrate.run_reports import report_rehearsal
 
 ROWS = 30
 TRANSACTIONS = 300
@@ -198,6 +199,10 @@ def test_a_copy_of_the_named_columns_migrates_and_goes_back_and_nothing_personal
         "checks_copied": ["users_total_coins_check"],
         "checks_left_out": ["fair", "sane"],
     }
+    page = tmp_path / "rehearsal.html"
+    report_rehearsal(files["report"], page)
+    said = page.read_text(encoding="utf-8")
+    assert "id, tenant, role, total_coins, promo" in said
     moved = {(one["bucket"], one["currency"]): Decimal(one["expected"]) for one in document["totals"]}
     assert set(moved) == {("cash", "EUR"), ("promo", "EUR")}
     assert sum(moved.values()) == Decimal(document["expected_total"]) == report.ledger_total
