@@ -14,6 +14,7 @@ from walletmigrate.audit import Act
 from walletmigrate.backfill import backfill
 from walletmigrate.config import Settings
 from walletmigrate.errors import PreconditionRefused, WalletMigrateError
+from walletmigrate.flag_edits import can_name
 from walletmigrate.flag_file import FlagFile
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.flags import DUAL_WRITE
@@ -66,7 +67,8 @@ class Migration:
         self.flags = FlagFile(flag_file)
         self.source = FileSource(flag_file)
         self.trait = traffic.trait
-        tenants = sorted(set(traffic.tenants.values()) - {""})
+        # Whom no flag can name is left to the steps for everyone, as in a real migration.
+        tenants = sorted(name for name in set(traffic.tenants.values()) if can_name((self.trait, name)))
         random.Random(f"{seed} cohorts").shuffle(tenants)
         self.writing = tenants[: min((len(tenants) + 1) // 2, WRITING_TENANTS)]
         self.reading = self.writing[:COHORT_TENANTS]

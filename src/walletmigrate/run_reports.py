@@ -130,10 +130,11 @@ def of_rehearsal(path: Path) -> Document:
         stages = [dict(one) for one in read.pop("stages")]
         verdict = str(read.pop("verdict"))
         # Of a copied table: where it came from, and its sums by bucket and currency.
-        source, sums = dict(read.pop("source", {})), [dict(one) for one in read.pop("totals", [])]
+        source, sums = dict(read.pop("source", {})), read.pop("totals", [])
+        of_copy = (_of_copy(sums),) if sums else ()
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
         raise UnreadableInput(str(path), [(1, "is not a rehearsal's report")]) from None
     names = list(dict.fromkeys(name for stage in stages for name in stage))
     headings = tuple(Heading(name, "text" if name == "name" else "amount") for name in names)
@@ -144,10 +145,7 @@ def of_rehearsal(path: Path) -> Document:
     for name, value in source.items():
         shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         facts.append((f"source {name.replace('_', ' ')}", shown))
-    tables = [Table("Stages", headings, rows)]
-    if sums:
-        tables.append(_of_copy(sums))
-    return Document("Rehearsal", tuple(facts), tuple(tables), (chart,))
+    return Document("Rehearsal", tuple(facts), (Table("Stages", headings, rows), *of_copy), (chart,))
 
 
 def _of_copy(sums: list[dict[str, Any]]) -> Table:
