@@ -327,11 +327,25 @@ def test_values_that_do_not_convert_are_listed_and_nothing_is_run(kept: Kept, tm
     assert not report.exists()
 
 
+def test_a_check_on_a_column_without_a_floor_is_refused_at_once_since_it_could_not_be_unfrozen(kept: Kept) -> None:
+    put(kept, SHOP)
+    cash, promo = USERS.columns
+    open_below = USERS.model_copy(update={"columns": (cash, promo.model_copy(update={"floor": None}))})
+    with pytest.raises(PreconditionRefused) as caught:
+        lines_of(Wish(kept.url, open_below))
+    assert [what.partition(",")[0] for what, _ in caught.value.reasons] == [
+        f"shop.users checks promo by constraint {name}" for name in ("fair", "sane")
+    ]
+    assert {mend for _, mend in caught.value.reasons} == {
+        "set a floor for the column in the configuration; `walletmigrate init` writes one"
+    }
+
+
 def configured(folder: Path, name: str, table: str, balance: str, scale: int, *, more: str = "") -> Path:
     path = folder / "walletmigrate.toml"
     path.write_text(
         f'[[mappings]]\nname = "{name}"\ntable = "{table}"\nkey = "id"\n  [[mappings.columns]]\n'
-        f'  bucket = "cash"\n  column = "{balance}"\n  currency = "EUR"\n  scale = {scale}\n{more}',
+        f'  bucket = "cash"\n  column = "{balance}"\n  currency = "EUR"\n  scale = {scale}\n  floor = "0"\n{more}',
         encoding="utf-8",
     )
     return path

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
-from walletmigrate import connect, console, proposal, survey
+from walletmigrate import connect, console, gates, proposal, survey
 from walletmigrate.config import Mapping
 from walletmigrate.errors import PreconditionRefused, UsageError
 from walletmigrate.functions import relation
@@ -101,7 +101,7 @@ class Source:
         known = survey.table_columns(connection, self.mapping)
         facts = connection.execute(text(_FACTS)).one()
         _refuse_unreadable(connection, self.mapping, known, facts.role)
-        _refuse_unconvertible(connection, self.mapping)
+        _refuse_unfit(connection, self.mapping)
         rows = int(connection.scalar(text(f"select count(*) from {relation(self.mapping)}")) or 0)
         if not rows:
             raise PreconditionRefused(STEP, [(f"{self.mapping.table} has no row", "name another with --mapping")])
@@ -265,7 +265,8 @@ def _refuse_unreadable(connection: Connection, mapping: Mapping, known: dict[str
         raise PreconditionRefused(STEP, reasons)
 
 
-def _refuse_unconvertible(connection: Connection, mapping: Mapping) -> None:
+def _refuse_unfit(connection: Connection, mapping: Mapping) -> None:
+    """Refuse at once what `install` would refuse, or `freeze` at the end of it all."""
     reasons = [
         (
             f"{one.column} of {one.key} holds {one.value}, which is no exact amount",
@@ -273,5 +274,7 @@ def _refuse_unconvertible(connection: Connection, mapping: Mapping) -> None:
         )
         for one in survey.unconvertible(connection, mapping)
     ]
+    mend = "set a floor for the column in the configuration; `walletmigrate init` writes one"
+    reasons += [(what, mend) for what, _ in gates.no_way_back(connection, [mapping])]
     if reasons:
         raise PreconditionRefused(STEP, reasons)
