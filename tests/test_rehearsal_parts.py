@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine
 
-from ledger import engine_named, execute, rows, scalar
+from ledger import engine_named, execute, rows, scalar, users_settings
 from walletmigrate import rehearsal_flags, traffic
+from walletmigrate.config import Column, Mapping
 from walletmigrate.flags import OFF, FixedSnapshot, Snapshot
 from walletmigrate.rehearsal_flags import LateSource
 from walletmigrate.rehearsal_raw import NOTES, ONE_IN, RawWriteFailed, RawWriter, is_raw
+from walletmigrate.rehearsal_steps import COHORT_TENANTS, WRITING_TENANTS, Migration
 from walletmigrate.rehearse import _isolation
-from walletmigrate.traffic import Transaction
+from walletmigrate.starter import blank_document
+from walletmigrate.traffic import Traffic, Transaction
 
+MAPPING = Mapping(
+    name="accounts",
+    table="public.accounts",
+    key="id",
+    columns=(Column(bucket="cash", column="balance", currency="XXX", scale=2),),
+)
 ONE = Transaction("t-1", "7", "north", "fee", Decimal("-1.50"), 2)
 
 
@@ -47,20 +58,20 @@ def balance(engine: Engine) -> Decimal:
 
 
 def test_raw_sql_moves_money_once_however_often_it_is_sent(accounts: Engine) -> None:
-    assert [RawWriter(accounts, integer_keys=True).write(ONE) for _ in range(2)] == [True, True]
+    assert [RawWriter(accounts, MAPPING, "integer").write(ONE) for _ in range(2)] == [True, True]
     assert balance(accounts) == Decimal("8.50")
 
 
 def test_raw_sql_that_the_fence_rejects_is_said_and_leaves_no_note(accounts: Engine) -> None:
     refuse_with(accounts, "WM030")
-    assert RawWriter(accounts, integer_keys=True).write(ONE) is False
+    assert RawWriter(accounts, MAPPING, "integer").write(ONE) is False
     assert rows(accounts, f"select * from {NOTES}") == []
 
 
 def test_raw_sql_that_fails_otherwise_is_no_rejection(accounts: Engine) -> None:
     refuse_with(accounts, "22000")
     with pytest.raises(RawWriteFailed, match="no"):
-        RawWriter(accounts, integer_keys=True).write(ONE)
+        RawWriter(accounts, MAPPING, "integer").write(ONE)
 
 
 def test_one_transaction_in_twenty_comes_as_raw_sql_whoever_asks() -> None:
@@ -110,3 +121,22 @@ def test_the_last_two_workers_run_at_the_higher_isolation_levels() -> None:
         "REPEATABLE READ",
         "SERIALIZABLE",
     ]
+
+
+def migration(folder: Path, database_url: str, tenants: list[str]) -> Migration:
+    flags = folder / "environment.json"
+    flags.write_text(json.dumps(blank_document()), encoding="utf-8")
+    accounts = {str(at): tenant for at, tenant in enumerate(tenants)}
+    read = Traffic("here", (), accounts)
+    return Migration(engine_named(database_url), users_settings(database_url), flags, read, 1)
+
+
+def test_cohorts_are_of_tenants_that_a_flag_can_name_and_of_no_more_than_can_be_switched_in_time(
+    tmp_path: Path, database_url: str
+) -> None:
+    odd = migration(tmp_path, database_url, ["", " odd ", "$.path", "two\nlines", "ok", "1:semver"])
+    assert (odd.writing, odd.reading) == (["ok"], ["ok"])
+    many = migration(tmp_path, database_url, [f"tenant {n}" for n in range(500)])
+    assert (len(many.writing), len(many.reading)) == (WRITING_TENANTS, COHORT_TENANTS)
+    few = migration(tmp_path, database_url, ["a", "b", "c"])
+    assert len(few.writing) == 2

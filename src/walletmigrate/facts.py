@@ -16,7 +16,7 @@ from walletmigrate.schema import quoted
 PHASES: Final = ("legacy", "dual_write", "read_ledger", "wallet_only", "frozen", "retired")
 TREATMENTS: Final = ("absent", "stale", "turned_stale", "mirrored", "closed", "rejected")
 STATES: Final = ("absent", "mirrored", "stale", "frozen", "closed")
-JOB_KINDS: Final = ("backfill", "verify", "freeze", "unfreeze", "reconcile")
+JOB_KINDS: Final = ("backfill", "verify", "freeze", "unfreeze", "reconcile", "snapshot take")
 LINE_STOPPED: Final = 2
 
 # The last reconciliation of each mapping, of legacy with the ledger only where no verification came after it.

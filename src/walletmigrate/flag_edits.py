@@ -279,6 +279,15 @@ def _new_identity(content: Json, account: str) -> Json:
     }
 
 
+def can_name(trait: tuple[str, str]) -> bool:
+    """Whether a flag can be switched for who has this trait: a name, and a value as the database has it."""
+    try:
+        _checked_trait(trait)
+    except UsageError:
+        return False
+    return True
+
+
 def _checked_trait(trait: tuple[str, str]) -> tuple[str, str]:
     name, value = trait
     if value.endswith(":semver"):  # the engine would compare version numbers

@@ -54,7 +54,7 @@ def reasons(
     if to_phase == "wallet_only":
         return [*found, *observation.read_by_everyone(connection, settings, source)]
     if to_phase == "frozen":
-        found += _way_back(connection, settings)
+        found += no_way_back(connection, settings.mappings)
         found += dependents.readers(connection, settings)
         return [*found, *observation.exercised(connection, settings, "wallet_only")]
     return [*found, *observation.exercised(connection, settings)]
@@ -111,9 +111,9 @@ def _values(connection: Connection, mapping: Mapping) -> Iterator[Reason]:
         )
 
 
-def _way_back(connection: Connection, settings: Settings) -> Iterator[Reason]:
-    """While frozen only a floor keeps a balance from what the application's CHECK would refuse at the unfreeze."""
-    for mapping in settings.mappings:
+def no_way_back(connection: Connection, mappings: Sequence[Mapping]) -> Iterator[Reason]:
+    """Why accounts could not be unfrozen: while frozen only a floor keeps a balance from what a CHECK would refuse."""
+    for mapping in mappings:
         free = [column.column for column in mapping.columns if column.floor is None]
         rows = connection.execute(
             text(

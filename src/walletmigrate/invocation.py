@@ -87,6 +87,16 @@ class Run:
         """The database's URL if somebody named one."""
         return self._url or os.environ.get(f"{ENVIRONMENT_PREFIX}DATABASE_URL") or None
 
+    @property
+    def url_option(self) -> str | None:
+        """The database's URL if it was named on the command line, whatever the environment says."""
+        return self._url
+
+    @property
+    def configured(self) -> bool:
+        """Whether there is a configuration: somebody named one, or the file is where it is looked for."""
+        return self._config is not None or f"{ENVIRONMENT_PREFIX}CONFIG" in os.environ or self.config_path.exists()
+
     @cached_property
     def engine(self) -> Engine:
         """The configured database. Raises ConfigError without a URL, DatabaseUnreachable when it is away."""

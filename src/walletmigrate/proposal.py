@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
-from walletmigrate.config import KeyType
+from walletmigrate.config import Column, KeyType, Mapping
 from walletmigrate.configfields import SQL_NAME
 from walletmigrate.configfile import MAX_SCALE
 from walletmigrate.errors import UsageError
@@ -159,6 +159,18 @@ def questions(candidates: Sequence[Candidate]) -> tuple[str, ...]:
                 asked.append(f"Set the currency of {place}: {PLACEHOLDER_CURRENCY} stands for one that is not known.")
             asked += [f"{place}: {note}" for note in column.notes]
     return tuple(asked)
+
+
+def mapping_of(candidate: Candidate) -> Mapping:
+    """The mapping that `render` writes for a candidate."""
+    names = ("bucket", "column", "currency", "scale", "unit")
+    return Mapping(
+        name=candidate.name,
+        table=f"{candidate.schema}.{candidate.table}",
+        key=candidate.key,
+        traits=dict(candidate.traits),
+        columns=tuple(Column(**{name: getattr(one, name) for name in names}) for one in candidate.columns),
+    )
 
 
 def render(candidates: Sequence[Candidate], about: DatabaseFacts) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from array import array
 from collections import defaultdict
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Final, TypeAlias
 
 from sqlalchemy.engine.interfaces import IsolationLevel
 
-from walletmigrate.config import Settings
-from walletmigrate.traffic import Transaction
+from walletmigrate.config import KeyType, Settings
+from walletmigrate.traffic import Place, Transaction
 
 EXAMPLES: Final = 3
 
@@ -20,7 +21,8 @@ EXAMPLES: Final = 3
 class Assignment:
     """What a worker gets at its start. ``url`` may hold a password: it travels through a pipe, not as argument.
 
-    ``role`` is the database role of the application; ``legs`` are its share of each leg of the rehearsal, and
+    ``role`` is the database role of the application. ``start`` is what the accounts of the share begin with where
+    that is not 0, ``trait`` what their tenant is called. ``legs`` are its share of each leg of the rehearsal, and
     those before ``from_leg`` were posted by a worker that was killed in this one. ``flag_delay`` is how many
     seconds after a flag flip this process decides by it.
     """
@@ -31,7 +33,9 @@ class Assignment:
     role: str
     settings: Settings
     flag_file: Path
-    integer_keys: bool
+    key_type: KeyType
+    trait: str
+    start: dict[Place, Decimal]
     legs: tuple[tuple[Transaction, ...], ...]
     isolation: IsolationLevel = "READ COMMITTED"
     flag_delay: float = 0.0

@@ -13,8 +13,11 @@ from typing import Final
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
+from walletmigrate.config import KeyType, Mapping
 from walletmigrate.errors import WalletMigrateError
+from walletmigrate.functions import relation
 from walletmigrate.postings import sqlstate
+from walletmigrate.schema import quoted
 from walletmigrate.traffic import Transaction
 
 ONE_IN: Final = 20
@@ -26,6 +29,7 @@ NOTES: Final = "public.balance_job"
 REJECTED: Final = frozenset({"WM030", "WM031"})
 """How the fence says that the column is frozen, or that raw writes are rejected."""
 
+_KEY_TYPES: Final[dict[KeyType, str]] = {"integer": "bigint", "uuid": "uuid", "text": "text"}
 _ATTEMPTS: Final = 100
 _PAUSE_SECONDS: Final = 0.02
 
@@ -42,11 +46,17 @@ def is_raw(seed: int, one: Transaction) -> bool:
 
 
 class RawWriter:
-    """The job, with its engine."""
+    """The job, with its engine, on the mapped table as the application knows it: in the column's own unit."""
 
-    def __init__(self, engine: Engine, *, integer_keys: bool) -> None:
+    def __init__(self, engine: Engine, mapping: Mapping, key_type: KeyType) -> None:
         self._engine = engine
-        self._key = int if integer_keys else str
+        self._columns = mapping.columns
+        kind = _KEY_TYPES[key_type]
+        self._updates = [
+            f"update {relation(mapping)} set {quoted(column.column)} = {quoted(column.column)} + :change "
+            f"where {quoted(mapping.key)} = cast(:key as {kind})"
+            for column in mapping.columns
+        ]
 
     def write(self, one: Transaction) -> bool:
         """Add to the balance and commit; nothing if that was done before. False if the fence rejects it."""
@@ -69,7 +79,7 @@ class RawWriter:
             text(f"insert into {NOTES} (transaction_id) values (:id) on conflict do nothing"), {"id": one.id}
         )
         if noted.rowcount:
-            connection.execute(
-                text("update public.accounts set balance = balance + :amount where id = :key"),
-                {"amount": one.amount, "key": self._key(one.account)},
-            )
+            column = self._columns[one.place]
+            # Exact: an amount has at most the scale's decimals.
+            change = one.amount.scaleb(column.scale) if column.unit == "minor" else one.amount
+            connection.execute(text(self._updates[one.place]), {"change": change, "key": one.account})

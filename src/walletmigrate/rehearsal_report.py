@@ -6,13 +6,14 @@ import csv
 import json
 import os
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
-from decimal import Decimal
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from decimal import Decimal, localcontext
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from walletmigrate.errors import UsageError
+from walletmigrate.traffic import EXACT
 
 SCHEMA_VERSION: Final = 1
 BALANCE_COLUMNS: Final = ("account_id", "legacy_balance", "ledger_balance", "expected_balance")
@@ -40,6 +41,8 @@ class AccountBalances:
     legacy: Decimal | None
     ledger: Decimal | None
     expected: Decimal
+    bucket: str = ""
+    currency: str = ""
 
     @property
     def drift(self) -> Decimal:
@@ -53,9 +56,50 @@ class AccountBalances:
         return self.legacy == self.ledger == self.expected
 
 
+@dataclass(frozen=True, slots=True)
+class Total:
+    """The sums of one bucket and currency, in major units."""
+
+    bucket: str
+    currency: str
+    accounts: int
+    legacy: Decimal
+    ledger: Decimal
+    expected: Decimal
+
+
+@dataclass(frozen=True)
+class CopiedFrom:
+    """Where a rehearsal's legacy table was copied from, and what was copied; no password, no value of a row.
+
+    ``rows`` are those of the source, ``rows_copied`` those of the rehearsal. ``keys`` and ``traits`` say whether
+    they were ``copied`` or ``replaced``; ``traits`` is ``made up`` where the mapping has none. ``checks_copied``
+    and ``checks_left_out`` are CHECK constraints that name a balance column.
+    """
+
+    host: str
+    port: int
+    database: str
+    postgres_version: str
+    standby: bool
+    mapping: str
+    proposed: bool
+    table: str
+    rows: int
+    rows_copied: int
+    columns_copied: tuple[str, ...]
+    columns_left_out: tuple[str, ...]
+    keys: Literal["copied", "replaced"]
+    traits: Literal["copied", "replaced", "made up"]
+    checks_copied: tuple[str, ...] = ()
+    checks_left_out: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Report:
     """A finished rehearsal. Amounts are in major units.
+
+    Sums of money are None where the accounts are of several currencies; ``totals`` has them apart.
 
     ``applied`` counts what workers posted and committed, each transaction once. ``mismatches`` counts answers
     of the adapter that were not as the file says, and failures that the ledger recorded. ``drift_accounts``
@@ -72,10 +116,10 @@ class Report:
     applied: int
     mismatches: int
     drift_accounts: int
-    drift_amount: Decimal
-    legacy_total: Decimal
-    ledger_total: Decimal
-    expected_total: Decimal
+    drift_amount: Decimal | None
+    legacy_total: Decimal | None
+    ledger_total: Decimal | None
+    expected_total: Decimal | None
     stages: tuple[Stage, ...]
     postgres_version: str
     balances: tuple[AccountBalances, ...]
@@ -84,10 +128,17 @@ class Report:
     replayed: int = 0
     resyncs: int = 0
     serialization_retries: int = 0
+    copied_from: CopiedFrom | None = None
+
+    @property
+    def totals(self) -> tuple[Total, ...]:
+        """The sums by bucket and currency."""
+        kinds = dict.fromkeys((each.bucket, each.currency) for each in self.balances)
+        return tuple(_total(kind, [b for b in self.balances if (b.bucket, b.currency) == kind]) for kind in kinds)
 
     def to_json(self) -> str:
         """The report as one JSON document; amounts are strings of exact decimals."""
-        document = {
+        document: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "verdict": self.verdict,
             "accounts": self.accounts,
@@ -95,10 +146,10 @@ class Report:
             "applied": self.applied,
             "mismatches": self.mismatches,
             "drift_accounts": self.drift_accounts,
-            "drift_amount": plain(self.drift_amount),
-            "legacy_total": plain(self.legacy_total),
-            "ledger_total": plain(self.ledger_total),
-            "expected_total": plain(self.expected_total),
+            "drift_amount": _plain(self.drift_amount),
+            "legacy_total": _plain(self.legacy_total),
+            "ledger_total": _plain(self.ledger_total),
+            "expected_total": _plain(self.expected_total),
             "bypass_writes": self.bypass_writes,
             "replayed": self.replayed,
             "resyncs": self.resyncs,
@@ -116,6 +167,15 @@ class Report:
             ],
             "postgres_version": self.postgres_version,
         }
+        if self.copied_from is not None:
+            document["totals"] = [
+                {
+                    **{"bucket": one.bucket, "currency": one.currency, "accounts": one.accounts},
+                    **{"legacy": plain(one.legacy), "ledger": plain(one.ledger), "expected": plain(one.expected)},
+                }
+                for one in self.totals
+            ]
+            document["source"] = asdict(self.copied_from)
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -132,9 +192,11 @@ def judge(
     replayed: int = 0,
     resyncs: int = 0,
     serialization_retries: int = 0,
+    copied_from: CopiedFrom | None = None,
 ) -> Report:
     """Make the report. It passes only if nothing at all is wrong."""
     drifting = [each for each in balances if not each.agrees]
+    one_currency = len({each.currency for each in balances}) <= 1
     clean = not (errors or mismatches or drifting) and applied == transactions
     return Report(
         verdict="pass" if clean else "fail",
@@ -143,10 +205,10 @@ def judge(
         applied=applied,
         mismatches=mismatches,
         drift_accounts=len(drifting),
-        drift_amount=sum((each.drift for each in drifting), Decimal("0.00")),
-        legacy_total=sum((each.legacy or Decimal(0) for each in balances), Decimal("0.00")),
-        ledger_total=sum((each.ledger or Decimal(0) for each in balances), Decimal("0.00")),
-        expected_total=sum((each.expected for each in balances), Decimal("0.00")),
+        drift_amount=_sum(each.drift for each in drifting) if one_currency else None,
+        legacy_total=_sum(each.legacy for each in balances) if one_currency else None,
+        ledger_total=_sum(each.ledger for each in balances) if one_currency else None,
+        expected_total=_sum(each.expected for each in balances) if one_currency else None,
         bypass_writes=bypass_writes,
         replayed=replayed,
         resyncs=resyncs,
@@ -155,7 +217,19 @@ def judge(
         postgres_version=postgres_version,
         balances=tuple(balances),
         errors=tuple(errors),
+        copied_from=copied_from,
     )
+
+
+def _total(kind: tuple[str, str], balances: Sequence[AccountBalances]) -> Total:
+    sides = (_sum((getattr(each, side) for each in balances), Decimal(0)) for side in ("legacy", "ledger", "expected"))
+    return Total(*kind, len(balances), *sides)
+
+
+def _sum(amounts: Iterable[Decimal | None], zero: Decimal = Decimal("0.00")) -> Decimal:
+    """Exact, also where the default context would round."""
+    with localcontext(EXACT):
+        return sum((amount for amount in amounts if amount is not None), zero)
 
 
 def stage(name: str, transactions: int, seconds: float, durations: array[float]) -> Stage:
@@ -183,14 +257,23 @@ def plain(amount: Decimal) -> str:
     return f"{amount:f}"
 
 
+def _plain(amount: Decimal | None) -> str | None:
+    return None if amount is None else plain(amount)
+
+
 def write_balances(report: Report, path: Path) -> None:
-    """Write every account's balances as CSV, in the order of the file; empty where a side has none."""
+    """Write every account's balances as CSV, in the order of the file; empty where a side has none.
+
+    Of a rehearsal on a copied table also bucket and currency, at the end.
+    """
+    money = report.copied_from is not None
     with path.open("w", encoding="utf-8", newline="") as file:
         lines = csv.writer(file, lineterminator="\n")
-        lines.writerow(BALANCE_COLUMNS)
+        lines.writerow((*BALANCE_COLUMNS, *(("bucket", "currency") if money else ())))
         for each in report.balances:
             three = (each.legacy, each.ledger, each.expected)
-            lines.writerow([each.account_id, *("" if one is None else plain(one) for one in three)])
+            kind = (each.bucket, each.currency) if money else ()
+            lines.writerow([each.account_id, *("" if one is None else plain(one) for one in three), *kind])
 
 
 def check_writable(*paths: Path | None) -> None:

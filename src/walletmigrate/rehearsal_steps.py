@@ -14,6 +14,7 @@ from walletmigrate.audit import Act
 from walletmigrate.backfill import backfill
 from walletmigrate.config import Settings
 from walletmigrate.errors import PreconditionRefused, WalletMigrateError
+from walletmigrate.flag_edits import can_name
 from walletmigrate.flag_file import FlagFile
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.flags import DUAL_WRITE
@@ -23,6 +24,9 @@ from walletmigrate.rehearsal_crew import Crew
 from walletmigrate.schema import quoted
 from walletmigrate.traffic import Traffic
 from walletmigrate.verify import Verification, verify
+
+WRITING_TENANTS: Final = 20
+"""How many tenants, at most, are written to the ledger before everybody is; each takes an edit of the flags."""
 
 COHORT_TENANTS: Final = 3
 """How many tenants, at most, read from the ledger before everybody does."""
@@ -35,6 +39,11 @@ SHOWN: Final = 3
 
 BATCH_SIZE: Final = 100
 """Small batches, so that jobs meet traffic in the midst of their work."""
+
+BATCHES: Final = 50
+"""Into how many batches, at most, a larger table is cut, so that jobs are not the most of a rehearsal."""
+
+LARGEST_BATCH: Final = 5_000
 
 STOP_SECONDS: Final = 30.0
 """How long a posting in flight may go on after the line is stopped."""
@@ -57,10 +66,13 @@ class Migration:
         self.mapping = settings.mapping()
         self.flags = FlagFile(flag_file)
         self.source = FileSource(flag_file)
-        tenants = sorted(set(traffic.tenants.values()))
+        self.trait = traffic.trait
+        # Whom no flag can name is left to the steps for everyone, as in a real migration.
+        tenants = sorted(name for name in set(traffic.tenants.values()) if can_name((self.trait, name)))
         random.Random(f"{seed} cohorts").shuffle(tenants)
-        self.writing = tenants[: (len(tenants) + 1) // 2]
+        self.writing = tenants[: min((len(tenants) + 1) // 2, WRITING_TENANTS)]
         self.reading = self.writing[:COHORT_TENANTS]
+        self._batch_size = min(max(BATCH_SIZE, len(traffic.tenants) // BATCHES), LARGEST_BATCH)
         self._written = 0
 
     def install(self, crew: Crew) -> str:
@@ -97,7 +109,7 @@ class Migration:
     def read_some(self, crew: Crew) -> str:
         """Verify, open the phase, and read a cohort's balances from the ledger."""
         said = self._gated(crew, lambda: self._advance_verified("reads may come from the ledger"))
-        self._gated(crew, lambda: self._cut_over(*[("tenant", tenant) for tenant in self.reading]))
+        self._gated(crew, lambda: self._cut_over(*[(self.trait, tenant) for tenant in self.reading]))
         return f"{said}; ledger reads for {len(self.reading)} tenants"
 
     def read_all(self, crew: Crew) -> str:
@@ -149,7 +161,7 @@ class Migration:
                 self.settings,
                 self.mapping,
                 _act("freeze"),
-                batch_size=BATCH_SIZE,
+                batch_size=self._batch_size,
                 stop=lambda: crew.failed,
             )
             frozen += found.changed
@@ -166,7 +178,7 @@ class Migration:
             self.settings,
             self.mapping,
             _act("unfreeze"),
-            batch_size=BATCH_SIZE,
+            batch_size=self._batch_size,
             stop=lambda: crew.failed,
         )
         _all_moved(found, "unfrozen")
@@ -213,7 +225,7 @@ class Migration:
             return int(connection.scalar(text(f"select count(*) from {name}.transactions")) or 0)
 
     def _dual_write(self, tenant: str | None) -> None:
-        who: dict[str, Any] = {"everyone": True} if tenant is None else {"trait": ("tenant", tenant)}
+        who: dict[str, Any] = {"everyone": True} if tenant is None else {"trait": (self.trait, tenant)}
         act = _act("dual-write for a cohort" if tenant else "dual-write for everyone")
         phases.set_flag(self.engine, self.settings, self.flags, DUAL_WRITE, True, act, **who)
 
@@ -223,7 +235,7 @@ class Migration:
             self.settings,
             self.mapping,
             _act("open the accounts"),
-            batch_size=BATCH_SIZE,
+            batch_size=self._batch_size,
             stop=lambda: crew.failed,
         )
         if found.failed:

@@ -9,6 +9,7 @@ is committed then, so that the posting meets it at the worst moment.
 
 from __future__ import annotations
 
+import decimal
 import random
 import signal
 import time
@@ -34,7 +35,7 @@ from walletmigrate.rehearsal_flags import LateSource
 from walletmigrate.rehearsal_messages import Assignment, Beat, Failed, Message, Order, Quit, Restart, Run, Tally
 from walletmigrate.rehearsal_raw import RawWriter, is_raw
 from walletmigrate.schema import quoted
-from walletmigrate.traffic import Transaction
+from walletmigrate.traffic import EXACT, Place, Transaction
 
 ATTEMPTS: Final = 20
 """How often a transaction is tried when the database says that trying again may help."""
@@ -54,9 +55,10 @@ def work(assignment: Assignment, pipe: Pipe[Message, Order]) -> None:
     # Ctrl-C on a terminal reaches every process; the parent decides what it means. It was blocked until here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    decimal.setcontext(EXACT.copy())
     engine = _engine(assignment, f"walletmigrate-rehearse-{assignment.number}", assignment.isolation)
     other = _engine(assignment, f"rehearsal-job-{assignment.number}", "READ COMMITTED")
-    worker = Worker(assignment, pipe, engine, RawWriter(other, integer_keys=assignment.integer_keys))
+    worker = Worker(assignment, pipe, engine, RawWriter(other, assignment.settings.mapping(), assignment.key_type))
     try:
         worker.serve()
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -82,7 +84,8 @@ class Worker:
         self._raw = raw
         self._pipe = pipe
         self._dice = random.Random(f"{assignment.seed} worker {assignment.number}")
-        self._balances: defaultdict[str, Decimal] = defaultdict(Decimal)
+        self._columns = assignment.settings.mapping().columns
+        self._balances: defaultdict[Place, Decimal] = defaultdict(Decimal, assignment.start)
         self._keyed: list[Transaction] = []
         self._held: dict[str, Transaction] = {}
         self._done = 0
@@ -93,7 +96,7 @@ class Worker:
         for leg in assignment.legs[: assignment.from_leg]:
             for one in leg:
                 self._done += 1
-                self._balances[one.account] += one.amount
+                self._balances[one.account, one.place] += one.amount
 
     def serve(self) -> None:
         """Follow orders until told to quit."""
@@ -172,7 +175,7 @@ class Worker:
         self._count(one, tally)
         if self._restarts:  # before the first restart the ledger was not there to keep the key
             self._keyed.append(one)
-        expected = self._balances[one.account]
+        expected = self._balances[one.account, one.place]
         for side, balance in (("legacy", posted.legacy_balance), ("ledger", posted.ledger_balance)):
             if balance is not None and balance != expected:
                 tally.wrong(f"{self.place}the {side} balance is {balance} after it, and must be {expected}")
@@ -182,7 +185,7 @@ class Worker:
     def _count(self, one: Transaction, tally: Tally) -> None:
         tally.applied += 1
         self._done += 1
-        self._balances[one.account] += one.amount
+        self._balances[one.account, one.place] += one.amount
 
     def _post_overtaken(self, one: Transaction, held: Transaction, tally: Tally) -> Posting:
         """Post in a transaction that took its snapshot before a raw write to the same account was committed."""
@@ -223,7 +226,7 @@ class Worker:
         self._compare(one, found, tally)
 
     def _compare(self, one: Transaction, found: Balance, tally: Tally) -> None:
-        expected = self._balances[one.account]
+        expected = self._balances[one.account, one.place]
         if found.amount != expected or found.compare == "mismatch":
             tally.wrong(
                 f"account {one.account}: read {found.amount} from {found.source} (legacy "
@@ -231,13 +234,21 @@ class Worker:
             )
 
     def _balance(self, connection: sqlalchemy.Connection, one: Transaction) -> Balance:
-        return self._adapter.balance(connection, self._key(one.account), traits={"tenant": one.tenant})
+        column = self._columns[one.place]
+        return self._adapter.balance(
+            connection,
+            self._key(one.account),
+            bucket=column.bucket,
+            currency=column.currency,
+            traits=self._traits(one),
+        )
 
     def _post(self, one: Transaction, tally: Tally) -> Posting:
         return self._again(tally, lambda connection: self._call(connection, one))
 
     def _call(self, connection: sqlalchemy.Connection, one: Transaction) -> Posting:
         self.place = _place(one)
+        column = self._columns[one.place]
         post = self._adapter.credit if one.amount > 0 else self._adapter.debit
         return post(
             connection,
@@ -246,7 +257,9 @@ class Worker:
             type=one.type,
             reference=("transaction", one.id),
             idempotency_key=f"tx:{one.id}",
-            traits={"tenant": one.tenant},
+            bucket=column.bucket,
+            currency=column.currency,
+            traits=self._traits(one),
         )
 
     def _again(self, tally: Tally, call: Callable[[sqlalchemy.Connection], Answer]) -> Answer:
@@ -261,7 +274,10 @@ class Worker:
             return call(connection)
 
     def _key(self, account: str) -> int | str:
-        return int(account) if self.assignment.integer_keys else account
+        return int(account) if self.assignment.key_type == "integer" else account
+
+    def _traits(self, one: Transaction) -> dict[str, str]:
+        return {self.assignment.trait: one.tenant} if one.tenant else {}
 
 
 def _place(one: Transaction) -> str:

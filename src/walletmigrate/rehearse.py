@@ -1,39 +1,38 @@
-"""The whole migration, rehearsed in a scratch database on a file of transactions: `rehearse`.
+"""The whole migration, rehearsed in a scratch database: on a file of transactions, or on a copy of one's own table.
 
-The legacy table starts with every account at 0. Several worker processes replay the transactions through the
-adapter, each account's in order, while the migration walks from legacy alone to the ledger alone and back. What
-makes dual-writes fail in practice happens on the way: raw SQL from other connections, a worker that is killed, flags
-that arrive late, old snapshots, the line stopped and resumed.
+With a file the legacy table starts with every account at 0, with a copy at the balances that were copied. Several
+worker processes replay the transactions through the adapter, each account's in order, while the migration walks from
+legacy alone to the ledger alone and back. What makes dual-writes fail in practice happens on the way: raw SQL from
+other connections, a worker that is killed, flags that arrive late, old snapshots, the line stopped and resumed.
 Nothing of it touches a database of the user's: on a server of theirs, a database with a random name and four
 roles are made and dropped again.
 """
 
 from __future__ import annotations
 
-import json
 import secrets
 import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Final
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from walletmigrate import connect, embedded, schema, traffic
-from walletmigrate.config import Column, FlagSettings, Mapping, Roles, Settings
+from walletmigrate.config import Column, Roles, Settings
 from walletmigrate.errors import DatabaseUnreachable, PreconditionRefused, UsageError, WalletMigrateError
-from walletmigrate.install import make_roles
+from walletmigrate.functions import relation
 from walletmigrate.postings import sqlstate
 from walletmigrate.rehearsal_crew import Crew, WorkersFailed
 from walletmigrate.rehearsal_display import Display, display
+from walletmigrate.rehearsal_ground import CopyGround, FileGround, Ground, amount_of, prepare, settings_of
 from walletmigrate.rehearsal_messages import Assignment
 from walletmigrate.rehearsal_raw import NOTES
 from walletmigrate.rehearsal_report import (
@@ -43,22 +42,20 @@ from walletmigrate.rehearsal_report import (
     judge,
     write_balances,
 )
+from walletmigrate.rehearsal_source import Source
 from walletmigrate.rehearsal_stages import Walk, legs_of
 from walletmigrate.rehearsal_steps import Migration
+from walletmigrate.rehearsal_traffic import usual_count
 from walletmigrate.schema import quoted
-from walletmigrate.starter import blank_document
-from walletmigrate.traffic import Traffic, Transaction
+from walletmigrate.traffic import Place, Traffic, Transaction
 
-__all__ = ["FLAG_LAG_SECONDS", "MOST_WORKERS", "Report", "rehearse", "rehearse_traffic"]
+__all__ = ["FLAG_LAG_SECONDS", "MOST_WORKERS", "Report", "rehearse", "rehearse_copy", "rehearse_traffic"]
 
 MOST_WORKERS: Final = 64
 FLAG_LAG_SECONDS: Final = 5.0
 """How much later the last process decides by a flag flip than the first."""
 
 MOST_LAG_SECONDS: Final = 60.0
-CURRENCY: Final = "XXX"
-"""ISO 4217's code for no currency: the file does not say."""
-
 _APPLICATION: Final = "walletmigrate-rehearse"
 
 
@@ -84,19 +81,12 @@ def rehearse(
     EmbeddedUnavailable or DatabaseUnreachable when there is no server to run it on, PreconditionRefused when
     the URL's user may not create databases and roles there.
     """
-    if not 1 <= workers <= MOST_WORKERS:
-        raise UsageError(f"{workers} workers: name 1 to {MOST_WORKERS}")
-    if not 0 <= flag_lag <= MOST_LAG_SECONDS:
-        raise UsageError(f"a flag lag of {flag_lag:g} s: name 0 to {MOST_LAG_SECONDS:g}")
-    check_writable(report, balances)
+    _check(workers, flag_lag, report, balances)
     read = traffic.generate(seed) if transactions is None else traffic.read(transactions)
     made = rehearse_traffic(
         read, workers=workers, seed=seed, database_url=database_url, progress=progress, flag_lag=flag_lag
     )
-    if balances is not None:
-        write_balances(made, balances)
-    if report is not None:
-        report.write_text(made.to_json(), encoding="utf-8")
+    _write(made, report, balances)
     return made
 
 
@@ -110,19 +100,81 @@ def rehearse_traffic(
     flag_lag: float = FLAG_LAG_SECONDS,
 ) -> Report:
     """Rehearse on traffic that is read already; else like `rehearse`."""
+    return _rehearse_on(FileGround(read), workers, seed, database_url, progress, flag_lag, _left_out(read))
+
+
+def rehearse_copy(
+    source: Source,
+    *,
+    workers: int = 4,
+    seed: int = 1,
+    transactions: int | None = None,
+    report: Path | None = None,
+    balances: Path | None = None,
+    database_url: str | None = None,
+    progress: bool = True,
+    flag_lag: float = FLAG_LAG_SECONDS,
+) -> Report:
+    """Rehearse on a copy of somebody's own legacy table, with traffic made from its distribution.
+
+    ``source`` is what `rehearsal_source.opened` gives, which has looked at the table and refused what cannot be
+    rehearsed. ``transactions`` are as many as fit the number of accounts unless said otherwise. The rest is as in
+    `rehearse`; ``database_url`` is the server of the scratch database, never the source.
+    """
+    _check(workers, flag_lag, report, balances)
+    count = usual_count(source.facts.rows_copied) if transactions is None else transactions
+    if count < 1:
+        raise UsageError(f"{count} transactions: name at least 1")
+    ground = CopyGround(source, seed=seed, count=count)
+    made = _rehearse_on(ground, workers, seed, database_url, progress, flag_lag, ())
+    _write(made, report, balances)
+    return made
+
+
+def _check(workers: int, flag_lag: float, *results: Path | None) -> None:
+    if not 1 <= workers <= MOST_WORKERS:
+        raise UsageError(f"{workers} workers: name 1 to {MOST_WORKERS}")
+    if not 0 <= flag_lag <= MOST_LAG_SECONDS:
+        raise UsageError(f"a flag lag of {flag_lag:g} s: name 0 to {MOST_LAG_SECONDS:g}")
+    check_writable(*results)
+
+
+def _write(made: Report, report: Path | None, balances: Path | None) -> None:
+    if balances is not None:
+        write_balances(made, balances)
+    if report is not None:
+        report.write_text(made.to_json(), encoding="utf-8")
+
+
+def _left_out(read: Traffic) -> tuple[str, ...]:
+    if not (read.repeated or read.zero):
+        return ()
+    return (f"{read.repeated} rows repeat an earlier one, {read.zero} move nothing: left out",)
+
+
+def _rehearse_on(
+    ground: Ground,
+    workers: int,
+    seed: int,
+    database_url: str | None,
+    progress: bool,
+    flag_lag: float,
+    notes: tuple[str, ...],
+) -> Report:
     made = None
     try:
         with ExitStack() as stack:
-            shown = stack.enter_context(display(len(read.transactions), progress=progress))
-            if read.repeated or read.zero:
-                shown.note(f"{read.repeated} rows repeat an earlier one, {read.zero} move nothing: left out")
+            shown = stack.enter_context(display(ground.count, progress=progress))
+            for note in notes:
+                shown.note(note)
             server = database_url or stack.enter_context(embedded.Server.start()).url
             roles = stack.enter_context(_roles(server))
             url = stack.enter_context(connect.scratch_database(server))
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="walletmigrate-")))
             engine = connect.engine(url, application_name=_APPLICATION)
             stack.callback(engine.dispose)
-            made = _Rehearsal(engine, url, _settings(roles, folder), read, workers, seed, flag_lag, shown).run()
+            settings = settings_of(ground.mapping, roles, folder)
+            made = _Rehearsal(engine, url, settings, ground, workers, seed, flag_lag, shown).run()
             for error in made.errors:
                 shown.note(error)
     except (SQLAlchemyError, DatabaseUnreachable) as error:
@@ -148,7 +200,7 @@ class _Rehearsal:
         engine: Engine,
         url: str,
         settings: Settings,
-        read: Traffic,
+        ground: Ground,
         workers: int,
         seed: int,
         flag_lag: float,
@@ -157,15 +209,17 @@ class _Rehearsal:
         self._engine = engine
         self._url = url
         self._settings = settings
-        self._read = read
+        self._ground = ground
         self._workers = workers
         self._seed = seed
         self._flag_lag = flag_lag
         self._shown = shown
         self._errors: list[str] = []
+        with engine.begin() as connection:
+            self._read = prepare(connection, ground, settings.roles)
+            self._version = str(connection.scalar(text("show server_version"))).split()[0]
 
     def run(self) -> Report:
-        version = self._make_legacy()
         migration = Migration(self._engine, self._settings, self._settings.flags.path, self._read, self._seed)
         crew = Crew(self._assignments(), self._shown.done)
         walk = Walk(migration, crew, self._shown, self._flag_lag)
@@ -184,33 +238,14 @@ class _Rehearsal:
             mismatches=walk.total.mismatches + self._count(f"{ledger}.failures"),
             balances=self._balances(),
             stages=walk.stages,
-            postgres_version=version,
+            postgres_version=self._version,
             bypass_writes=self._count(NOTES),
             replayed=walk.total.replayed,
             resyncs=self._count(f"{ledger}.transactions where kind = 'resync'"),
             serialization_retries=walk.total.serialization,
             errors=self._errors,
+            copied_from=self._ground.copied_from,
         )
-
-    def _make_legacy(self) -> str:
-        """The application's table and its role's rights, every account at 0. Returns PostgreSQL's version."""
-        kind = "bigint" if self._read.integer_keys else 'text collate "C"'
-        app = quoted(self._settings.roles.app)
-        key = int if self._read.integer_keys else str
-        rows = [{"id": key(account), "tenant": tenant} for account, tenant in self._read.tenants.items()]
-        with self._engine.begin() as connection:
-            make_roles(connection, self._settings.roles)
-            # Whoever makes a role may grant it, but is not always allowed to act as it.
-            connection.exec_driver_sql(f"grant {app} to current_user")
-            connection.exec_driver_sql(
-                f"create table public.accounts (id {kind} primary key, tenant text not null, "
-                "balance numeric(20, 2) not null default 0) with (fillfactor = 70)"
-            )
-            connection.exec_driver_sql(f"create table {NOTES} (transaction_id text primary key)")
-            connection.exec_driver_sql(f"grant select, update on public.accounts to {app}")
-            connection.exec_driver_sql(f"grant select, insert on {NOTES} to {app}")
-            connection.execute(text("insert into public.accounts (id, tenant) values (:id, :tenant)"), rows)
-            return str(connection.scalar(text("show server_version"))).split()[0]
 
     def _assignments(self) -> list[Assignment]:
         shares: list[list[list[Transaction]]] = [[] for _ in range(self._workers)]
@@ -219,6 +254,7 @@ class _Rehearsal:
                 share.append([])
             for one in leg:
                 shares[zlib.crc32(f"{self._seed} {one.account}".encode()) % self._workers][-1].append(one)
+        begins = [{one.account for leg in share for one in leg} for share in shares]
         return [
             Assignment(
                 number=number + 1,
@@ -227,7 +263,9 @@ class _Rehearsal:
                 role=self._settings.roles.app,
                 settings=self._settings,
                 flag_file=self._settings.flags.path,
-                integer_keys=self._read.integer_keys,
+                key_type=self._ground.key_type,
+                trait=self._read.trait,
+                start={place: amount for place, amount in self._read.start.items() if place[0] in begins[number]},
                 legs=tuple(map(tuple, share)),
                 isolation=_isolation(self._workers - 1 - number),
                 flag_delay=self._flag_lag * number / max(1, self._workers - 1),
@@ -248,47 +286,43 @@ class _Rehearsal:
             return 0
 
     def _balances(self) -> tuple[AccountBalances, ...]:
-        """Every account of the file with its three balances, in the file's order."""
-        legacy: dict[str, Decimal] = {}
-        ledger: dict[str, Decimal] = {}
+        """Every account of the traffic with its three balances, in the traffic's order."""
+        legacy: dict[Place, Decimal] = {}
+        ledger: dict[Place, Decimal] = {}
+        columns = self._settings.mapping().columns
         try:
             with self._engine.begin() as connection:
-                rows = connection.execute(text("select id::text, balance from public.accounts"))
-                legacy = {row.id: row.balance for row in rows}
-                if schema.installed(connection, self._settings.ledger_schema):
-                    known = text(f"select key, balance from {quoted(self._settings.ledger_schema)}.accounts")
-                    ledger = {row.key: row.balance for row in connection.execute(known)}
+                for place, column in enumerate(columns):
+                    legacy.update(self._legacy(connection, place, column))
+                    if schema.installed(connection, self._settings.ledger_schema):
+                        ledger.update(self._ledger(connection, place, column))
         except SQLAlchemyError as error:
             self._errors.append(f"the balances could not be read: {error}")
         return tuple(
-            AccountBalances(account, legacy.get(account), ledger.get(account), expected)
-            for account, expected in self._read.expected.items()
+            AccountBalances(
+                at[0], legacy.get(at), ledger.get(at), expected, columns[at[1]].bucket, columns[at[1]].currency
+            )
+            for at, expected in self._read.expectations.items()
         )
+
+    def _legacy(self, connection: Connection, place: int, column: Column) -> Iterator[tuple[Place, Decimal]]:
+        mapping = self._settings.mapping()
+        names = f"{quoted(mapping.key)}::text as key, {quoted(column.column)}::text as raw"
+        for row in connection.execute(text(f"select {names} from {relation(mapping)}")):
+            yield (row.key, place), amount_of(column, row.raw)
+
+    def _ledger(self, connection: Connection, place: int, column: Column) -> Iterator[tuple[Place, Decimal]]:
+        known = text(
+            f"select key, balance from {quoted(self._settings.ledger_schema)}.accounts "
+            "where bucket = :bucket and currency = :currency"
+        )
+        for row in connection.execute(known, {"bucket": column.bucket, "currency": column.currency}):
+            yield (row.key, place), row.balance
 
 
 def _isolation(from_the_last: int) -> IsolationLevel:
     """The last worker runs at SERIALIZABLE, the one before it at REPEATABLE READ, all others at READ COMMITTED."""
     return ("SERIALIZABLE", "REPEATABLE READ")[from_the_last] if from_the_last < 2 else "READ COMMITTED"
-
-
-def _settings(roles: Roles, folder: Path) -> Settings:
-    """Everything is given here, so that the environment of the user's own migration has no say."""
-    flag_file = folder / "environment.json"
-    flag_file.write_text(json.dumps(blank_document(), indent=2) + "\n", encoding="utf-8")
-    balance = Column(bucket="cash", column="balance", currency=CURRENCY, scale=2)
-    mapping = Mapping(
-        name="accounts", table="public.accounts", key="id", traits={"tenant": "tenant"}, columns=(balance,)
-    )
-    return Settings(
-        database_url=None,
-        flagsmith_key=None,
-        ledger_schema="wallet",
-        observation_window=timedelta(0),
-        compare_share=1.0,
-        flags=FlagSettings(path=flag_file),
-        roles=roles,
-        mappings=(mapping,),
-    )
 
 
 @contextmanager

@@ -129,17 +129,33 @@ def of_rehearsal(path: Path) -> Document:
         read = json.loads(path.read_text(encoding="utf-8"))
         stages = [dict(one) for one in read.pop("stages")]
         verdict = str(read.pop("verdict"))
+        # Of a copied table: where it came from, and its sums by bucket and currency.
+        source, sums = dict(read.pop("source", {})), read.pop("totals", [])
+        of_copy = (_of_copy(sums),) if sums else ()
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
         raise UnreadableInput(str(path), [(1, "is not a rehearsal's report")]) from None
     names = list(dict.fromkeys(name for stage in stages for name in stage))
     headings = tuple(Heading(name, "text" if name == "name" else "amount") for name in names)
     rows = [tuple(_number(stage.get(name)) for name in names) for stage in stages]
     speed = Series("per second", tuple(_decimal(stage.get("per_second")) for stage in stages))
     chart = Chart("Transactions per second, by stage", tuple(str(one.get("name")) for one in stages), (speed,), "bars")
-    facts = (("Verdict", verdict), *((name.replace("_", " "), str(value)) for name, value in read.items()))
-    return Document("Rehearsal", facts, (Table("Stages", headings, rows),), (chart,))
+    facts = [("Verdict", verdict), *((name.replace("_", " "), str(value)) for name, value in read.items())]
+    for name, value in source.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        facts.append((f"source {name.replace('_', ' ')}", shown))
+    return Document("Rehearsal", tuple(facts), (Table("Stages", headings, rows), *of_copy), (chart,))
+
+
+def _of_copy(sums: list[dict[str, Any]]) -> Table:
+    """The sums of a rehearsal on a copied table, in major units."""
+    sides = ("legacy", "ledger", "expected")
+    of_sides = (Heading(side, "amount") for side in sides)
+    headings = (Heading("bucket"), Heading("currency"), Heading("accounts", "count"), *of_sides)
+    amounts = (tuple(Decimal(str(one[side])) for side in sides) for one in sums)
+    rows = [(one["bucket"], one["currency"], one["accounts"], *three) for one, three in zip(sums, amounts, strict=True)]
+    return Table("Totals", headings, rows)
 
 
 def _of_snapshot(connection: Connection, settings: Settings, number: int | None, charts: tuple[Chart, ...]) -> Document:

@@ -18,10 +18,12 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
+from walletmigrate import job_rows, job_turns, jobs
 from walletmigrate.audit import Act, record
 from walletmigrate.capture import with_short_locks
 from walletmigrate.config import Settings
 from walletmigrate.errors import Retryable, UnknownRun, UsageError
+from walletmigrate.job_rows import Job
 from walletmigrate.schema import quoted, statements
 from walletmigrate.standing import require_installed
 
@@ -29,6 +31,9 @@ ATTEMPTS: Final = 8
 KINDS: Final = ("opening", "resync", "posting", "correction", "reversal")
 SYSTEM: Final = "(system)"
 """The mapping under which totals name the system accounts; their bucket is the account's name."""
+
+TAKE: Final = "snapshot take"
+"""The kind of the job."""
 
 _LAST: Final = 2**63 - 1
 _TAKE: Final = "walletmigrate snapshot take --reason '…'"
@@ -157,8 +162,9 @@ def take(
 ) -> Snapshot | None:
     """Take a snapshot of all accounts, or finish the one that was begun; then fold the system accounts' balances.
 
-    ``batch_size`` is transactions of the journal in one database transaction. Killed anywhere, the next call goes
-    on: with the point of the first. ``stop`` leaves it ``running``. None is given for a dry run that would begin
+    A job (`job_turns`), which an operator can pause, hold and cancel. ``batch_size`` is transactions of the journal in
+    one database transaction. Killed anywhere, the next call goes on: with the point of the first. ``stop`` pauses the
+    job and leaves the snapshot ``running``, and so does an operator. None is given for a dry run that would begin
     one. Raises LedgerNotInstalled, or Retryable when a batch ran out of attempts.
     """
     with engine.connect() as connection:
@@ -167,24 +173,43 @@ def take(
     if dry_run:
         return begun
     adopt(engine, settings, act)
-    name = quoted(settings.ledger_schema)
-    snapshot_id = int(_do(engine, f"select {name}.begin_snapshot(:actor, :reason)", vars_of(act)))
-    done = 0
-    while stop is None or not stop():
-        one = {"id": snapshot_id, "limit": batch_size}
-        read = int(_do(engine, f"select {name}.advance_snapshot(:id, :limit)", one))
-        if not read:
-            break
-        done += read
+    job, snapshot_id = _started(engine, settings, act)
+
+    def turn(connection: Connection, size: int) -> int:
+        return _fold(connection, settings, snapshot_id, size, act)
+
+    def told(now: Job) -> None:
         if progress is not None:
-            progress(done)
+            progress(now.items_done - job.items_done)
+
+    job_turns.run_turns(engine, settings, job, turn, act, size=batch_size, progress=told, stop=stop)
     with engine.begin() as connection:
-        made = replace(get(connection, settings, snapshot_id), resumed=begun is not None)
-        if made.state == "complete":
-            connection.execute(text(f"select {name}.fold_system_accounts()"))
-            facts = {"snapshot": made.id, "accounts": made.accounts, "changed": made.changed}
-            record(connection, settings, "snapshot take", act, details={**facts, "transactions": made.transactions})
-    return made
+        return replace(get(connection, settings, snapshot_id), resumed=begun is not None)
+
+
+def _started(engine: Engine, settings: Settings, act: Act) -> tuple[Job, int]:
+    """The job, and the snapshot that it takes: begun, or gone on with. Under the job's lock, so that both are one."""
+    name = quoted(settings.ledger_schema)
+    with jobs.begin(engine) as connection:
+        # A point in time does not grow old: a snapshot that was begun long ago is finished like any other.
+        job = jobs.started(connection, settings, TAKE, job_turns.EVERYTHING, act, force=True)
+        snapshot_id = connection.scalar(text(f"select {name}.begin_snapshot(:actor, :reason)"), vars_of(act))
+        note = "details = details || jsonb_build_object('snapshot', cast(:snapshot as bigint))"
+        job_rows.change(connection, settings, job.id, note, snapshot=snapshot_id)
+    return job, int(snapshot_id or 0)
+
+
+def _fold(connection: Connection, settings: Settings, snapshot_id: int, size: int, act: Act) -> int:
+    """The next transactions of the journal; when there are none, the end: how many there were."""
+    name = quoted(settings.ledger_schema)
+    advance = text(f"select {name}.advance_snapshot(:id, :limit)")
+    read = int(connection.execute(advance, {"id": snapshot_id, "limit": size}).scalar_one())
+    if not read:
+        connection.execute(text(f"select {name}.fold_system_accounts()"))
+        made = get(connection, settings, snapshot_id)
+        facts = {"snapshot": made.id, "accounts": made.accounts, "changed": made.changed}
+        record(connection, settings, TAKE, act, details={**facts, "transactions": made.transactions})
+    return read
 
 
 def adopt(engine: Engine, settings: Settings, act: Act) -> bool:

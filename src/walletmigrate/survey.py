@@ -47,6 +47,8 @@ select
     a.attnum, a.attname as name, b.typname as base, format_type(b.oid, null) as base_type,
     format_type(a.atttypid, a.atttypmod) as sql_type,
     case when t.typtype = 'd' then t.typtypmod else a.atttypmod end as typmod,
+    format_type(b.oid, case when t.typtype = 'd' then t.typtypmod else a.atttypmod end) as plain_type,
+    has_column_privilege(a.attrelid, a.attnum, 'select') as readable,
     a.attgenerated::text <> '' as generated, a.attidentity::text = 'a' as identity,
     coalesce(not k.collisdeterministic, false) as loose_collation,
     a.attnotnull and not exists (
@@ -120,6 +122,20 @@ class LegacyTable:
         raise KeyError(name)
 
 
+@dataclass(frozen=True)
+class TableColumn:
+    """Any column of a table. ``sql_type`` is a domain's base type; ``base`` is its name in the catalog.
+
+    ``readable`` says whether this database role may select it.
+    """
+
+    name: str
+    sql_type: str
+    base: str
+    not_null: bool
+    readable: bool
+
+
 class Unconvertible(NamedTuple):
     """A legacy value that is no exact amount: the row's key, the column, the value, all as SQL shows them."""
 
@@ -155,6 +171,12 @@ def inspect_mapping(connection: Connection, mapping: Mapping) -> LegacyTable:
         relation.relrowsecurity,
         relation.kind == "p",
     )
+
+
+def table_columns(connection: Connection, mapping: Mapping) -> dict[str, TableColumn]:
+    """All columns of the legacy table, in their order. Raises ConfigError when there is no such table."""
+    found = connection.execute(text(_COLUMNS), {"oid": _relation(connection, mapping).oid})
+    return {row.name: TableColumn(row.name, row.plain_type, row.base, row.not_null, row.readable) for row in found}
 
 
 def unconvertible(connection: Connection, mapping: Mapping, limit: int = 1000) -> list[Unconvertible]:

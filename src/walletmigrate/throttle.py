@@ -77,13 +77,16 @@ class Throttle:
         return f"{signal.name} {value:g} is over {signal.limit:g}" if value > signal.limit else None
 
 
-def of_settings(engine: Engine, settings: Settings, job_id: int, mapping_name: str) -> Throttle | None:
-    """The throttle that the configuration asks for, None where it sets no limit."""
+def of_settings(engine: Engine, settings: Settings, job_id: int, mapping_name: str | None) -> Throttle | None:
+    """The throttle that the configuration asks for, None where it sets no limit.
+
+    A job without a mapping touches no legacy table: who waits for one's locks does not wait for it.
+    """
     signals = tuple(_configured(engine, settings, job_id, mapping_name))
     return Throttle(signals) if signals else None
 
 
-def _configured(engine: Engine, settings: Settings, job_id: int, mapping_name: str) -> Iterator[Signal]:
+def _configured(engine: Engine, settings: Settings, job_id: int, mapping_name: str | None) -> Iterator[Signal]:
     limits = settings.throttle
     if limits.replica_lag_seconds is not None:
         urls = settings.replica_urls.get_secret_value() if settings.replica_urls else ""
@@ -92,7 +95,7 @@ def _configured(engine: Engine, settings: Settings, job_id: int, mapping_name: s
         ]
         read = partial(_replicas, replicas) if replicas else partial(_query, engine, _LAG, {})
         yield Signal("replica lag in seconds", read, limits.replica_lag_seconds)
-    if limits.lock_waits is not None:
+    if limits.lock_waits is not None and mapping_name is not None:
         values: dict[str, Any] = {"table": relation(settings.mapping(mapping_name))}
         yield Signal("sessions waiting for locks", partial(_query, engine, _WAITS, values), limits.lock_waits)
     if limits.active_sessions is not None:

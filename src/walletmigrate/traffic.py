@@ -22,15 +22,21 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from decimal import Decimal
+from decimal import Context, Decimal, localcontext
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Final, TypeAlias
 
 from walletmigrate.errors import UnreadableInput, UsageError
 
 COLUMNS: Final = ("transaction_id", "account_id", "tenant", "date", "type", "amount")
 GENERATED: Final = 12_000
 """How many transactions `generate` makes unless told otherwise."""
+
+EXACT: Final = Context(prec=80)
+"""Wide enough that sums of amounts are never rounded."""
+
+Place: TypeAlias = tuple[str, int]
+"""An account, and the place of a balance column in the mapping."""
 
 LONGEST_TEXT: Final = 200
 LARGEST: Final = Decimal(10) ** 18
@@ -55,7 +61,10 @@ _KINDS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Transaction:
-    """One row: ``amount`` is signed, never 0, in major units with two decimals; ``line`` is 1-based."""
+    """One row: ``amount`` is signed, never 0, in major units at the column's scale; ``line`` is 1-based.
+
+    ``tenant`` is "" where the account has none; ``place`` is the balance column's place in the mapping.
+    """
 
     id: str
     account: str
@@ -63,24 +72,37 @@ class Transaction:
     type: str
     amount: Decimal
     line: int
+    place: int = 0
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Transactions in order, the tenant of each account, and how many rows said nothing new or nothing."""
+    """Transactions in order, the tenant of each account, and how many rows said nothing new or nothing.
+
+    ``trait`` is what the mapping calls the tenant; ``start`` has the balance that each account and place begins
+    with, in major units. Without it there is one place, and everybody begins at 0.
+    """
 
     source: str
     transactions: tuple[Transaction, ...]
     tenants: dict[str, str]
     repeated: int = 0
     zero: int = 0
+    trait: str = "tenant"
+    start: dict[Place, Decimal] = field(default_factory=dict)
 
     @property
     def expected(self) -> dict[str, Decimal]:
-        """What each account must come to: the sum of its amounts, in major units."""
-        sums = dict.fromkeys(self.tenants, Decimal("0.00"))
-        for one in self.transactions:
-            sums[one.account] += one.amount
+        """What each account of traffic with one place must come to: the sum of its amounts, in major units."""
+        return {account: amount for (account, _), amount in self.expectations.items()}
+
+    @property
+    def expectations(self) -> dict[Place, Decimal]:
+        """What each account must come to in each place: its start and the sum of its amounts, in major units."""
+        sums = dict(self.start) or {(account, 0): Decimal("0.00") for account in self.tenants}
+        with localcontext(EXACT):
+            for one in self.transactions:
+                sums[one.account, one.place] += one.amount
         return sums
 
     @property

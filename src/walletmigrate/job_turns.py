@@ -1,0 +1,115 @@
+"""Jobs whose batches must follow one another: a turn at a time, each under the lock of the job's row.
+
+A fold over the journal means something only in the journal's order, so batches that several workers claim, split and
+set aside would be wrong for it. Such a job has the same row as all others, so that it is listed, paused, resumed,
+cancelled, paced and held by the throttle like them. Its cursor stands in what it works on, and moves in the
+transaction of the turn: killed anywhere, the next turn goes on. Two processes take turns.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from walletmigrate import job_rows, throttle
+from walletmigrate.audit import Act, record
+from walletmigrate.config import Settings
+from walletmigrate.errors import Retryable
+from walletmigrate.job_rows import Job, begin, said
+from walletmigrate.job_work import ATTEMPTS, Progress, Stop, Work
+
+EVERYTHING: Final = "(all)"
+"""The mapping of a job that works on the whole ledger."""
+
+Turn = Callable[[Connection, int], int]
+"""``turn(connection, size)``: do the next ``size`` items in the caller's transaction; how many there were, 0: none.
+
+When there were none, what is left to be done at the end is done in the same transaction.
+"""
+
+_HELD: Final = 0.25
+_FIRST_PAUSE: Final = 0.05
+_LONGEST_PAUSE: Final = 2.0
+
+
+def run_turns(
+    engine: Engine,
+    settings: Settings,
+    job: Job,
+    turn: Turn,
+    act: Act,
+    *,
+    size: int,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+) -> Job:
+    """Take turns until none is left, and call the job done. ``size`` is the batch size unless the operator set one.
+
+    Returns the job ``paused`` when ``stop`` said so, or in the state that another process gave it. Raises Retryable
+    when a turn ran out of attempts, or what it failed with; the job is ``failed`` then, and can be resumed. Ctrl-C
+    pauses it and goes on as KeyboardInterrupt.
+    """
+    work = Work(engine, settings, (), throttle=throttle.of_settings(engine, settings, job.id, None))
+    tries = 0
+    try:
+        while job.state == "running":
+            if stop is not None and stop():
+                return job_rows.leave(engine, settings, job, "paused")
+            try:
+                work.ask(job)
+                now, done = _one(engine, settings, job, turn, act, size)
+            except DBAPIError as error:
+                tries += 1
+                _again(job, error, tries)
+                continue
+            tries, job = 0, replace(now, resumed=job.resumed)
+            if job.held is not None and job.state == "running":
+                time.sleep(_HELD)
+            elif done:
+                if progress is not None:
+                    progress(job)
+                if job.options.rate is not None:
+                    time.sleep(done / job.options.rate)
+    except BaseException as error:
+        work.leave_somehow(job, error)
+        raise
+    return job
+
+
+def _one(engine: Engine, settings: Settings, job: Job, turn: Turn, act: Act, size: int) -> tuple[Job, int]:
+    """One turn, with the job's counters, in one transaction."""
+    with begin(engine) as connection:
+        now = job_rows.get(connection, settings, job.id, lock=True)
+        if now.state != "running" or now.held is not None:
+            return now, 0
+        began = time.monotonic()
+        done = turn(connection, _size(now, size))
+        changes = "items_done = items_done + :done, last_batch_seconds = :seconds, updated_at = clock_timestamp()"
+        if not done:
+            changes += ", state = 'done', items_total = items_done, finished_at = clock_timestamp()"
+        now = job_rows.change(connection, settings, job.id, changes, done=done, seconds=time.monotonic() - began)
+        if not done:
+            record(connection, settings, f"{job.kind} done", act, mapping=job.mapping, job_id=job.id)
+        return now, done
+
+
+def _size(job: Job, usual: int) -> int:
+    """As the operator set it; with a rate no more at once than a second's worth."""
+    wanted = job.options.batch_size or usual
+    return wanted if job.options.rate is None else min(wanted, max(1, int(job.options.rate)))
+
+
+def _again(job: Job, error: DBAPIError, tries: int) -> None:
+    """Wait before the same turn is tried again. Raises what ends the job."""
+    if not job_rows.retryable(error):
+        raise error
+    if tries >= ATTEMPTS:
+        what = f"a batch of job {job.id} ({job.kind}) failed {ATTEMPTS} times, last by: {said(error)}"
+        raise Retryable(what) from error
+    time.sleep(random.uniform(0.5, 1) * min(_FIRST_PAUSE * 2**tries, _LONGEST_PAUSE))
