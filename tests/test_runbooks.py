@@ -18,6 +18,7 @@ from sybil.example import SybilFailure
 from sybil.parsers.markdown import CodeBlockParser
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer
 
+from runbook_procedures import before_the_backfill, with_history
 from runbook_stage import (
     Ran,
     Shell,
@@ -43,6 +44,7 @@ RUNBOOKS = sorted(set(FOLDER.glob("*.md")) - {INDEX})
 
 SITUATIONS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
     "README": backfilled,
+    "backfill": before_the_backfill,
     "backfill-stalled": stalled,
     "balance-drift": drifted,
     "bypass-writes": bypassed,
@@ -56,6 +58,7 @@ SITUATIONS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
     "ledger-latency-high": waiting,
     "line-stopped": stopped,
     "read-mismatch": drifted,
+    "rehearse": with_history,
     "rollback": cut_over,
     "verification-stale": backfilled,
 }

@@ -48,6 +48,7 @@ def backfill(
     act: Act,
     *,
     batch_size: int | None = None,
+    rate: float | None = None,
     force: bool = False,
     workers: int = 1,
     executor: Executor | None = None,
@@ -58,7 +59,7 @@ def backfill(
     """Backfill a mapping, or go on with its unfinished backfill. Idempotent: what is in step stays as it is.
 
     Rows that are inserted, and accounts that turn stale, while it runs are covered by a last pass. ``batch_size``,
-    ``workers``, ``executor`` and ``force`` as in `jobs.run_batches` and `jobs.start_or_resume`. Raises
+    ``rate``, ``workers``, ``executor`` and ``force`` as in `jobs.run_batches` and `jobs.start_or_resume`. Raises
     PreconditionRefused in phase `legacy` or without the fence as it was made (also if it fell while the job ran),
     LedgerNotInstalled, and what these raise.
     """
@@ -77,6 +78,7 @@ def backfill(
         main,
         last=late,
         batch_size=batch_size,
+        rate=rate,
         workers=workers,
         executor=executor,
         progress=progress,

@@ -1,0 +1,82 @@
+"""The situations before a planned procedure, really made; those of faults are in `runbook_stage`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import weakref
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psycopg
+
+from ledger import ACT, add_users, engine_named, execute
+from retiring import FIRST
+from runbook_stage import Ran, Shell, Stage, backfilled, cut_over
+from servers import Postgres
+from shopping import SHOP
+from walletmigrate import LegacyBalanceAdapter, phases
+from walletmigrate.flag_sources import FileSource
+from walletmigrate.freeze import freeze
+from walletmigrate.install import install
+from walletmigrate.line import stop
+from walletmigrate.verify import verify
+
+USERS = 200
+PAYMENTS = """
+create table public.payments (
+    id bigint generated always as identity primary key,
+    user_id bigint not null references public.users (id),
+    paid_at timestamptz not null,
+    kind text not null,
+    amount numeric(12, 2)
+)
+"""
+HISTORY = """
+insert into public.payments (user_id, paid_at, kind, amount)
+select
+    1 + mod(g * 7, 10), timestamptz '2026-01-01' + g * interval '1 hour',
+    case when mod(g, 3) = 0 then 'booking' else 'deposit' end,
+    case when g = 77 then null when mod(g, 3) = 0 then -5.25 else 10.10 end
+from generate_series(1, 120) as g
+"""
+ENVIRONMENT = """
+import os
+
+from alembic import context
+from sqlalchemy import create_engine
+
+url = os.environ["OWNER_DATABASE_URL"].replace("postgresql://", "postgresql+psycopg://", 1)
+with create_engine(url).begin() as connection:
+    context.configure(connection=connection)
+    context.run_migrations()
+"""
+
+
+def with_history(server: Postgres, url: str, folder: Path) -> Stage:
+    """As `backfilled`, beside the application's own table of 120 payments; one of them has no amount."""
+    stage = backfilled(server, url, folder)
+    for statement in (PAYMENTS, HISTORY, "grant select on public.payments to wallet_operator"):
+        execute(stage.engine, statement)
+    return stage
+
+
+def before_the_backfill(server: Postgres, url: str, folder: Path) -> Stage:
+    """Phase dual_write, dual-write on for everyone, and 200 users of whom none has an account."""
+    stage = backfilled(server, url, folder, opened=False)
+    add_users(stage.engine, 11, USERS)
+    return stage
+
+
+def mid_posting(server: Postgres, url: str, folder: Path) -> Stage:
+    """As `cut_over`; a prize run of the application has paid user 2, and does not commit."""
+    stage = cut_over(server, url, folder)
+    adapter = LegacyBalanceAdapter(stage.settings, FileSource(stage.settings.flags.path), observers=())
+    connection = engine_named(url, "prizes").connect()
+    adapter.credit(connection, 2, 10, type="prize")
+    weakref.finalize(stage, connection.invalidate)  # open for as long as the runbook is worked through
+    return stage
