@@ -9,7 +9,7 @@ import subprocess
 import sys
 import weakref
 from contextlib import suppress
-from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 
 import psycopg
@@ -20,6 +20,7 @@ from runbook_stage import Ran, Shell, Stage, backfilled, cut_over
 from servers import Postgres
 from shopping import SHOP
 from walletmigrate import LegacyBalanceAdapter, phases
+from walletmigrate.archive_check import archive
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.freeze import freeze
 from walletmigrate.install import install
@@ -79,4 +80,51 @@ def mid_posting(server: Postgres, url: str, folder: Path) -> Stage:
     connection = engine_named(url, "prizes").connect()
     adapter.credit(connection, 2, 10, type="prize")
     weakref.finalize(stage, connection.invalidate)  # open for as long as the runbook is worked through
+    return stage
+
+
+def read_by_everyone(server: Postgres, url: str, folder: Path) -> Stage:
+    """Phase wallet_only, and all accounts are read from the ledger."""
+    stage = cut_over(server, url, folder)
+    phases.cutover(stage.engine, stage.settings, stage.flags, None, ACT)
+    phases.advance(stage.engine, stage.settings, FileSource(stage.settings.flags.path), ACT)
+    return stage
+
+
+def before_the_freeze(server: Postgres, url: str, folder: Path) -> Stage:
+    """As `read_by_everyone`; a report of the application's own is a view of the column."""
+    stage = read_by_everyone(server, url, folder)
+    view = "create view public.rich_users as select id, total_coins from public.users where total_coins > 50"
+    execute(stage.engine, view)
+    return stage
+
+
+def frozen(server: Postgres, url: str, folder: Path) -> Stage:
+    """Phase frozen, all ten accounts frozen; user 3 was paid since, which only the ledger knows; verified."""
+    return _frozen(read_by_everyone(server, url, folder))
+
+
+def _frozen(stage: Stage) -> Stage:
+    engine, settings, source = stage.engine, stage.settings, FileSource(stage.settings.flags.path)
+    phases.exercise(engine, settings, source, ACT)
+    phases.enter_frozen(engine, settings, source, ACT)
+    freeze(engine, settings, settings.mapping(None), ACT)
+    adapter = LegacyBalanceAdapter(settings, source, observers=())
+    with engine.begin() as connection:
+        adapter.credit(connection, 3, Decimal("12.50"), type="deposit")
+    verify(engine, settings, settings.mapping(None), ACT)
+    return stage
+
+
+def with_migrations(server: Postgres, url: str, folder: Path) -> Stage:
+    """As `frozen`, with an archive from before the freeze; the application has Alembic migrations, the first applied."""
+    stage = read_by_everyone(server, url, folder)
+    archive(stage.engine, stage.settings, stage.settings.mapping(None), folder / "early.jsonl.gz", ACT)
+    stage = _frozen(stage)
+    versions = folder / "alembic" / "versions"
+    versions.mkdir(parents=True)
+    (versions / "0001_first.py").write_text(FIRST, encoding="utf-8")
+    (versions.parent / "env.py").write_text(ENVIRONMENT, encoding="utf-8")
+    (folder / "alembic.ini").write_text("[alembic]\nscript_location = alembic\npath_separator = os\n", encoding="utf-8")
+    assert stage.shell().run("alembic upgrade head").code == 0
     return stage

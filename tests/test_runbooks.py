@@ -18,7 +18,14 @@ from sybil.example import SybilFailure
 from sybil.parsers.markdown import CodeBlockParser
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer
 
-from runbook_procedures import before_the_backfill, with_history
+from runbook_procedures import (
+    before_the_backfill,
+    before_the_freeze,
+    frozen,
+    mid_posting,
+    with_history,
+    with_migrations,
+)
 from runbook_stage import (
     Ran,
     Shell,
@@ -44,6 +51,7 @@ RUNBOOKS = sorted(set(FOLDER.glob("*.md")) - {INDEX})
 
 SITUATIONS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
     "README": backfilled,
+    "archive": frozen,
     "backfill": before_the_backfill,
     "backfill-stalled": stalled,
     "balance-drift": drifted,
@@ -53,13 +61,16 @@ SITUATIONS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
     "exporter-down": cut_over,
     "flag-disagreement": disagreeing,
     "flags-stale": unreadable_flags,
+    "freeze": before_the_freeze,
     "job-failed": failed_job,
     "ledger-imbalance": imbalanced,
     "ledger-latency-high": waiting,
     "line-stopped": stopped,
     "read-mismatch": drifted,
     "rehearse": with_history,
+    "retire": with_migrations,
     "rollback": cut_over,
+    "stop-the-line": mid_posting,
     "verification-stale": backfilled,
 }
 
