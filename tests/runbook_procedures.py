@@ -7,27 +7,25 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import weakref
 from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 
-import psycopg
-
 from ledger import ACT, add_users, engine_named, execute
 from retiring import FIRST
-from runbook_stage import Ran, Shell, Stage, backfilled, cut_over
+from runbook_stage import SECONDS, Ran, Stage, backfilled, cut_over
 from servers import Postgres
 from shopping import SHOP
 from walletmigrate import LegacyBalanceAdapter, phases
 from walletmigrate.archive_check import archive
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.freeze import freeze
-from walletmigrate.install import install
-from walletmigrate.line import stop
 from walletmigrate.verify import verify
 
 USERS = 200
+END = "-- the end of this block --"
 PAYMENTS = """
 create table public.payments (
     id bigint generated always as identity primary key,
@@ -117,7 +115,7 @@ def _frozen(stage: Stage) -> Stage:
 
 
 def with_migrations(server: Postgres, url: str, folder: Path) -> Stage:
-    """As `frozen`, with an archive from before the freeze; the application has Alembic migrations, the first applied."""
+    """As `frozen`, with an archive from before the freeze, and Alembic migrations of the application's."""
     stage = read_by_everyone(server, url, folder)
     archive(stage.engine, stage.settings, stage.settings.mapping(None), folder / "early.jsonl.gz", ACT)
     stage = _frozen(stage)
@@ -128,3 +126,62 @@ def with_migrations(server: Postgres, url: str, folder: Path) -> Stage:
     (folder / "alembic.ini").write_text("[alembic]\nscript_location = alembic\npath_separator = os\n", encoding="utf-8")
     assert stage.shell().run("alembic upgrade head").code == 0
     return stage
+
+
+class Terminal:
+    """One bash for all blocks, as a newcomer has it: what a block exports, starts or changes into is there in the next.
+
+    It and what was started in it are a session of their own, which is ended with it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        home = folder / "home"
+        home.mkdir()
+        # Nothing of PostgreSQL's is on the path: the sandbox brings its own.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.defpath])
+        self._bash = subprocess.Popen(
+            ["bash", "-euo", "pipefail"],
+            cwd=folder,
+            env={"PATH": path, "HOME": str(home), "LC_ALL": "C.UTF-8"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._write(f"trap 'echo \"{END} $?\"' EXIT")
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._bash.pid, signal.SIGTERM)
+        self._bash.communicate(timeout=SECONDS)
+
+    def run(self, commands: str) -> Ran:
+        """Run a block; the terminal ends with the first command that fails."""
+        assert self._bash.stdout is not None
+        self._write(f"{{\n{commands}\n}} </dev/null\necho '{END} 0'")
+        guard = threading.Timer(SECONDS, os.killpg, (self._bash.pid, signal.SIGKILL))
+        guard.start()
+        seen = ""
+        try:
+            for line in self._bash.stdout:
+                if line.startswith(END):
+                    return Ran(int(line.removeprefix(END)), seen)
+                seen += line
+            return Ran(self._bash.wait(), seen)  # the guard has ended it
+        finally:
+            guard.cancel()
+
+    def _write(self, line: str) -> None:
+        assert self._bash.stdin is not None
+        self._bash.stdin.write(line + "\n")
+        self._bash.stdin.flush()
+
+
+def newcomer(folder: Path) -> Terminal:
+    """A clone, as far as it matters: the examples, and the programs of `.venv` on the path."""
+    shutil.copytree(SHOP, folder / "examples" / "shop", ignore=shutil.ignore_patterns("__pycache__"))
+    return Terminal(folder)

@@ -19,10 +19,12 @@ from sybil.parsers.markdown import CodeBlockParser
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer
 
 from runbook_procedures import (
+    Terminal,
     before_the_backfill,
     before_the_freeze,
     frozen,
     mid_posting,
+    newcomer,
     with_history,
     with_migrations,
 )
@@ -85,7 +87,7 @@ PROCEDURE_SECTIONS = ["Before you start", "Steps", "How to know it worked", "How
 class Reader:
     """Somebody who works through a runbook, block by block, and minds every difference."""
 
-    def __init__(self, shell: Shell) -> None:
+    def __init__(self, shell: Shell | Terminal) -> None:
         self.shell = shell
         self.ran: Ran | None = None
         self.exit: int | None = None
@@ -161,8 +163,21 @@ def test_every_command_of_a_runbook_does_what_the_runbook_says(
     assert Reader(stage.shell()).work_through(FOLDER / f"{name}.md") > 0
 
 
+def test_a_newcomer_comes_from_a_clone_to_a_cut_over_tenant_and_back(tmp_path: Path) -> None:
+    with newcomer(tmp_path) as terminal:  # and its own server, so it is not for each of the tests' servers
+        assert Reader(terminal).work_through(FOLDER / "newcomer.md") > 0
+    assert list((tmp_path / "home").glob("[!.]*")) == []
+
+
 def test_every_runbook_has_its_situation() -> None:
-    assert {path.stem for path in (INDEX, *RUNBOOKS)} == SITUATIONS.keys()
+    assert {path.stem for path in (INDEX, *RUNBOOKS)} == SITUATIONS.keys() | {"newcomer"}
+
+
+def test_a_terminal_remembers_and_ends_with_the_first_command_that_fails(tmp_path: Path) -> None:
+    with newcomer(tmp_path) as terminal:
+        assert terminal.run("export WHO=me\ncd examples\nsleep 600 &\nexport PID=$!") == Ran(0, "")
+        assert terminal.run('echo $WHO; basename "$PWD"; kill -0 $PID') == Ran(0, "me\nexamples\n")
+        assert terminal.run("cat; echo one; false; echo two") == Ran(1, "one\n")
 
 
 def test_the_index_names_every_runbook_with_its_kind() -> None:

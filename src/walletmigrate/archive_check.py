@@ -70,7 +70,7 @@ class _Found:
 
 
 class Reading:
-    """An archive that is read once, from its head to its foot, in constant memory. Raises UnreadableInput, UsageError."""
+    """An archive that is read once, in constant memory. Raises UsageError without a file, UnreadableInput."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -109,7 +109,8 @@ class Reading:
                 for number, line in enumerate(file, 1):
                     yield number, json.loads(line)
         except FileNotFoundError:
-            raise UsageError(f"there is no archive {self.path}: walletmigrate archive --to {self.path} {REASON}") from None
+            make = f"walletmigrate archive --to {self.path} {REASON}"
+            raise UsageError(f"there is no archive {self.path}: {make}") from None
         except (OSError, EOFError, ValueError, zlib.error) as error:
             raise self._unreadable(number + 1, f"{type(error).__name__}: {error}") from None
 

@@ -53,7 +53,7 @@ def backfill(
     batch_size: _BATCH = None,
     rate: Annotated[
         float | None,
-        typer.Option("--rate", min=0.1, max=100_000_000, help="Accounts a second, over all workers. Default: no bound."),
+        typer.Option("--rate", min=0.1, max=100_000_000, help="Accounts a second over all workers. Default: no bound."),
     ] = None,
     workers: WORKERS = None,
     dask: DASK = None,
@@ -61,8 +61,8 @@ def backfill(
 ) -> Answer:
     """Open an account for every legacy row, and bring stale ones up. Resumable."""
     run.act()
-    options = {"batch_size": batch_size, "rate": rate, "workers": workers, "dask": dask, "force": force}
-    results = run_over(run, mapping, run_backfill, **options)
+    options = {"batch_size": batch_size, "rate": rate, "force": force}
+    results = run_over(run, mapping, run_backfill, workers=workers, dask=dask, **options)
     lines, failed = [], 0
     for name, one in results:
         failed += one.failed
