@@ -80,7 +80,10 @@ ALERT_SECTIONS = [
     *("Meaning", "Impact", "Verify", "Diagnosis", "Mitigation", "Rollback"),
     *("Confirm resolved", "Silencing", "Escalation"),
 ]
-CHANGE = re.compile(r"walletmigrate (install|phase (advance|back)|cutover|rollback|backfill|stop-the-line|resume)\b")
+CHANGE = re.compile(
+    r"walletmigrate ((un)?install|phase (advance|back)|flags set|cutover|rollback|backfill|stop-the-line|resume"
+    r"|(un)?freeze|jobs (pause|resume|cancel|set)|adjust|archive --to|retire|capture (mode|install|remove))\b"
+)
 PROCEDURE_SECTIONS = ["Before you start", "Steps", "How to know it worked", "How to go back", "Who to call"]
 
 
