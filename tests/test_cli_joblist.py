@@ -12,6 +12,7 @@ from commandline import REASON, Project, project_at
 from ledger import ACT
 from walletmigrate import jobs
 from walletmigrate.backfill import backfill
+from walletmigrate.errors import UsageError
 
 
 @pytest.fixture
@@ -72,6 +73,9 @@ def test_a_backfill_begins_at_the_rate_that_its_command_names(made: tuple[Projec
     found = project.run("jobs", "list", "--json").document["jobs"][0]
     assert (found["state"], found["options"]["rate"], found["options"]["batch-size"]) == ("done", "1e+06", "auto")
     assert project.run("backfill", "--rate", "0", *REASON).exit_code == 2
+    with pytest.raises(UsageError, match="more than 0"):
+        backfill(engine, settings, settings.mapping(), ACT, rate=0)
+    assert newest(engine) == (found["id"], "done")
 
 
 def test_a_running_job_is_paused_from_another_process(made: tuple[Project, Engine]) -> None:
