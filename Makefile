@@ -7,13 +7,14 @@ SHARE ?= 1
 TRANSACTIONS ?=
 REPORT ?= report.json
 BALANCES ?= balances.csv
+SITE ?= build/site
 ARGS ?=
 
 BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test torture check format bench model dashboards clean
+.PHONY: help setup demo test torture check format bench model dashboards docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -65,6 +66,10 @@ model: $(READY) ## explore every state of a model of the protocol, and of mutate
 
 dashboards: $(READY) ## make the Grafana dashboards anew
 	$(BIN)/python dashboards/build.py
+
+docs: $(READY) ## build the documentation's site; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir '$(abspath $(SITE))'
+	@echo "Site: $(abspath $(SITE))/index.html"
 
 clean: ## remove what these commands made
 	rm -rf .venv .packages build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -24,6 +24,8 @@ POLICIES = ("shadow", "strict")
 
 _ACCOUNT = 987654321987654321
 _TOKEN = "k" * 36
+_FRESH = "k" * 18 + "'||:token||'"
+"""A key of 36 characters, half of it a random number that the client makes, as it makes the key in an application."""
 _BARE_SCRIPT = (
     f"\\set id random(1, {ROWS})\nupdate users_bare set total_coins = total_coins + {AMOUNT} where id = :id;\n"
 )
@@ -98,14 +100,15 @@ def _posting_script(policy: str) -> str:
     settings = stage.settings_of(policy)
     mapping = settings.mapping(None)
     movement = Movement.credit(
-        _ACCOUNT, AMOUNT, type="deposit", reference=("deposit", _ACCOUNT), idempotency_key=_TOKEN
+        _ACCOUNT, AMOUNT, type="deposit", reference=("deposit", "r" * 18), idempotency_key=_TOKEN
     )
     request = prepare(movement, mapping, "integer", "0123456789abcdef" * 2).request
     calls = Calls(settings.ledger_schema, mapping)
     words = ", ".join(f"'{each}'" for each in calls.plain({**request, "dual": True}))
     words = words.replace(f"'{_ACCOUNT}'", ":id")
-    words = words.replace(str(_ACCOUNT), "'||:id||'").replace(_TOKEN, "'||gen_random_uuid()||'")
-    return f"\\set id random(1, {ROWS})\nselect wallet.plain_users({words});\n"
+    words = words.replace(str(_ACCOUNT), "'||:id||'").replace(_TOKEN, _FRESH)
+    token = f"\\set token random({10**17}, {10**18 - 1})"
+    return f"\\set id random(1, {ROWS})\n{token}\nselect wallet.plain_users({words});\n"
 
 
 def _throughput(policy: str, pairs: list[tuple[float, float]]) -> Figure:

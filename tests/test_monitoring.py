@@ -118,6 +118,8 @@ def test_every_panel_shows_data_of_a_database_and_a_process_with_traffic(databas
             return not missing
 
         until(complete, lambda: f"no data in {missing}", 30)
+        # A scrape amid the traffic has seen a part of it: the one after it sees all.
+        until(lambda: value(server, 'sum(walletmigrate_dual_write_total{outcome="ok"})') >= 11)
         # What was done is what is seen, so the data are of this database and of this process.
         assert server.query("walletmigrate_phase == 1")[0]["metric"]["phase"] == "read_ledger"
         assert value(server, "walletmigrate_drift_accounts") == 2

@@ -34,7 +34,7 @@ begin
             perform wallet.seal_users(array[v_key]);
             -- The ledger alone is written: from here on the column is not true.
             perform wallet.plain_users('FINGERPRINT', 'shadow', v_key, 'cash', 'EUR', 5, array[
-                'users', v_key::text, 'cash', 'EUR', '5', 't', 'start', null, null, null, null, null, null, null
+                'users/cash/EUR/' || v_key, '5', 't', 'start', null, null, null, null, null, null, null
             ]::text);
         end if;
     end loop;

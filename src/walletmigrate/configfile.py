@@ -35,6 +35,8 @@ _SECRET_KEYS = (
     "password",
 )
 
+_TABLES = ("FLAGS", "CAPTURE", "THROTTLE", "ROLES", "MAPPINGS")
+
 # What a right value looks like, by key: the fix of an error that has no better one.
 EXAMPLES: Mapping[str | int, str] = {
     "schema": 'schema = "wallet"',
@@ -171,7 +173,7 @@ def fields_in_environment() -> set[str]:
 def unreadable_variable() -> ConfigError:
     """The error for an environment variable that must be JSON and is not."""
     given = {name.upper(): value for name, value in os.environ.items() if value}
-    tables = [ENVIRONMENT_PREFIX + table for table in ("FLAGS", "ROLES", "MAPPINGS")]
+    tables = [ENVIRONMENT_PREFIX + table for table in _TABLES]
     names = [name for name in tables if name in given and not _is_json(given[name])]
     return ConfigError(f"{' and '.join(names)} in the environment must be valid JSON.", fix="write JSON, or unset it.")
 

@@ -48,7 +48,7 @@ _LABEL = (
     "actor",
     "reason",
 )
-"""What stands in a label behind mapping, key, bucket, currency, change and dual."""
+"""What stands in a label behind place (mapping/bucket/currency/key), change and dual."""
 
 _GONE = frozenset({"42883", "3F000", "42P01"})  # no such function, schema, table
 
@@ -142,9 +142,8 @@ class Calls:
         debtor, amount = request["debtor"], str(request["amount"])
         key, change = (request["creditor"], amount) if debtor is None else (debtor, f"-{amount}")
         column = (str(request["bucket"]), str(request["currency"]))
-        label = _array(
-            (self._mapping, key, *column, change, "t" if request["dual"] else "f", *(request.get(n) for n in _LABEL))
-        )
+        place = "/".join((self._mapping, *column, str(key)))
+        label = _array((place, change, "t" if request["dual"] else "f", *(request.get(name) for name in _LABEL)))
         return (self._fingerprint, self._policy, str(key), *column, change, label)
 
     def request(self, prepared: Sequence[Prepared]) -> str:

@@ -1,5 +1,6 @@
--- sqlfluff:exclude_rules:references.keywords,references.from,structure.column_order,layout.long_lines
--- (long lines are not checked here: sqlfluff adds up what the loops render; no line has more than 120 characters)
+-- sqlfluff:exclude_rules:references.keywords,references.from,structure.column_order,layout.long_lines,layout.indent
+-- (long lines are not checked here: sqlfluff adds up what the loops render, and no line has more than 120 characters;
+-- indentation is not: it looks at the rendered macros)
 -- The fence of one mapping. It needs no marker to be right: it asks whether the ledger equals the legacy row as it
 -- is now, whoever wrote. Where plain_ labelled the update, it writes the ledger itself, from the row's own old and
 -- new balance: a label that was forged is a posting by whoever may post, and no wrong balance; of anybody else it
@@ -7,8 +8,10 @@
 
 {# Phase legacy has no use for a mode: there every one is stale. #}
 {% set in_use = "pg_sequence_last_value('" ~ schema ~ ".ceiling'::regclass) = 2" %}
-{# Mirror posts, so it asks for the line as a posting does, and is waited for. #}
-{% set follows = in_use ~ " and pg_sequence_last_value('" ~ schema ~ ".line'::regclass) = 1" %}
+{# The line runs (1, not 2) and the phase lets dual-write be asked for (2, not 1). Mirror posts, so
+   it asks as a posting does, and is waited for. #}
+{% set open = "pg_sequence_last_value('" ~ schema ~ ".line'::regclass) < pg_sequence_last_value('" ~ schema
+    ~ ".ceiling'::regclass)" %}
 {# Not in the short way: what fails there is tried the long way, which decides. #}
 {% set counted = "where coalesce(v_setting, '') = '' or v_setting like 'adapter:%'" %}
 {% macro reject(c) %}
@@ -17,6 +20,21 @@ perform nextval('rejected_{{ mapping }}') {{ counted }};
                     using
                         errcode = 'WM031', detail = fingerprint(current_query()),
                         hint = 'Move this code path to the adapter, or: walletmigrate capture mode stale';
+{%- endmacro %}
+{# What the label says and the row then did are one movement, and one that the ledger can take. A credit that stays
+   below the floor is left to the long way. #}
+{% macro fits(c) %}
+v_after - {{ c.before }} = v_label[2]::numeric
+                and v_after = round(v_after, {{ c.scale }})
+                {% if c.floor != "null::numeric" %}
+                and v_after >= {{ c.floor }}
+                {% endif %}
+                {% if c.wide %}
+                and v_after between {{ c.minimum }} and {{ c.maximum }} -- its type keeps no such limit
+                {% endif %}
+                {% for other in columns if other.bucket != c.bucket or other.currency != c.currency %}
+                and old.{{ other.column }} is not distinct from new.{{ other.column }}
+                {% endfor %}
 {%- endmacro %}
 -- Writes that were refused, though their transactions are gone: a sequence has no rollback.
 create sequence if not exists {{ schema }}.rejected_{{ mapping }};
@@ -39,111 +57,97 @@ declare
     v_ours boolean;
     v_written boolean;
     v_treatment text;
-    v_setting text := nullif(current_setting('walletmigrate.posting', true), '');
+    v_setting text := current_setting('walletmigrate.posting', true);
     v_label text[];
     v_after numeric;
-    v_change numeric;
     v_id bigint;
     v_transaction bigint;
     v_state account_state;
 begin
     -- The setting is anybody's. It is heard from a session whose user may post; the user of this function is the owner.
     -- By to_regrole, which fails no write where a role was renamed: the long way does without the setting.
-    if
-        v_setting is not null
-        and pg_has_role(session_user, to_regrole('{{ app }}')::oid, 'member') is not true
-        and pg_has_role(session_user, to_regrole('{{ operator }}')::oid, 'member') is not true
-    then
-        v_setting := null;
-    end if;
-    if tg_op = 'UPDATE' and v_setting like '{"%' then
+    if v_setting like '{"%' and pg_has_role(session_user, to_regrole('{{ app }}')::oid, 'member') then
         v_label := v_setting;
-        if v_label[1] = '{{ mapping }}' and v_label[2] = new.{{ key }}::text and old.{{ key }} = new.{{ key }} then
-            {% for c in columns %}
-            {{ "if" if loop.first else "elsif" }}
-                v_label[3] = '{{ c.bucket }}' and v_label[4] = '{{ c.currency }}'
+    elsif v_setting <> '' then
+        if
+            pg_has_role(session_user, to_regrole('{{ app }}')::oid, 'member') is not true
+            and pg_has_role(session_user, to_regrole('{{ operator }}')::oid, 'member') is not true
+        then
+            v_setting := null;
+        elsif v_setting like '{"%' then
+            v_label := v_setting;
+        end if;
+    end if;
+    if v_label is not null then
+        {% for c in columns %}
+        {{ "if" if loop.first else "elsif" }}
+            v_label[1] = '{{ mapping }}/{{ c.bucket }}/{{ c.currency }}/' || new.{{ key }}::text collate "C"
+            and old.{{ key }} = new.{{ key }}
+        then
+            v_after := {{ c.after }};
+            -- One condition for all that is mostly so: the first look at an expression costs more than its answer.
+            if
+                {{ fits(c) }}
+                and v_label[3] = 't' and {{ open }}
             then
-                v_after := {{ c.after }};
-                v_change := v_after - {{ c.before }};
-                if (
-                    v_change = v_label[5]::numeric and v_change <> 0 and v_after = round(v_after, {{ c.scale }})
-                    {% if c.floor != "null::numeric" %}
-                    and (v_change > 0 or v_after >= {{ c.floor }})
-                    {% endif %}
-                    {% if c.wide %}
-                    and v_after between {{ c.minimum }} and {{ c.maximum }} -- its type keeps no such limit
-                    {% endif %}
-                    {% for other in columns if other.bucket != c.bucket or other.currency != c.currency %}
-                    and old.{{ other.column }} is not distinct from new.{{ other.column }}
-                    {% endfor %}
-                ) is not true then
-                    -- In plain_ the long way decides then; whoever else set the label gets the error.
-                    raise exception 'the label stands for another write' using errcode = 'WM000';
-                end if;
-                if
-                    v_label[6] = 't' and pg_sequence_last_value('{{ schema }}.line'::regclass) = 1
-                    and pg_sequence_last_value('{{ schema }}.ceiling'::regclass) = 2
-                then
-                    -- The update is the lock of the account, and asks under it for all that has to hold.
-                    update accounts as a set balance = v_after
-                    where
-                        a.mapping = '{{ mapping }}' and a.key = v_label[2]
-                        and a.bucket = '{{ c.bucket }}' and a.currency = '{{ c.currency }}'
-                        and a.state = 'mirrored' and a.balance = {{ c.before }}
-                    returning a.id, nextval('transaction_ids') into v_id, v_transaction;
-                    if not found then
-                        raise exception 'the account stands otherwise' using errcode = 'WM000';
-                    end if;
-                    if v_label[10] is not null then
-                        insert into idempotency_keys (key, transaction_id, request, mode)
-                        values (v_label[10], v_transaction, v_label[11]::uuid, 'dual_write')
-                        on conflict do nothing;
-                        if not found then
-                            raise exception 'the account stands otherwise' using errcode = 'WM000';
-                        end if;
-                    end if;
-                    {% for debit, credit in (("v_id", c.external), (c.external, "v_id")) %}
-                    {{ "if v_change < 0 then" if loop.first else "else" }}
-                        insert into transactions (
-                            id, debit_account, credit_account, kind, type, amount,
-                            {{ "debit_balance" if loop.first else "credit_balance" }}, currency,
-                            reference_type, reference_id, correlation_id, actor, reason
-                        )
-                        values (
-                            v_transaction, {{ debit }}, {{ credit }}, 'posting', v_label[7],
-                            round({{ "-" if loop.first }}v_change, {{ c.scale }}), v_after, '{{ c.currency }}',
-                            v_label[8], v_label[9], v_label[12], v_label[13], v_label[14]
-                        );
-                    {% endfor %}
-                    end if;
-                    perform set_config('walletmigrate.posting', 'dual_write ' || v_transaction, true);
-                    return null;
-                end if;
-                select a.state into v_state from accounts as a
+                -- The update is the lock of the account, and asks under it for all that has to hold.
+                update accounts as a set balance = v_after
                 where
-                    a.mapping = '{{ mapping }}' and a.key = v_label[2]
+                    a.mapping = '{{ mapping }}' and a.key = new.{{ key }}::text collate "C"
                     and a.bucket = '{{ c.bucket }}' and a.currency = '{{ c.currency }}'
-                for no key update;
-                -- Above READ COMMITTED an account may be there unseen: the long way probes for it.
-                if v_state <> 'stale' or current_setting('transaction_isolation') <> 'read committed' then
+                    and a.state = 'mirrored' and a.balance = {{ c.before }}
+                returning a.id, nextval('transaction_ids') into v_id, v_transaction;
+                if v_id is null then
                     raise exception 'the account stands otherwise' using errcode = 'WM000';
                 end if;
-                if v_label[10] is not null then
-                    insert into idempotency_keys (key, request, mode, balances)
-                    values (
-                        v_label[10], v_label[11]::uuid, 'legacy',
-                        case when v_change < 0 then array[v_after, null, null, null]
-                        else array[null, null, v_after, null] end
-                    )
-                    on conflict do nothing;
-                    if not found then
-                        raise exception 'the account stands otherwise' using errcode = 'WM000';
-                    end if;
+                if v_label[7] is not null then
+                    -- Not `on conflict`, which looks twice: a key that was used goes the long way like all else.
+                    insert into idempotency_keys (key, transaction_id, request, mode)
+                    values (v_label[7], v_transaction, v_label[8]::uuid, 'dual_write');
                 end if;
-                perform set_config('walletmigrate.posting', 'legacy', true);
+                {% for debit, credit in (("v_id", c.external), (c.external, "v_id")) %}
+                {{ "if v_label[2] like '-%' then" if loop.first else "else" }}
+                    insert into transactions (
+                        id, debit_account, credit_account, kind, type, amount,
+                        {{ "debit_balance" if loop.first else "credit_balance" }}, currency,
+                        reference_type, reference_id, correlation_id, actor, reason
+                    )
+                    values (
+                        v_transaction, {{ debit }}, {{ credit }}, 'posting', v_label[4],
+                        round({{ "-" if loop.first }}v_label[2]::numeric, {{ c.scale }}), v_after, '{{ c.currency }}',
+                        v_label[5], v_label[6], v_label[9], v_label[10], v_label[11]
+                    );
+                {% endfor %}
+                end if;
+                v_setting := set_config(
+                    'walletmigrate.posting', 'dual_write ' || v_transaction || ' ' || v_after, true
+                );
                 return null;
-            {% endfor %}
             end if;
+            if ({{ fits(c) }}) is not true then
+                -- In plain_ the long way decides then; whoever else set the label gets the error.
+                raise exception 'the label stands for another write' using errcode = 'WM000';
+            end if;
+            select a.state into v_state from accounts as a
+            where
+                a.mapping = '{{ mapping }}' and a.key = new.{{ key }}::text collate "C"
+                and a.bucket = '{{ c.bucket }}' and a.currency = '{{ c.currency }}'
+            for no key update;
+            -- Above READ COMMITTED an account may be there unseen: the long way probes for it.
+            if v_state <> 'stale' or current_setting('transaction_isolation') <> 'read committed' then
+                raise exception 'the account stands otherwise' using errcode = 'WM000';
+            end if;
+            if v_label[7] is not null then
+                insert into idempotency_keys (key, request, mode, balances)
+                values (
+                    v_label[7], v_label[8]::uuid, 'legacy',
+                    case when v_label[2] like '-%' then array[v_after, null, null, null]
+                    else array[null, null, v_after, null] end
+                );
+            end if;
+            v_setting := set_config('walletmigrate.posting', 'legacy ' || v_after, true);
+            return null;
+        {% endfor %}
         end if;
     end if;
     v_key := case when tg_op = 'DELETE' then old.{{ key }} else new.{{ key }} end;
@@ -214,7 +218,7 @@ begin
                     {{ reject(c) }}
                 end if;
                 {% elif capture_mode == "mirror" %}
-                if v_account.state = 'mirrored' and v_account.balance <> 0 and {{ follows }} then
+                if v_account.state = 'mirrored' and v_account.balance <> 0 and {{ open }} then
                     perform follow(v_account.id, v_account.balance, 0, '{{ c.currency }}', {{ c.bypass }});
                 end if;
                 {% endif %}
@@ -231,7 +235,7 @@ begin
             elsif
                 v_account.state = 'mirrored' and v_now[{{ loop.index }}] between {{ c.minimum }} and {{ c.maximum }}
                 and v_now[{{ loop.index }}] = round(v_now[{{ loop.index }}], {{ c.scale }})
-                and {{ follows }}
+                and {{ open }}
             then
                 v_treatment := follow(
                     v_account.id, v_account.balance, v_now[{{ loop.index }}], '{{ c.currency }}', {{ c.bypass }}

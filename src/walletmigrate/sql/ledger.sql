@@ -82,7 +82,8 @@ create table {{ schema }}.transactions (
     debit_account bigint not null,
     credit_account bigint not null,
     posted_at timestamptz not null default clock_timestamp(),
-    xid bigint not null default pg_current_xact_id()::text::bigint,
+    -- Not pg_current_xact_id(), which is no bigint and goes there by way of text, in every posting.
+    xid bigint not null default txid_current(),
     group_id bigint,
     reverses bigint,
     job_id bigint,

@@ -215,7 +215,6 @@ language plpgsql
 as $$
 #variable_conflict use_variable
 declare
-    v_now numeric;
     v_done text;
 begin
     if p_fingerprint is distinct from '{{ fingerprint }}' then
@@ -223,28 +222,29 @@ begin
             using errcode = 'WM010', hint = 'Run: walletmigrate install';
     end if;
     begin
-        perform set_config('walletmigrate.posting', p_label, true);
+        v_done := set_config('walletmigrate.posting', p_label, true);
         {% for c in columns %}
         {{ "if" if loop.first else "elsif" }} p_bucket = '{{ c.bucket }}' and p_currency = '{{ c.currency }}' then
             update {{ relation }} as l set {{ c.column }} = {{ c.changed | replace("<change>", "p_change") }}
-            where l.{{ key }} = p_key
-            returning {{ c.value }} into v_now;
+            where l.{{ key }} = p_key;
         {% endfor %}
         end if;
-        v_done := current_setting('walletmigrate.posting');
-        if v_done <> 'legacy' and v_done not like 'dual\_write %' then
-            -- The fence had nothing to fire on, or a trigger of the application took the label away: posted itself.
-            raise exception using errcode = 'WM000';
+        -- What the fence has left there; looked at and taken away in one go.
+        v_done := current_setting('walletmigrate.posting') || set_config('walletmigrate.posting', '', true);
+        if v_done like 'dual\_write %' or v_done like 'legacy %' then
+            return v_done;
         end if;
-        perform set_config('walletmigrate.posting', '', true);
-        return v_done || ' ' || v_now;
+        -- The fence had nothing to fire on, or a trigger of the application took the label away: posted itself.
+        raise exception using errcode = 'WM000';
     exception
         when serialization_failure or deadlock_detected or lock_not_available then
             raise;
         when others then
             null; -- all taken back, the label too
     end;
-    return to_jsonb({{ schema }}.move_{{ mapping }}({{ schema }}.labelled(p_label::text[]), p_policy, false))::text;
+    return to_jsonb({{ schema }}.move_{{ mapping }}(
+        {{ schema }}.labelled(p_label::text[], p_key::text, p_bucket, p_currency), p_policy, false
+    ))::text;
 end
 $$;
 

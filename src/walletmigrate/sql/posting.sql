@@ -65,32 +65,33 @@ end
 $$;
 
 -- The movement that a label stands for: a credit or a debit of one side.
-create or replace function {{ schema }}.labelled(p_label text[]) returns {{ schema }}.movement
+create or replace function {{ schema }}.labelled(p_label text[], p_key text, p_bucket text, p_currency text)
+returns {{ schema }}.movement
 language plpgsql
 stable
 as $$
 declare
     m {{ schema }}.movement;
 begin
-    m.amount := abs(p_label[5]::numeric);
-    if p_label[5]::numeric < 0 then
+    m.amount := abs(p_label[2]::numeric);
+    if p_label[2]::numeric < 0 then
         m.operation := 'debit';
-        m.debtor := p_label[2];
+        m.debtor := p_key;
     else
         m.operation := 'credit';
-        m.creditor := p_label[2];
+        m.creditor := p_key;
     end if;
-    m.bucket := p_label[3];
-    m.currency := p_label[4];
-    m.dual := p_label[6]::boolean;
-    m.type := p_label[7];
-    m.reference_type := p_label[8];
-    m.reference_id := p_label[9];
-    m.idempotency_key := p_label[10];
-    m.request := p_label[11];
-    m.correlation_id := p_label[12];
-    m.actor := p_label[13];
-    m.reason := p_label[14];
+    m.bucket := p_bucket;
+    m.currency := p_currency;
+    m.dual := p_label[3]::boolean;
+    m.type := p_label[4];
+    m.reference_type := p_label[5];
+    m.reference_id := p_label[6];
+    m.idempotency_key := p_label[7];
+    m.request := p_label[8];
+    m.correlation_id := p_label[9];
+    m.actor := p_label[10];
+    m.reason := p_label[11];
     return m;
 end
 $$;

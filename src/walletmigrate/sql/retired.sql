@@ -122,6 +122,8 @@ begin
         raise exception 'mapping {{ mapping }} was installed from another configuration'
             using errcode = 'WM010', hint = 'Run: walletmigrate install';
     end if;
-    return to_jsonb({{ schema }}.move_{{ mapping }}({{ schema }}.labelled(p_label::text[]), p_policy, false))::text;
+    return to_jsonb({{ schema }}.move_{{ mapping }}(
+        {{ schema }}.labelled(p_label::text[], p_key::text, p_bucket, p_currency), p_policy, false
+    ))::text;
 end
 $$;
