@@ -556,6 +556,20 @@ def test_the_sandbox_has_all_that_the_first_commands_need_and_goes_without_a_tra
         end(process)
 
 
+def test_an_empty_sandbox_is_a_database_and_nothing_else(tmp_path: Path) -> None:
+    process = Project(tmp_path, "").start("sandbox", "place", "--empty", "--json")
+    try:
+        made = first_document(process)
+        tables = "select count(*) from pg_tables where schemaname = 'public'"
+        assert ledger.scalar(ledger.engine_named(made["url"]), tables) == 0
+        assert (made["folder"], made["rows"]) == (None, 0)
+        assert not (tmp_path / "place").exists()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    finally:
+        end(process)
+
+
 def test_a_sandbox_does_not_overwrite_a_configuration_of_somebody_elses(tmp_path: Path) -> None:
     (tmp_path / "walletmigrate.toml").write_text("# mine\n")
     said = Project(tmp_path, "").run("sandbox", str(tmp_path), "--json", url="")

@@ -18,7 +18,10 @@ def test_the_whole_way_to_a_dropped_column_by_commands(database_url: str, tmp_pa
     retire = ("retire", "--archive", file, "--migrations", str(versions), "--confirm", "users")
 
     said = project.run(*retire, *REASON)
-    assert said.exit_code == 2, "the file is not there yet"
+    assert (said.exit_code, said.stderr) == (
+        2,
+        f"error: there is no archive {file}: walletmigrate archive --to {file} --reason '…'\n",
+    )
     said = project.run("phase", "advance", "--json", *REASON)
     assert said.exit_code == 4
     assert "walletmigrate archive --to users.jsonl.gz" in said.document["error"]["fields"]["reasons"][0]["mend"]

@@ -12,6 +12,7 @@ from commandline import REASON, Project, project_at
 from ledger import ACT
 from walletmigrate import jobs
 from walletmigrate.backfill import backfill
+from walletmigrate.errors import UsageError
 
 
 @pytest.fixture
@@ -55,6 +56,26 @@ def test_a_job_is_resumed_here_with_the_settings_that_it_has(made: tuple[Project
     assert ("backfill resume", "tests", "a test") in actions
     # It is done, and nothing was set aside: nothing to resume.
     assert project.run("jobs", "resume", str(job), *REASON).exit_code == 4
+
+
+def test_a_backfill_begins_at_the_rate_that_its_command_names(made: tuple[Project, Engine]) -> None:
+    project, engine = made
+    project.change("jobs", "cancel", str(newest(engine)[0]))
+    batches: list[int] = []
+    settings = project.settings
+
+    def told(job: jobs.Job) -> None:
+        batches.append(job.counts["keys"])
+
+    backfill(engine, settings, settings.mapping(), ACT, rate=3, progress=told, stop=lambda: bool(batches))
+    assert batches == [3]  # a second's worth, from the first batch on
+    assert project.change("backfill", "--rate", "1000000").exit_code == 0
+    found = project.run("jobs", "list", "--json").document["jobs"][0]
+    assert (found["state"], found["options"]["rate"], found["options"]["batch-size"]) == ("done", "1e+06", "auto")
+    assert project.run("backfill", "--rate", "0", *REASON).exit_code == 2
+    with pytest.raises(UsageError, match="more than 0"):
+        backfill(engine, settings, settings.mapping(), ACT, rate=0)
+    assert newest(engine) == (found["id"], "done")
 
 
 def test_a_running_job_is_paused_from_another_process(made: tuple[Project, Engine]) -> None:

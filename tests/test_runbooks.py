@@ -18,6 +18,16 @@ from sybil.example import SybilFailure
 from sybil.parsers.markdown import CodeBlockParser
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer
 
+from runbook_procedures import (
+    Terminal,
+    before_the_backfill,
+    before_the_freeze,
+    frozen,
+    mid_posting,
+    newcomer,
+    with_history,
+    with_migrations,
+)
 from runbook_stage import (
     Ran,
     Shell,
@@ -43,6 +53,8 @@ RUNBOOKS = sorted(set(FOLDER.glob("*.md")) - {INDEX})
 
 SITUATIONS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
     "README": backfilled,
+    "archive": frozen,
+    "backfill": before_the_backfill,
     "backfill-stalled": stalled,
     "balance-drift": drifted,
     "bypass-writes": bypassed,
@@ -51,12 +63,16 @@ SITUATIONS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
     "exporter-down": cut_over,
     "flag-disagreement": disagreeing,
     "flags-stale": unreadable_flags,
+    "freeze": before_the_freeze,
     "job-failed": failed_job,
     "ledger-imbalance": imbalanced,
     "ledger-latency-high": waiting,
     "line-stopped": stopped,
     "read-mismatch": drifted,
+    "rehearse": with_history,
+    "retire": with_migrations,
     "rollback": cut_over,
+    "stop-the-line": mid_posting,
     "verification-stale": backfilled,
 }
 
@@ -64,14 +80,17 @@ ALERT_SECTIONS = [
     *("Meaning", "Impact", "Verify", "Diagnosis", "Mitigation", "Rollback"),
     *("Confirm resolved", "Silencing", "Escalation"),
 ]
-CHANGE = re.compile(r"walletmigrate (install|phase (advance|back)|cutover|rollback|backfill|stop-the-line|resume)\b")
+CHANGE = re.compile(
+    r"walletmigrate ((un)?install|phase (advance|back)|flags set|cutover|rollback|backfill|stop-the-line|resume"
+    r"|(un)?freeze|jobs (pause|resume|cancel|set)|adjust|archive --to|retire|capture (mode|install|remove))\b"
+)
 PROCEDURE_SECTIONS = ["Before you start", "Steps", "How to know it worked", "How to go back", "Who to call"]
 
 
 class Reader:
     """Somebody who works through a runbook, block by block, and minds every difference."""
 
-    def __init__(self, shell: Shell) -> None:
+    def __init__(self, shell: Shell | Terminal) -> None:
         self.shell = shell
         self.ran: Ran | None = None
         self.exit: int | None = None
@@ -147,8 +166,21 @@ def test_every_command_of_a_runbook_does_what_the_runbook_says(
     assert Reader(stage.shell()).work_through(FOLDER / f"{name}.md") > 0
 
 
+def test_a_newcomer_comes_from_a_clone_to_a_cut_over_tenant_and_back(tmp_path: Path) -> None:
+    with newcomer(tmp_path) as terminal:  # and its own server, so it is not for each of the tests' servers
+        assert Reader(terminal).work_through(FOLDER / "newcomer.md") > 0
+    assert list((tmp_path / "home").glob("[!.]*")) == []
+
+
 def test_every_runbook_has_its_situation() -> None:
-    assert {path.stem for path in (INDEX, *RUNBOOKS)} == SITUATIONS.keys()
+    assert {path.stem for path in (INDEX, *RUNBOOKS)} == SITUATIONS.keys() | {"newcomer"}
+
+
+def test_a_terminal_remembers_and_ends_with_the_first_command_that_fails(tmp_path: Path) -> None:
+    with newcomer(tmp_path) as terminal:
+        assert terminal.run("export WHO=me\ncd examples\nsleep 600 &\nexport PID=$!") == Ran(0, "")
+        assert terminal.run('echo $WHO; basename "$PWD"; kill -0 $PID') == Ran(0, "me\nexamples\n")
+        assert terminal.run("cat; echo one; false; echo two") == Ran(1, "one\n")
 
 
 def test_the_index_names_every_runbook_with_its_kind() -> None:

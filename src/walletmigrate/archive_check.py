@@ -18,9 +18,9 @@ from walletmigrate import functions
 from walletmigrate.archive import FETCHED, FORMAT, WIDTH, Archive, Progress, Sums, digest, dump, put_on_record
 from walletmigrate.audit import Act, record
 from walletmigrate.config import Column, Mapping, Settings
-from walletmigrate.errors import UnreadableInput
+from walletmigrate.errors import UnreadableInput, UsageError
 from walletmigrate.schema import quoted
-from walletmigrate.standing import require_installed
+from walletmigrate.standing import REASON, require_installed
 
 LISTED: Final = 1000
 """How many problems are listed; all are counted."""
@@ -70,7 +70,7 @@ class _Found:
 
 
 class Reading:
-    """An archive that is read once, from its head to its foot, in constant memory. Raises UnreadableInput."""
+    """An archive that is read once, in constant memory. Raises UsageError without a file, UnreadableInput."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -108,6 +108,9 @@ class Reading:
             with gzip.open(self.path, "rt", encoding="utf-8") as file:
                 for number, line in enumerate(file, 1):
                     yield number, json.loads(line)
+        except FileNotFoundError:
+            make = f"walletmigrate archive --to {self.path} {REASON}"
+            raise UsageError(f"there is no archive {self.path}: {make}") from None
         except (OSError, EOFError, ValueError, zlib.error) as error:
             raise self._unreadable(number + 1, f"{type(error).__name__}: {error}") from None
 
@@ -121,7 +124,7 @@ def check(engine: Engine | None, settings: Settings, path: Path, *, recorded: bo
     A mirrored account must hold what its row says; a frozen one must have held it when it was frozen. The journal is
     read by the snapshot that the archive was taken in, so what was posted since changes nothing. ``recorded``: the
     audit log must know the file by its checksum. Without an engine only the file's own sums are looked at, which
-    proves nothing. Reads only. Raises UnreadableInput, UnknownMapping, LedgerNotInstalled.
+    proves nothing. Reads only. Raises UsageError without the file, UnreadableInput, UnknownMapping, LedgerNotInstalled.
     """
     reading, found = Reading(path), _Found()
     mapping = settings.mapping(reading.head["mapping"]) if engine is not None else None

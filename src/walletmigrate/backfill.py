@@ -13,7 +13,7 @@ from walletmigrate import job_batches, jobs
 from walletmigrate.audit import Act
 from walletmigrate.comparison import Comparison, Group, snapshot
 from walletmigrate.config import Mapping, Settings
-from walletmigrate.errors import PreconditionRefused
+from walletmigrate.errors import PreconditionRefused, UsageError
 from walletmigrate.schema import quoted
 from walletmigrate.standing import REASON
 
@@ -48,6 +48,7 @@ def backfill(
     act: Act,
     *,
     batch_size: int | None = None,
+    rate: float | None = None,
     force: bool = False,
     workers: int = 1,
     executor: Executor | None = None,
@@ -58,10 +59,12 @@ def backfill(
     """Backfill a mapping, or go on with its unfinished backfill. Idempotent: what is in step stays as it is.
 
     Rows that are inserted, and accounts that turn stale, while it runs are covered by a last pass. ``batch_size``,
-    ``workers``, ``executor`` and ``force`` as in `jobs.run_batches` and `jobs.start_or_resume`. Raises
+    ``rate``, ``workers``, ``executor`` and ``force`` as in `jobs.run_batches` and `jobs.start_or_resume`. Raises
     PreconditionRefused in phase `legacy` or without the fence as it was made (also if it fell while the job ran),
-    LedgerNotInstalled, and what these raise.
+    LedgerNotInstalled, UsageError for a rate of 0 or less, and what these raise.
     """
+    if rate is not None and not rate > 0:
+        raise UsageError(f"a rate of {rate}: name how many accounts a second, more than 0")
     began = time.monotonic()
     with snapshot(engine) as connection:
         _refuse(connection, settings, mapping)
@@ -77,6 +80,7 @@ def backfill(
         main,
         last=late,
         batch_size=batch_size,
+        rate=rate,
         workers=workers,
         executor=executor,
         progress=progress,

@@ -51,13 +51,18 @@ def backfill(
     run: Run,
     mapping: _MAPPING = None,
     batch_size: _BATCH = None,
+    rate: Annotated[
+        float | None,
+        typer.Option("--rate", min=0.1, max=100_000_000, help="Accounts a second over all workers. Default: no bound."),
+    ] = None,
     workers: WORKERS = None,
     dask: DASK = None,
     force: FORCE = False,
 ) -> Answer:
     """Open an account for every legacy row, and bring stale ones up. Resumable."""
     run.act()
-    results = run_over(run, mapping, run_backfill, batch_size=batch_size, workers=workers, dask=dask, force=force)
+    options = {"batch_size": batch_size, "rate": rate, "force": force}
+    results = run_over(run, mapping, run_backfill, workers=workers, dask=dask, **options)
     lines, failed = [], 0
     for name, one in results:
         failed += one.failed

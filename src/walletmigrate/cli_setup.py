@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,9 @@ from walletmigrate.install import uninstall as uninstall_ledger
 from walletmigrate.invocation import Run, wait_for_the_end
 from walletmigrate.standing import REASON
 from walletmigrate.starter import write_configuration
+
+if TYPE_CHECKING:
+    from walletmigrate.sandbox import Sandbox
 
 
 def register(app: typer.Typer) -> None:
@@ -105,25 +108,32 @@ def sandbox(
     run: Run,
     folder: Annotated[Path, typer.Argument(help="Where its files go.")] = Path("walletmigrate-sandbox"),
     rows: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many users.")] = 1000,
+    empty: Annotated[
+        bool, typer.Option("--empty", help="No table and no files: for an application that makes its own.")
+    ] = False,
 ) -> Answer:
     """Run a scratch database with a legacy table, to try every command on. Ctrl-C ends it."""
     from walletmigrate.sandbox import sandbox as running
 
-    with running(folder, rows) as made:
+    with running(None if empty else folder, rows) as made:
         document = {**plain(made), "running": True}
-        lines = (
-            f"PostgreSQL {made.postgres_version} with {made.rows} users: {made.url}",
-            f"In another terminal:  cd {shlex.quote(str(made.folder))}",
-            "  walletmigrate status",
-            "  walletmigrate install --reason 'a first look'",
-            "  walletmigrate phase advance --reason 'a first look'",
-            "  walletmigrate flags set wallet.dualWrite on --everyone --reason 'a first look'",
-            "  walletmigrate backfill --reason 'a first look'",
-            "  walletmigrate verify",
-            "Ctrl-C ends it, and removes the database.",
-        )
-        wait_for_the_end(run, Answer(document, lines))
+        wait_for_the_end(run, Answer(document, (*_sandbox_lines(made), "Ctrl-C ends it, and removes the database.")))
     return Answer({}, printed=True)
+
+
+def _sandbox_lines(made: Sandbox) -> tuple[str, ...]:
+    if made.folder is None:
+        return (f"PostgreSQL {made.postgres_version}, an empty database: {made.url}",)
+    return (
+        f"PostgreSQL {made.postgres_version} with {made.rows} users: {made.url}",
+        f"In another terminal:  cd {shlex.quote(str(made.folder))}",
+        "  walletmigrate status",
+        "  walletmigrate install --reason 'a first look'",
+        "  walletmigrate phase advance --reason 'a first look'",
+        "  walletmigrate flags set wallet.dualWrite on --everyone --reason 'a first look'",
+        "  walletmigrate backfill --reason 'a first look'",
+        "  walletmigrate verify",
+    )
 
 
 def _with_config(run: Run) -> str:

@@ -137,6 +137,7 @@ def run_batches(
     *,
     last: Step | None = None,
     batch_size: int | None = None,
+    rate: float | None = None,
     workers: int = 1,
     executor: Executor | None = None,
     throttle: Throttle | None = None,
@@ -146,7 +147,8 @@ def run_batches(
     """Run batches until no key is left; the job is then still ``running``, and the caller's to `finish`.
 
     ``last`` is the step of a last pass over all keys once more, for what was written meanwhile. ``batch_size``
-    (legacy rows) is kept as the job's setting; None leaves that as it is, and by default the size tunes itself.
+    (legacy rows) and ``rate`` (accounts a second, over all workers) are kept as the job's settings; None leaves them
+    as they are, and by default the size tunes itself and the rate has no bound.
 
     More than one of ``workers`` are processes of this machine, or tasks of any ``executor``. They connect with the
     engine's URL, and get the steps pickled; ``progress`` and ``stop`` stay here, and are called a few times a second.
@@ -157,9 +159,10 @@ def run_batches(
     when its first batches fail alike, or when too many rows are set aside (JobFailed), when a batch ran out of
     attempts (Retryable), or when functions are missing (LedgerNotInstalled); a failed job is resumable.
     """
-    if batch_size is not None:
+    given = {name: one for name, one in (("batch_size", batch_size), ("rate", rate)) if one is not None}
+    if given:
         with begin(engine) as connection:
-            configure(connection, settings, job.id, {"batch_size": batch_size})
+            configure(connection, settings, job.id, given)
     steps = (step,) if last is None else (step, last)
     throttle = throttle or of_settings(engine, settings, job.id, job.mapping or "")
     work = Work(engine, settings, steps, progress=progress, throttle=throttle)

@@ -65,32 +65,39 @@ traits = {{ tenant = "tenant", role = "role" }}
 
 @dataclass(frozen=True)
 class Sandbox:
-    """A running sandbox. The URL has no password: only this machine's user reaches the server."""
+    """A running sandbox; an empty one has no files. No password: only this machine's user reaches the server."""
 
     url: str
-    folder: Path
-    config: Path
+    folder: Path | None
+    config: Path | None
     rows: int
     postgres_version: str
 
 
 @contextmanager
-def sandbox(folder: Path, rows: int = 1000) -> Iterator[Sandbox]:
+def sandbox(folder: Path | None, rows: int = 1000) -> Iterator[Sandbox]:
     """Run a scratch server with ``rows`` users of three tenants, and write files that fit it to ``folder``.
 
-    At the end server and data are gone; the files stay, and the next sandbox writes them anew. Raises
-    UsageError when the folder has a configuration of somebody else's, EmbeddedUnavailable without a server.
+    Without a folder the database is empty, for an application that makes its tables itself. At the end server and
+    data are gone; the files stay, and the next sandbox writes them anew. Raises UsageError when the folder has a
+    configuration of somebody else's, EmbeddedUnavailable without a server.
     """
-    config = folder / "walletmigrate.toml"
-    if config.exists() and not config.read_text(encoding="utf-8").startswith(MARK):
+    config = folder / "walletmigrate.toml" if folder else None
+    if config and config.exists() and not config.read_text(encoding="utf-8").startswith(MARK):
         raise UsageError(f"{config} was not made by a sandbox: name another folder")
     with Server.start() as server:
         url = server.create_database("app")
-        engine = connect.engine(url, application_name="walletmigrate sandbox")
-        with engine.begin() as connection:
-            schema.run_script(connection, _TABLE.format(rows=rows))
-        engine.dispose()
-        # Flags of an earlier sandbox would say what this one has not come to.
-        (folder / "flags" / "environment.json").unlink(missing_ok=True)
-        write_configuration(config, _SETTINGS.format(mark=MARK, url=url), replace=True)
-        yield Sandbox(url, folder, config, rows, server.version)
+        if folder and config:
+            _furnish(url, folder, config, rows)
+        yield Sandbox(url, folder, config, rows if folder else 0, server.version)
+
+
+def _furnish(url: str, folder: Path, config: Path, rows: int) -> None:
+    """Make the legacy table, and the files."""
+    engine = connect.engine(url, application_name="walletmigrate sandbox")
+    with engine.begin() as connection:
+        schema.run_script(connection, _TABLE.format(rows=rows))
+    engine.dispose()
+    # Flags of an earlier sandbox would say what this one has not come to.
+    (folder / "flags" / "environment.json").unlink(missing_ok=True)
+    write_configuration(config, _SETTINGS.format(mark=MARK, url=url), replace=True)
