@@ -333,7 +333,7 @@ def grant(connection: Connection, settings: Settings) -> None:
         working = function in [f"{n}_{m}" for n in jobs for m in _names(settings)]
         if posting:
             connection.exec_driver_sql(f"grant execute on function {signature} to {app}, {operator}")
-        elif working or function in (*SNAPSHOTS, "fold_system_accounts", "set_line", "undo_openings"):
+        elif working or function in (*SNAPSHOTS, "fold_system_accounts", "set_line", "undo_openings", "erase"):
             connection.exec_driver_sql(f"grant execute on function {signature} to {operator}")
 
 
