@@ -18,6 +18,7 @@ from sybil.example import SybilFailure
 from sybil.parsers.markdown import CodeBlockParser
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer
 
+from runbook_incidents import INCIDENTS
 from runbook_stage import (
     Ran,
     Shell,
@@ -58,6 +59,7 @@ SITUATIONS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
     "read-mismatch": drifted,
     "rollback": cut_over,
     "verification-stale": backfilled,
+    **INCIDENTS,
 }
 
 ALERT_SECTIONS = [
@@ -144,7 +146,8 @@ def test_every_command_of_a_runbook_does_what_the_runbook_says(
     name: str, server: Postgres, database_url: str, tmp_path: Path
 ) -> None:
     stage = SITUATIONS[name](server, database_url, tmp_path)
-    assert Reader(stage.shell()).work_through(FOLDER / f"{name}.md") > 0
+    with stage.cleanup:
+        assert Reader(stage.shell()).work_through(FOLDER / f"{name}.md") > 0
 
 
 def test_every_runbook_has_its_situation() -> None:
