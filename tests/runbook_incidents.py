@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ledger import ACT, engine_named
 from runbook_stage import CONFIGURATION, Stage, backfilled, cut_over_from
 from servers import Postgres
 from standby import pair
-from walletmigrate import LegacyBalanceAdapter, Posting, Settings, line
+from walletmigrate import LegacyBalanceAdapter, Posting, Settings, line, snapshots
 from walletmigrate.audit import Act
+from walletmigrate.embedded import DURABILITY_OFF, Server
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.install import install
 
@@ -62,6 +66,25 @@ def failed_over(server: Postgres, _url: str, folder: Path) -> Stage:
         return moved(stage, url, cleanup=cleanup.pop_all())
 
 
+def restored(server: Postgres, url: str, folder: Path) -> Stage:
+    """Phase dual_write and a backup, ``shop.dump``; then payment 42, the phase read_ledger, and tenant acme cut over.
+    Then the server was lost. The address leads to an empty database of a new one.
+    """
+    if server.binaries is None:
+        pytest.skip("a container's server has no programs here to make a backup with")
+    stage = backfilled(server, url, folder)
+    credit(stage, 3, 10, "deposit:41")
+    snapshots.take(stage.engine, stage.settings, ACT)
+    words = ["--format", "custom", "--file", str(folder / "shop.dump"), "--dbname", url]
+    subprocess.run([str(server.binaries / "pg_dump"), *words], check=True, capture_output=True)
+    credit(stage, 3, 10, "deposit:42")
+    stage = cut_over_from(stage)
+    (folder / "provider.csv").write_text("key,balance\n1,100\n2,100\n3,120\n", encoding="utf-8")
+    with ExitStack() as cleanup:
+        new = cleanup.enter_context(Server.start(server.binaries, settings=DURABILITY_OFF))
+        return moved(stage, new.create_database("shop"), cleanup=cleanup.pop_all())
+
+
 def moved(stage: Stage, url: str, **changes: Any) -> Stage:
     """The same stage, with another database."""
     settings = Settings.load(stage.folder / "walletmigrate.toml", database_url=url)
@@ -84,4 +107,5 @@ def credit(stage: Stage, key: int, amount: int, idempotency_key: str) -> Posting
 INCIDENTS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
     "erasure": personal,
     "failover": failed_over,
+    "restore": restored,
 }
