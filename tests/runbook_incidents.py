@@ -9,16 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
+from sqlalchemy import make_url
 
-from ledger import ACT, engine_named
-from runbook_stage import CONFIGURATION, Stage, backfilled, cut_over_from
+import flagsmith_stub
+from ledger import ACT, engine_named, execute
+from runbook_stage import CONFIGURATION, Stage, backfilled, cut_over_from, drifted
 from servers import Postgres
 from standby import pair
 from walletmigrate import LegacyBalanceAdapter, Posting, Settings, line, snapshots
 from walletmigrate.audit import Act
 from walletmigrate.embedded import DURABILITY_OFF, Server
 from walletmigrate.flag_sources import FileSource
+from walletmigrate.flags import DUAL_WRITE
 from walletmigrate.install import install
 
 RAW_QUERIES = CONFIGURATION.replace("\n[[mappings]]", "\n[capture]\nraw_queries = true\n\n[[mappings]]", 1)
@@ -85,6 +89,99 @@ def restored(server: Postgres, url: str, folder: Path) -> Stage:
         return moved(stage, new.create_database("shop"), cleanup=cleanup.pop_all())
 
 
+FLAG_SERVER = """
+[flags]
+source = "flagsmith"
+api_url = "{}"
+
+[[mappings]]"""
+LOGINS = {"shop": "wallet_app", "ops": "wallet_operator", "watch": "wallet_auditor"}
+
+
+def rotating(server: Postgres, _url: str, folder: Path) -> Stage:
+    """Phase dual_write, flags on a server, passwords asked for: logins of the application, the operators and the
+    exporter. Each has a new password waiting in the environment, and the flag server's two keys a successor. A night
+    job has a session of the application's old login.
+    """
+    if server.binaries is None:
+        pytest.skip("a container's server has no programs here to ask for passwords with")
+    with ExitStack() as cleanup:
+        stub = cleanup.enter_context(flagsmith_stub.running())
+        stub.project.defaults[stub.flag(DUAL_WRITE)] = True
+        stub.succeed(stub.environment_keys, flagsmith_stub.ENVIRONMENT_KEY, "ser.new-key")
+        stub.succeed(stub.admin_keys, flagsmith_stub.ADMIN_KEY, "new-admin-key")
+        own = cleanup.enter_context(Server.start(server.binaries, settings=DURABILITY_OFF))
+        stage = backfilled(server, own.create_database("shop"), folder)
+        configuration = CONFIGURATION.replace("\n[[mappings]]", FLAG_SERVER.format(stub.api_url), 1)
+        (folder / "walletmigrate.toml").write_text(configuration, encoding="utf-8")
+        for name, role in LOGINS.items():
+            execute(stage.engine, f"create role {name} login password 'old-{name}' in role {role}")
+        execute(stage.engine, "grant select, update on users to shop")
+        ask_for_passwords(own)
+        url = make_url(own.url_for("shop"))
+
+        def address(name: str, password: str) -> str:
+            return url.set(username=name, password=password).render_as_string(hide_password=False)
+
+        variables = {f"NEW_{name.upper()}_PASSWORD": f"new-{name}" for name in LOGINS}
+        variables |= {f"NEW_{name.upper()}_URL": address(f"{name}_2", f"new-{name}") for name in LOGINS}
+        variables |= {
+            "OLD_SHOP_URL": address("shop", "old-shop"),
+            "WALLETMIGRATE_DATABASE_URL": address("ops", "old-ops"),
+            "WALLETMIGRATE_FLAGSMITH_KEY": flagsmith_stub.ENVIRONMENT_KEY,
+            "WALLETMIGRATE_FLAGSMITH_ADMIN_KEY": flagsmith_stub.ADMIN_KEY,
+            "NEW_FLAGSMITH_KEY": "ser.new-key",
+            "NEW_FLAGSMITH_ADMIN_KEY": "new-admin-key",
+        }
+        night = psycopg.connect(variables["OLD_SHOP_URL"], application_name="night-job")
+        cleanup.callback(night.close)
+        return replace(stage, variables=variables, cleanup=cleanup.pop_all())
+
+
+def ask_for_passwords(server: Server) -> None:
+    """Let everybody but the superuser show a password, from the next connection on."""
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        row = connection.execute("show hba_file").fetchone()
+        assert row is not None
+        rules = "local all postgres trust\nlocal all all scram-sha-256\n"
+        Path(row[0]).write_text(rules, encoding="utf-8")
+        connection.execute("select pg_reload_conf()")
+
+
+def paid(server: Postgres, url: str, folder: Path) -> Stage:
+    """As `cut_over`, and user 3 has paid 10."""
+    stage = cut_over_from(backfilled(server, url, folder))
+    credit(stage, 3, 10, "deposit:41")
+    return stage
+
+
+def complaining(server: Postgres, url: str, folder: Path) -> Stage:
+    """As `cut_over`; user 3 was booked twice for one order, by two requests of a client that had no patience."""
+    stage = cut_over_from(backfilled(server, url, folder))
+    adapter = adapter_of(stage)
+    with stage.engine.begin() as connection:
+        adapter.credit(connection, 3, 50, type="deposit", reference=("deposit", 41), correlation_id="req-7a10")
+        for attempt, request in enumerate(("req-7a11", "req-7a12")):
+            adapter.debit(
+                connection,
+                3,
+                30,
+                type="booking",
+                reference=("order", 900),
+                idempotency_key=f"booking:900:{attempt}",
+                correlation_id=request,
+            )
+    return stage
+
+
+def undecided(server: Postgres, url: str, folder: Path) -> Stage:
+    """Phase dual_write, everything backfilled; then a night job wrote two balances past the adapter."""
+    stage = backfilled(server, url, folder)
+    with engine_named(url, "night-job").begin() as connection:
+        connection.exec_driver_sql("update users set total_coins = total_coins + 1 where id in (2, 4)")
+    return stage
+
+
 def moved(stage: Stage, url: str, **changes: Any) -> Stage:
     """The same stage, with another database."""
     settings = Settings.load(stage.folder / "walletmigrate.toml", database_url=url)
@@ -105,7 +202,12 @@ def credit(stage: Stage, key: int, amount: int, idempotency_key: str) -> Posting
 
 
 INCIDENTS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
+    "currency-or-scale-change": paid,
     "erasure": personal,
+    "escalation": drifted,
     "failover": failed_over,
+    "go-no-go": undecided,
     "restore": restored,
+    "rotate-keys": rotating,
+    "support-playbook": complaining,
 }
