@@ -64,6 +64,9 @@ class FlagsmithStub(ThreadingHTTPServer):
         self.project = Project()
         self.faults: list[Fault] = []
         self.calls: list[tuple[str, str]] = []
+        self.environment_keys = {ENVIRONMENT_KEY}
+        self.admin_keys = {ADMIN_KEY}
+        self._succeeded: dict[str, tuple[set[str], str]] = {}
         self.ended = threading.Event()
         self.lock = threading.RLock()
 
@@ -76,6 +79,19 @@ class FlagsmithStub(ThreadingHTTPServer):
     def writes(self) -> list[tuple[str, str]]:
         """The calls that were not only reads."""
         return [call for call in self.calls if call[0] != "GET"]
+
+    def succeed(self, keys: set[str], old: str, new: str) -> None:
+        """Take a second key. Whoever holds the dashboard withdraws the old one once the new one has been used."""
+        keys.add(new)
+        self._succeeded[new] = (keys, old)
+
+    def knows(self, keys: set[str], key: str) -> bool:
+        """Whether one of the keys was sent."""
+        if key not in keys:
+            return False
+        others, old = self._succeeded.pop(key, (keys, ""))
+        others.discard(old)
+        return True
 
     def flag(self, name: str) -> int:
         """The id of a feature."""
@@ -232,10 +248,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _authorize(self, path: str) -> None:
         if path == "/api/v1/environment-document/":
-            if self.headers.get("X-Environment-Key") != ENVIRONMENT_KEY:
+            if not self.server.knows(self.server.environment_keys, self.headers.get("X-Environment-Key", "")):
                 raise _Refused(403, {"detail": "Invalid or missing Environment Key"})
             return
-        if self.headers.get("Authorization") != f"Api-Key {ADMIN_KEY}":
+        if not self.server.knows(
+            self.server.admin_keys, self.headers.get("Authorization", "").removeprefix("Api-Key ")
+        ):
             raise _Refused(401, {"detail": "Invalid token."})
         requests = self.server.project.change_requests
         if requests is not None and self.command != "GET" and "/environments/" in path:

@@ -9,8 +9,8 @@ import os
 import subprocess
 import sys
 import threading
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psycopg
@@ -84,13 +84,18 @@ class Shell:
 
 @dataclass(frozen=True)
 class Stage:
-    """A database of ten users, the odd ones of tenant acme, and the files that fit it."""
+    """A database of ten users, the odd ones of tenant acme, and the files that fit it.
+
+    ``variables`` are set in the shell besides; what was entered into ``cleanup`` ends with the test.
+    """
 
     server: Postgres
     engine: Engine
     settings: Settings
     flags: FlagFile
     folder: Path
+    variables: dict[str, str] = field(default_factory=dict)
+    cleanup: ExitStack = field(default_factory=ExitStack)
 
     def shell(self) -> Shell:
         """A shell whose database role is the operators', beside the address of the tables' owner."""
@@ -106,15 +111,18 @@ class Stage:
                 "WALLETMIGRATE_DATABASE_URL": operator.render_as_string(hide_password=False),
                 "OWNER_DATABASE_URL": url.render_as_string(hide_password=False),
                 "WALLETMIGRATE_ACTOR": "on-call:test",
+                **self.variables,
             },
         )
 
 
-def backfilled(server: Postgres, url: str, folder: Path, *, opened: bool = True) -> Stage:
+def backfilled(
+    server: Postgres, url: str, folder: Path, *, opened: bool = True, configuration: str = CONFIGURATION
+) -> Stage:
     """Phase dual_write, dual-write on for everyone, every account open (or none yet) and none verified."""
     engine, _ = install_users(url)
     config = folder / "walletmigrate.toml"
-    write_configuration(config, CONFIGURATION)
+    write_configuration(config, configuration)
     settings = Settings.load(config, database_url=url)
     stage = Stage(server, engine, settings, FlagFile(settings.flags.path), folder)
     phases.advance(engine, settings, FileSource(settings.flags.path), ACT)
@@ -150,10 +158,10 @@ def stalled(server: Postgres, url: str, folder: Path) -> Stage:
 
 def cut_over(server: Postgres, url: str, folder: Path) -> Stage:
     """Phase read_ledger; the balances of tenant acme are read from the ledger, those of globex are not."""
-    return _cut_over(backfilled(server, url, folder))
+    return cut_over_from(backfilled(server, url, folder))
 
 
-def _cut_over(stage: Stage) -> Stage:
+def cut_over_from(stage: Stage) -> Stage:
     engine, settings = stage.engine, stage.settings
     source = FileSource(settings.flags.path)
     verify(engine, settings, settings.mapping(None), ACT)
@@ -216,7 +224,7 @@ def disagreeing(server: Postgres, url: str, folder: Path) -> Stage:
     path = folder / "old-copy.json"
     stage = backfilled(server, url, folder)
     path.write_bytes(stage.settings.flags.path.read_bytes())
-    stage = _cut_over(stage)
+    stage = cut_over_from(stage)
     for file in (stage.settings.flags.path, stage.settings.flags.path, path):
         Heartbeat(stage.settings, FileSource(file), name="shop").beat()
     return stage

@@ -27,7 +27,13 @@ from walletmigrate import connect, schema
 from walletmigrate.adapter import LegacyBalanceAdapter
 from walletmigrate.capture import fence_problems
 from walletmigrate.config import Column, Mapping, Roles, Settings
-from walletmigrate.errors import ConfigError, LedgerNotInstalled, PreconditionRefused, WalletMigrateError
+from walletmigrate.errors import (
+    ConfigError,
+    IdempotencyKeyReused,
+    LedgerNotInstalled,
+    PreconditionRefused,
+    WalletMigrateError,
+)
 from walletmigrate.flags import DUAL_WRITE, StaticSource
 from walletmigrate.functions import relation
 from walletmigrate.install import install, uninstall
@@ -150,6 +156,32 @@ def test_another_meaning_beneath_open_accounts_is_refused(database_url: str, cha
         install(engine, with_columns(settings, **change), ACT)
     with engine.begin() as connection:
         assert post(connection, settings, "credit", 1, 1)["debtor_ledger"] is None
+
+
+def test_more_decimals_are_taken_beneath_open_accounts_and_their_journal_goes_on(database_url: str) -> None:
+    engine, settings = install_users(database_url, phase="dual_write", coins_type="numeric(20, 4)")
+    with engine.begin() as connection:
+        adapter_of(settings).credit(connection, 1, 1, type="test", idempotency_key="one")
+    finer = with_columns(settings, scale=4)
+    install(engine, finer, ACT)
+    with engine.begin() as connection, pytest.raises(LedgerNotInstalled, match="another configuration"):
+        adapter_of(settings).credit(connection, 1, 1, type="test")
+    with engine.begin() as connection:
+        posted = adapter_of(finer).credit(connection, 1, Decimal("0.0001"), type="test")
+    assert (posted.ledger_balance, posted.legacy_balance) == (Decimal("101.0001"), Decimal("101.0001"))
+    with engine.begin() as connection, pytest.raises(IdempotencyKeyReused):  # never twice, though not a replay either
+        adapter_of(finer).credit(connection, 1, 1, type="test", idempotency_key="one")
+    assert_sound(engine, finer)
+    with pytest.raises(PreconditionRefused, match="opened under another"):
+        install(engine, settings, ACT)
+
+
+def test_more_decimals_of_minor_units_are_another_meaning(database_url: str) -> None:
+    engine, settings = install_users(database_url, phase="dual_write", unit="minor", coins_type="bigint")
+    with engine.begin() as connection:
+        post(connection, settings, "open_account", 1, 0)
+    with pytest.raises(PreconditionRefused, match=r"currency-or-scale-change\.md"):
+        install(engine, with_columns(settings, scale=3), ACT)
 
 
 def test_another_table_or_key_beneath_open_accounts_is_refused(database_url: str) -> None:

@@ -36,7 +36,8 @@ jobs pause 3
 jobs set 3 rate=1000
 jobs resume 3
 jobs cancel 3
-adjust --account 1 --amount 5
+adjust --account 1 --amount 5 --notes gift
+erase --account 1
 reconcile --all
 reconcile list
 reconcile show 4

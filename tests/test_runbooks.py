@@ -18,6 +18,7 @@ from sybil.example import SybilFailure
 from sybil.parsers.markdown import CodeBlockParser
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer
 
+from runbook_incidents import INCIDENTS
 from runbook_procedures import (
     Terminal,
     before_the_backfill,
@@ -74,6 +75,7 @@ SITUATIONS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
     "rollback": cut_over,
     "stop-the-line": mid_posting,
     "verification-stale": backfilled,
+    **INCIDENTS,
 }
 
 ALERT_SECTIONS = [
@@ -163,7 +165,8 @@ def test_every_command_of_a_runbook_does_what_the_runbook_says(
     name: str, server: Postgres, database_url: str, tmp_path: Path
 ) -> None:
     stage = SITUATIONS[name](server, database_url, tmp_path)
-    assert Reader(stage.shell()).work_through(FOLDER / f"{name}.md") > 0
+    with stage.cleanup:
+        assert Reader(stage.shell()).work_through(FOLDER / f"{name}.md") > 0
 
 
 def test_a_newcomer_comes_from_a_clone_to_a_cut_over_tenant_and_back(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Commands of the fence: put it up, take it down, its mode, and what it saw."""
+"""Commands of the fence: put it up, take it down, its mode, what it saw, and what of that is personal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from walletmigrate import bypasses, doctor, fences
 from walletmigrate.bypasses import Catalogue, CodePath
 from walletmigrate.commands import command
 from walletmigrate.console import DIFFERENCE, OK, Answer, plain
-from walletmigrate.errors import UsageError
+from walletmigrate.erasure import erase as erase_texts
+from walletmigrate.errors import InvalidKey, UnknownMapping, UsageError
 from walletmigrate.fences import FenceChange
 from walletmigrate.invocation import Run, period
 from walletmigrate.standing import shown_time
@@ -26,6 +27,7 @@ def register(app: typer.Typer) -> None:
     command(group, "prune", group="capture", changes=True)(prune)
     app.add_typer(group, name="capture")
     command(app, "doctor")(check)
+    command(app, "erase", changes=True)(erase)
 
 
 def install(run: Run) -> Answer:
@@ -73,6 +75,25 @@ def prune(run: Run) -> Answer:
     count = bypasses.prune(run.engine, run.settings, run.act(), dry_run=run.dry_run)
     said = "would be removed" if run.dry_run else "removed"
     return Answer({"removed": count, "dry_run": run.dry_run}, (f"{count} lines {said}",))
+
+
+def erase(
+    run: Run,
+    account: Annotated[str, typer.Option("--account", metavar="KEY", help="Whose texts, by the account's key.")],
+    mapping: Annotated[str | None, typer.Option(help="Its mapping; needed where there are several.")] = None,
+) -> Answer:
+    """Erase the personal texts about one owner. Transactions and balances stay. Idempotent."""
+    try:
+        chosen = run.settings.mapping(mapping)
+        done = erase_texts(run.engine, run.settings, chosen, account, run.act(), dry_run=run.dry_run)
+    except (InvalidKey, UnknownMapping) as error:
+        raise UsageError(str(error)) from None
+    verb = "would erase" if done.dry_run else "erased"
+    line = (
+        f"{done.mapping} {done.key}: {verb} the texts of {done.details} transactions, {done.queries} statements, "
+        f"{done.messages} messages; no transaction and no balance changes"
+    )
+    return Answer(plain(done), (line,))
 
 
 def check(run: Run) -> Answer:

@@ -14,6 +14,7 @@ from walletmigrate.standing import REASON, require_installed
 
 INSTALL = f"walletmigrate install {REASON}"
 DRIFT = "runbooks/balance-drift.md"
+CHANGED = "runbooks/currency-or-scale-change.md"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def _mapping(connection: Connection, settings: Settings, mapping: Mapping) -> It
         return
     if stands.fingerprint != functions.fingerprint(mapping):
         what = f"mapping {mapping.name!r} was installed from another configuration: every posting is refused"
-        yield Finding(what, INSTALL, DRIFT)
+        yield Finding(what, INSTALL, CHANGED)
     if stands.functions_version != functions.FUNCTIONS_VERSION:
         what = f"the functions of {mapping.name!r} are of version {stands.functions_version}"
         yield Finding(f"{what}, this release makes {functions.FUNCTIONS_VERSION}", INSTALL, DRIFT)
@@ -59,7 +60,7 @@ def _legacy(
         connection, mapping, stands, lambda: retired.legacy_table(connection, settings.ledger_schema, mapping)
     )
     if altered:
-        yield Finding(*altered, DRIFT)
+        yield Finding(*altered, CHANGED)
 
 
 def _append_only(connection: Connection, settings: Settings) -> Iterator[Finding]:

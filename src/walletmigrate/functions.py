@@ -202,7 +202,7 @@ def make_functions(
     )
     connection.exec_driver_sql(f"set local search_path = pg_catalog, {quoted(schema)}, pg_temp")
     parts = (
-        *("posting", "capture", "mapping", "batches", "reconcile", "fence", "undo", "snapshots"),
+        *("posting", "capture", "mapping", "batches", "reconcile", "fence", "undo", "erasure", "snapshots"),
         *(("retired",) if retired else ()),
     )
     for part in parts:

@@ -243,7 +243,10 @@ def _refuse(
 
 
 def _changed_meaning(connection: Connection, settings: Settings, mapping: Mapping) -> list[tuple[str, str]]:
-    """A column, scale or unit that open accounts were opened under must not change beneath them."""
+    """A column, scale or unit that open accounts were opened under must not change beneath them.
+
+    More decimals may come in major units: each balance and each transaction is still what it was.
+    """
     stands = functions.installed_mapping(connection, settings.ledger_schema, mapping.name, removed=True)
     if stands is None or stands.fingerprint == functions.fingerprint(mapping):
         return []
@@ -251,15 +254,20 @@ def _changed_meaning(connection: Connection, settings: Settings, mapping: Mappin
         text(f"select count(*) from {quoted(settings.ledger_schema)}.accounts where mapping = :name"),
         {"name": mapping.name},
     )
-    fixed = ("bucket", "currency", "column", "scale", "unit")
     was, now = stands.definition, functions.definition(mapping)
-    kept = all({k: c[k] for k in fixed} in [{k: n[k] for k in fixed} for n in now["columns"]] for c in was["columns"])
+    kept = all(any(_same_meaning(c, n) for n in now["columns"]) for c in was["columns"])
     if not counted or (kept and was["table"] == now["table"] and was["key"] == now["key"]):
         return []
     what = f"{counted} accounts of mapping {mapping.name!r} were opened under another table, key, column, scale or unit"
-    uninstall = f"walletmigrate uninstall --drop-ledger --confirm {confirmation(settings)} {REASON}"
-    mend = f"put the old values back, or go back to phase legacy and run: {uninstall}"
+    mend = "put the old values back, or begin a new ledger beside this one: runbooks/currency-or-scale-change.md"
     return [(what, mend)]
+
+
+def _same_meaning(was: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether what was written of a column is true under its new definition."""
+    if any(was[name] != now[name] for name in ("bucket", "currency", "column", "unit")):
+        return False
+    return bool(now["scale"] == was["scale"] or (was["unit"] == "major" and now["scale"] > was["scale"]))
 
 
 def _refuse_uninstall(connection: Connection, settings: Settings) -> None:
@@ -333,7 +341,7 @@ def grant(connection: Connection, settings: Settings) -> None:
         working = function in [f"{n}_{m}" for n in jobs for m in _names(settings)]
         if posting:
             connection.exec_driver_sql(f"grant execute on function {signature} to {app}, {operator}")
-        elif working or function in (*SNAPSHOTS, "fold_system_accounts", "set_line", "undo_openings"):
+        elif working or function in (*SNAPSHOTS, "fold_system_accounts", "set_line", "undo_openings", "erase"):
             connection.exec_driver_sql(f"grant execute on function {signature} to {operator}")
 
 
