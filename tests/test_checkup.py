@@ -140,7 +140,7 @@ FAULTS = {
     ),
     PROCESS.format(7, "1", "a", 301, "null", 0): ("shop (pid 7) were last confirmed 301 s ago", "flags-stale"),
     PROCESS.format(7, "1", "a", 0, "'no such file'", 0): ("shop (pid 7): no such file", "flags-stale"),
-    PROCESS.format(7, "1", "a", 0, "null", 90): ("shop (pid 7) is 90 s in the future", "ledger-latency-high"),
+    PROCESS.format(7, "1", "a", 0, "null", 90): ("s in the future: the database's clock went back", "latency"),
 }  # fmt: skip
 
 

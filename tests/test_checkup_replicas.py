@@ -95,9 +95,14 @@ def test_a_replica_that_keeps_up_is_no_finding_and_one_that_does_not_is(pair: Pa
         connection.exec_driver_sql("alter system reset recovery_min_apply_delay")
         connection.exec_driver_sql("select pg_reload_conf()")
         connection.exec_driver_sql("select pg_wal_replay_pause()")
-        pair.write()
         name = connect.masked(pair.standby_url)
-        until(lambda: any(one.startswith(f"replica {name} is ") for one in pair.found()), pair.found)
+        assert f"replica {name} was told to pause its replay" in pair.found()
+        state = "select pg_get_wal_replay_pause_state()"  # what it is told it does when it is about to replay next
+        until(lambda: pair.found_after_a_write() != [] and connection.exec_driver_sql(state).scalar() == "paused", str)
+        until(
+            lambda: any(one.startswith(f"replica {name} is ") for one in pair.found_after_a_write()),
+            pair.found,
+        )
         connection.exec_driver_sql("select pg_wal_replay_resume()")
     until(lambda: pair.found_after_a_write() == [], pair.found)
 

@@ -157,13 +157,18 @@ def _replica(name: str, engine: Engine, limit: float, mend: str) -> Iterator[Fin
         with engine.connect() as connection:
             standby = connection.scalar(text("select pg_is_in_recovery()"))
             behind = connection.scalar(text(BEHIND)) if standby else None
+            paused = standby and connection.scalar(text("select pg_is_wal_replay_paused()"))
     except (DatabaseUnreachable, DBAPIError) as error:
         detail = error.detail if isinstance(error, DatabaseUnreachable) else type(error.orig).__name__
         yield Finding(f"replica {name} does not answer: {detail}", "start it, or take it out of the list", LATENCY)
         return
     if not standby:
         yield Finding(f"{name} is configured as a replica, and is none", "correct WALLETMIGRATE_REPLICA_URLS", LATENCY)
-    elif behind is not None and behind > limit:
+        return
+    if paused:
+        what = f"replica {name} was told to pause its replay"
+        yield Finding(what, "on it, as a superuser: select pg_wal_replay_resume()", LATENCY)
+    if behind is not None and behind > limit:
         yield Finding(f"replica {name} is {behind:.0f} s behind, more than {limit:g} s", mend, LATENCY)
 
 
