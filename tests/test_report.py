@@ -143,6 +143,40 @@ def test_a_job_whose_process_is_gone_is_stalled_and_has_no_time_left(made: tuple
     assert (job.state, job.stalled, job.rate, job.eta_seconds) == ("running", True, None, None)
 
 
+def test_the_rate_is_of_the_last_minute_so_that_a_pause_does_not_count(made: tuple[Engine, Settings]) -> None:
+    """Begun yesterday and resumed: two batches of 60 accounts, from 50 s ago to 10 s ago; 580 are left of 1000."""
+    add_job(made[0], done="400", failed="20", started="clock_timestamp() - interval '1 d'")
+    batches = (("180", "done", 3600), ("60", "done", 30), ("55", "done", 10), ("0", "claimed", 0))
+    for number, (done, state, ago) in enumerate(batches, 1):
+        ledger.execute(
+            made[0],
+            "insert into wallet.job_batches (job_id, number, pass, upto_key, keys, state, done, failed, seconds, at) "
+            f"values (1, {number}, 1, '9', 60, '{state}', {done}, {5 if number == 3 else 0}, 20, "
+            f"clock_timestamp() - interval '{ago} s')",
+        )
+    job = status(*made, KNOWN).jobs[0]
+    assert job.share == pytest.approx(0.42)
+    assert job.rate == pytest.approx(3, rel=0.05)
+    assert job.eta_seconds == pytest.approx(193, rel=0.05)
+
+
+def test_a_job_that_waits_by_itself_has_no_rate_and_no_time_left(made: tuple[Engine, Settings]) -> None:
+    add_job(made[0])
+    ledger.execute(made[0], "update wallet.jobs set held = 'replica lag', held_at = clock_timestamp()")
+    job = status(*made, KNOWN).jobs[0]
+    assert (job.state, job.held, job.rate, job.eta_seconds) == ("running", "replica lag", None, None)
+
+
+def test_a_job_that_is_at_work_is_not_the_next_command(made: tuple[Engine, Settings]) -> None:
+    ledger.set_phase(made[0], "dual_write")
+    add_job(made[0])
+    assert status(*made, KNOWN).next_command == "walletmigrate jobs show 1  # the backfill runs"
+    ledger.execute(made[0], "update wallet.jobs set mapping = 'others'")
+    assert status(*made, KNOWN).next_command == "walletmigrate backfill --mapping users --reason '…'"
+    ledger.execute(made[0], "update wallet.jobs set mapping = 'users', state = 'paused'")
+    assert status(*made, KNOWN).next_command == "walletmigrate backfill --mapping users --reason '…'"
+
+
 def test_a_job_without_a_total_has_a_rate_and_no_time_left(made: tuple[Engine, Settings]) -> None:
     add_job(made[0], total="null")
     job = status(*made, KNOWN).jobs[0]

@@ -89,7 +89,7 @@ uninstall --confirm users
 """
 """The way of a migration and back. Each line is refused to lesser roles first, with nothing changed."""
 
-SERVICES = {"exporter", "sandbox", "rehearse", "init"}
+SERVICES = {"exporter", "sandbox", "rehearse", "init", "watch"}
 """Run until they are stopped, in a database of their own, or on no ledger: see the tests below."""
 
 UNFINISHED = {"jobs pause": "running", "jobs set": "paused", "jobs resume": "paused", "jobs cancel": "paused"}

@@ -96,11 +96,20 @@ def erase(
     return Answer(plain(done), (line,))
 
 
-def check(run: Run) -> Answer:
+def check(
+    run: Run,
+    exporter: Annotated[
+        str | None, typer.Option(metavar="URL", help="The exporter, to be looked at too: http://127.0.0.1:9464.")
+    ] = None,
+    login: Annotated[
+        list[str] | None, typer.Option(metavar="ROLE", help="A role that the application logs in with; repeatable.")
+    ] = None,
+) -> Answer:
     """Look for what is not as it should be, and name the runbook for it. Exit 3 if there is anything."""
+    source = run.source
     with run.engine.connect() as plain_connection:
         connection = plain_connection.execution_options(postgresql_readonly=True)
-        found = doctor.examine(connection, run.settings)
+        found = doctor.examine(connection, run.settings, source, exporter=exporter, logins=login or ())
     lines = [f"{one.what}\n  mend: {one.mend}\n  runbook: {one.runbook}" for one in found]
     return Answer(
         {"findings": [plain(one) for one in found]},

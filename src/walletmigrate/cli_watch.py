@@ -1,31 +1,41 @@
-"""Commands that look: status, the metrics exporter, the version."""
+"""Commands that look: status, once and live, the way of one mutation, the metrics exporter, the version."""
 
 from __future__ import annotations
 
 import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from importlib.metadata import version as version_of
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from sqlalchemy.exc import DBAPIError
 
 from walletmigrate.cli_flags import flag_text
 from walletmigrate.commands import command
-from walletmigrate.console import FAILURE, OK, Answer, plain, reasons_as_json, reasons_as_lines
-from walletmigrate.errors import ConfigError
+from walletmigrate.console import FAILURE, INTERRUPTED, OK, Answer, plain, reasons_as_json, reasons_as_lines, typed
+from walletmigrate.errors import ConfigError, UsageError, WalletMigrateError
 from walletmigrate.exporter import serve
 from walletmigrate.flag_impact import rollout
 from walletmigrate.invocation import NO_URL, Run, period, wait_for_the_end
 from walletmigrate.report import JobStatus, Status
 from walletmigrate.report import status as look
-from walletmigrate.standing import shown_time
+from walletmigrate.standing import shown_span, shown_time
 from walletmigrate.trace import trace as find
 
-PORT = 9464
+PORT: Final = 9464
+INTERVAL: Final = 5.0
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     command(app, "status")(status)
+    command(app, "watch")(watch)
     command(app, "trace")(trace)
     command(app, "exporter")(exporter)
     command(app, "version", role="none")(version)
@@ -36,6 +46,43 @@ def status(run: Run) -> Answer:
     seen = look(run.engine, run.settings, run.source)
     document = {**plain(seen), "refused": reasons_as_json(seen.refused)}
     return Answer(document, tuple(_lines(seen)))
+
+
+def watch(
+    run: Run,
+    interval: Annotated[
+        float, typer.Option(min=0.5, max=3600, metavar="SECONDS", help="From the end of one look to the next.")
+    ] = INTERVAL,
+) -> Answer:
+    """Show status live on this terminal until Ctrl-C; a database that goes away is said, and tried again."""
+    if run.as_json or not sys.stdout.isatty():
+        raise UsageError("watch shows a live view and needs a terminal: walletmigrate status prints once, also --json")
+    engine, settings, source = run.engine, run.settings, run.source
+    views = _views(lambda: _lines(look(engine, settings, source)), run)
+    console = Console()
+    try:
+        with Live(console=console, auto_refresh=False) as live:
+            for lines in views:
+                # Cut to the terminal's width: a line that wraps is worse than one that ends early.
+                live.update(Text("\n".join(lines), overflow="ellipsis", no_wrap=True), refresh=True)
+                time.sleep(interval)
+    except KeyboardInterrupt:
+        return Answer({}, exit_code=INTERRUPTED, printed=True)
+    raise AssertionError("unreachable: the views do not end")
+
+
+def _views(seen: Callable[[], list[str]], run: Run) -> Iterator[list[str]]:
+    """What is seen now, again and again; while the database does not answer, what was seen last, and since when."""
+    last: list[str] = []
+    at = datetime.now().astimezone()
+    while True:
+        try:
+            last, at = seen(), datetime.now().astimezone()
+            head = f"{shown_time(at)}; Ctrl-C ends it"
+        except (DBAPIError, WalletMigrateError) as error:
+            failure = error if isinstance(error, WalletMigrateError) else typed(error, run.address)
+            head = f"NOT REACHED: {failure}\nbelow is what was seen at {shown_time(at)}; tried again; Ctrl-C ends it"
+        yield [*head.splitlines(), "", *last]
 
 
 def trace(
@@ -112,7 +159,9 @@ def _job_line(job: JobStatus) -> str:
     state = "running, but no batch for a minute" if job.stalled else job.state
     if job.held is not None:
         state = f"running, but waiting: {job.held}"
+    # Rounded down: 100 % is said of nothing that is not done.
+    share = f", {int(job.share * 100)} %" if job.share is not None and job.state != "done" else ""
     rate = f", {job.rate:.0f}/s" if job.rate is not None else ""
-    eta = f", about {job.eta_seconds:.0f} s left" if job.eta_seconds is not None else ""
+    eta = f", about {shown_span(timedelta(seconds=job.eta_seconds))} left" if job.eta_seconds is not None else ""
     failed = f", {job.items_failed} failed" if job.items_failed else ""
-    return f"job {job.id}: {job.kind} of {job.mapping}, {state}, {done}{of} accounts{failed}{rate}{eta}"
+    return f"job {job.id}: {job.kind} of {job.mapping}, {state}, {done}{of} accounts{share}{failed}{rate}{eta}"

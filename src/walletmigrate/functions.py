@@ -13,7 +13,7 @@ from sqlalchemy import Connection, text
 
 from walletmigrate import survey
 from walletmigrate.config import MAX_INTEGER_DIGITS, Column, Mapping, Roles, Settings
-from walletmigrate.errors import ConfigError
+from walletmigrate.errors import ConfigError, PreconditionRefused
 from walletmigrate.schema import quoted, render, run_script
 from walletmigrate.survey import LegacyTable
 
@@ -164,8 +164,8 @@ def limits(legacy: LegacyTable) -> dict[str, dict[str, Any]]:
     }
 
 
-def make_system_accounts(connection: Connection, schema: str, currencies: list[str]) -> dict[tuple[str, str], int]:
-    """The system accounts of these currencies, made where they are missing. They come before any opening."""
+def make_system_accounts(connection: Connection, schema: str, currencies: list[str]) -> None:
+    """Make the system accounts of these currencies where they are missing. They come before any opening."""
     table = f"{quoted(schema)}.system_accounts"
     for currency in currencies:
         for name in SYSTEM_ACCOUNTS:
@@ -177,7 +177,11 @@ def make_system_accounts(connection: Connection, schema: str, currencies: list[s
                 ),
                 {"name": name, "currency": currency},
             )
-    rows = connection.execute(text(f"select name, currency, id from {table}"))
+
+
+def system_accounts(connection: Connection, schema: str) -> dict[tuple[str, str], int]:
+    """The ids of the system accounts by name and currency."""
+    rows = connection.execute(text(f"select name, currency, id from {quoted(schema)}.system_accounts"))
     return {(row.name, row.currency): row.id for row in rows}
 
 
@@ -186,27 +190,15 @@ def make_functions(
 ) -> None:
     """Make or replace the functions of one mapping and record what they were made from. Idempotent.
 
-    With ``retired`` they do without the balance columns, which may be dropped then.
+    With ``retired`` they do without the balance columns, which may be dropped then. Raises PreconditionRefused where
+    a newer release made the functions that stand: every process would lose what they can do.
     """
     schema = settings.ledger_schema
-    currencies = list(dict.fromkeys(column.currency for column in mapping.columns))
-    system = make_system_accounts(connection, schema, currencies)
-    names = context(
-        schema,
-        mapping,
-        legacy,
-        system,
-        roles=settings.roles,
-        mode=_capture_mode(connection, schema, mapping),
-        raw_queries=settings.capture.raw_queries,
-    )
+    _refuse_newer(connection, schema, mapping)
+    make_system_accounts(connection, schema, _currencies(mapping))
     connection.exec_driver_sql(f"set local search_path = pg_catalog, {quoted(schema)}, pg_temp")
-    parts = (
-        *("posting", "capture", "mapping", "batches", "reconcile", "fence", "undo", "erasure", "snapshots"),
-        *(("retired",) if retired else ()),
-    )
-    for part in parts:
-        run_script(connection, render(part, **names))
+    for script in scripts(connection, settings, mapping, legacy, retired=retired):
+        run_script(connection, script)
     connection.execute(
         text(
             f"insert into {quoted(schema)}.mappings (name, relation, fingerprint, functions_version, definition) "
@@ -223,6 +215,41 @@ def make_functions(
         },
     )
     _record_guards(connection, schema, mapping.name)
+
+
+def scripts(
+    connection: Connection, settings: Settings, mapping: Mapping, legacy: LegacyTable, *, retired: bool = False
+) -> list[str]:
+    """The SQL that makes the functions of a mapping, a later script in the place of an earlier one. Reads only."""
+    schema = settings.ledger_schema
+    names = context(
+        schema,
+        mapping,
+        legacy,
+        system_accounts(connection, schema),
+        roles=settings.roles,
+        mode=_capture_mode(connection, schema, mapping),
+        raw_queries=settings.capture.raw_queries,
+    )
+    parts = (
+        *("posting", "capture", "mapping", "batches", "reconcile", "fence", "undo", "erasure", "snapshots"),
+        *(("retired",) if retired else ()),
+    )
+    return [render(part, **names) for part in parts]
+
+
+def _refuse_newer(connection: Connection, schema: str, mapping: Mapping) -> None:
+    stands = installed_mapping(connection, schema, mapping.name)
+    if stands is not None and stands.functions_version > FUNCTIONS_VERSION:
+        what = f"the functions of {mapping.name!r} are of version {stands.functions_version}"
+        mend = "run it with the newer release; this one can go on posting meanwhile"
+        raise PreconditionRefused(
+            "making functions", [(f"{what}, and this release makes {FUNCTIONS_VERSION}: a newer one made them", mend)]
+        )
+
+
+def _currencies(mapping: Mapping) -> list[str]:
+    return list(dict.fromkeys(column.currency for column in mapping.columns))
 
 
 def _capture_mode(connection: Connection, schema: str, mapping: Mapping) -> str:

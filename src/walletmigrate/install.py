@@ -14,18 +14,10 @@ from walletmigrate.audit import Act, record
 from walletmigrate.config import Mapping, Roles, Settings
 from walletmigrate.errors import PreconditionRefused
 from walletmigrate.functions import relation
+from walletmigrate.grants import grant
 from walletmigrate.retired import is_retired, legacy_table
 from walletmigrate.schema import quoted
 from walletmigrate.standing import FENCE_MENDED, REASON, confirmation, show
-
-SNAPSHOTS = (
-    "begin_snapshot",
-    "fold_snapshot",
-    "advance_snapshot",
-    "merge_snapshots",
-    "drop_snapshots",
-    "adopt_journal",
-)
 
 
 @dataclass(frozen=True)
@@ -96,6 +88,7 @@ def _put_in(
     _make_schema(connection, settings)
     for mapping in settings.mappings:
         _let_owner_read(connection, settings, mapping)
+    _lock_legacy_first(connection, settings)
     connection.exec_driver_sql(f"set local role {quoted(settings.roles.owner)}")
     schema.migrate(connection, settings.ledger_schema)
     _refuse(connection, settings, (), dry_run=False)
@@ -119,6 +112,21 @@ def _put_in(
         if problems:
             record(connection, settings, FENCE_MENDED, act, mapping=name, details={"problems": problems})
     return made, tuple(name for name, problems in down.items() if problems)
+
+
+def _lock_legacy_first(connection: Connection, settings: Settings) -> None:
+    """Lock the tables whose fence will be made, before a migration locks the ledger's: postings lock in that order.
+
+    The other way round, each posting in flight holds a legacy row and waits for the journal, and under steady
+    traffic no attempt would ever come through.
+    """
+    if schema.revision(connection, settings.ledger_schema) in (None, schema.head()):
+        return
+    if is_retired(connection, settings.ledger_schema):
+        return
+    for mapping in settings.mappings:
+        if capture.fence_problems(connection, settings, mapping):
+            connection.exec_driver_sql(f"lock table {relation(mapping)} in share row exclusive mode")
 
 
 def _made_anew(connection: Connection, settings: Settings, mapping: Mapping, table: survey.LegacyTable) -> list[str]:
@@ -236,10 +244,20 @@ def _refuse(
     mend = "name the role that the application logs in with, or create it first"
     reasons += [(f"there is no role {role!r} to grant to", mend) for role in grant_to if role not in known]
     if schema.installed(connection, settings.ledger_schema):
+        reasons += _newer(connection, settings)
         for mapping in settings.mappings:
             reasons += _changed_meaning(connection, settings, mapping)
     if reasons:
         raise PreconditionRefused("install", reasons)
+
+
+def _newer(connection: Connection, settings: Settings) -> list[tuple[str, str]]:
+    """An older release takes nothing back that a newer one has put in."""
+    stands = schema.revision(connection, settings.ledger_schema)
+    if stands is None or schema.known(stands):
+        return []
+    what = f"the ledger's schema is at revision {stands}, which this release does not know: a newer one made it"
+    return [(what, "install with the newer release; this one can go on posting meanwhile")]
 
 
 def _changed_meaning(connection: Connection, settings: Settings, mapping: Mapping) -> list[tuple[str, str]]:
@@ -303,54 +321,3 @@ def _let_owner_read(connection: Connection, settings: Settings, mapping: Mapping
         # A fence that cannot see a row would take it for deleted.
         connection.exec_driver_sql(f"drop policy if exists walletmigrate_owner on {table}")
         connection.exec_driver_sql(f"create policy walletmigrate_owner on {table} for select to {owner} using (true)")
-
-
-def grant(connection: Connection, settings: Settings) -> None:
-    """Give each role what it may do in the ledger's schema, and the public nothing. As the owner, or a superuser."""
-    roles, name = settings.roles, quoted(settings.ledger_schema)
-    app, operator, auditor = quoted(roles.app), quoted(roles.operator), quoted(roles.auditor)
-    connection.exec_driver_sql(f"grant usage on schema {name} to {app}, {operator}, {auditor}")
-    connection.exec_driver_sql(f"revoke all on all functions in schema {name} from public")
-    connection.exec_driver_sql(f"grant select on all tables in schema {name} to {operator}, {auditor}")
-    connection.exec_driver_sql(
-        f"grant select on {name}.line, {name}.ceiling, {name}.transaction_ids to {operator}, {auditor}"
-    )
-    for mapping in settings.mappings:
-        connection.exec_driver_sql(f"grant select on {name}.rejected_{mapping.name} to {operator}, {auditor}")
-    connection.exec_driver_sql(
-        f"grant select on {name}.accounts, {name}.transactions, {name}.wallet_entries, {name}.control, "
-        f"{name}.mappings, {name}.flag_documents to {app}"
-    )
-    connection.exec_driver_sql(f"grant insert, update on {name}.flag_documents to {app}, {operator}")
-    connection.exec_driver_sql(f"grant select on {name}.line to {app}")  # a decision asks whether it runs
-    connection.exec_driver_sql(f"grant insert on {name}.jobs, {name}.audit_log, {name}.verifications to {operator}")
-    connection.exec_driver_sql(f"grant update on {name}.jobs, {name}.control to {operator}")
-    connection.exec_driver_sql(f"grant insert, update, delete on {name}.job_batches to {operator}")
-    connection.exec_driver_sql(f"grant delete on {name}.bypasses to {operator}")
-    connection.exec_driver_sql(f"grant insert, update on {name}.bypasses_pruned to {operator}")
-    connection.exec_driver_sql(f"grant select, insert, update, delete on {name}.processes to {app}, {operator}")
-    snapshots = f"{name}.snapshots, {name}.snapshot_balances, {name}.snapshot_totals"
-    connection.exec_driver_sql(f"grant insert, update, delete on {snapshots} to {operator}")
-    connection.exec_driver_sql(f"grant select on {name}.transaction_ids to {operator}")
-    shared = ["turn_stale", "diverged", "resolve", "replay", "enter_batch", "labelled"]
-    own = ["post", "lock", "leg", "plain", "settle", "move"]
-    jobs = ["cut", "last", "span", "backfill", "late", "open", "freeze", "seal", "unfreeze", "unseal", "close"]
-    jobs += ["amend", "rewrite", "correct", "recount", "recalculate", "standing"]
-    for signature, function in _signatures(connection, settings.ledger_schema):
-        posting = function in shared or function in [f"{n}_{m}" for n in own for m in _names(settings)]
-        working = function in [f"{n}_{m}" for n in jobs for m in _names(settings)]
-        if posting:
-            connection.exec_driver_sql(f"grant execute on function {signature} to {app}, {operator}")
-        elif working or function in (*SNAPSHOTS, "fold_system_accounts", "set_line", "undo_openings", "erase"):
-            connection.exec_driver_sql(f"grant execute on function {signature} to {operator}")
-
-
-def _signatures(connection: Connection, name: str) -> list[tuple[str, str]]:
-    rows = connection.execute(
-        text(
-            "select p.oid::regprocedure::text, p.proname from pg_proc p join pg_namespace n on n.oid = p.pronamespace "
-            "where n.nspname = :schema"
-        ),
-        {"schema": name},
-    )
-    return [(signature, function) for signature, function in rows]

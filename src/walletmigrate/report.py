@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,10 +25,11 @@ STATES = ("absent", "mirrored", "stale", "frozen", "closed")
 
 @dataclass(frozen=True)
 class JobStatus:
-    """The newest job of a kind on a mapping. Items are accounts; ``rate`` is items per second since its start.
+    """The newest job of a kind on a mapping. Items are accounts; ``share`` of them is done, 0 to 1.
 
-    ``stalled``: it counts as running, and no batch was committed for a minute. ``rate`` and ``eta_seconds``
-    are None unless it really runs, and the latter also while the total is not known.
+    ``stalled``: it counts as running, and no batch was committed for a minute. ``rate`` is items per second over the
+    batches of the last minute: since the start would count pauses. ``rate`` and ``eta_seconds`` are None unless it
+    really runs, and ``share`` and ``eta_seconds`` while the total is not known.
     """
 
     id: int
@@ -44,6 +46,12 @@ class JobStatus:
     actor: str
     reason: str
     held: str | None = None
+    share: float | None = None
+
+    @property
+    def runs(self) -> bool:
+        """Whether a process is at work on it, as far as can be seen."""
+        return self.state == "running" and not self.stalled
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,7 @@ def status(engine: Engine, settings: Settings, source: FlagSource) -> Status:
         counted = census_of_all(connection, settings)
         wanted = tuple(reasons(connection, settings, source, state.next, counted)) if state.next else ()
         accounts = _accounts(connection, settings, counted)
+        jobs = tuple(_jobs(connection, settings))
         return Status(
             installed=True,
             phase=state.phase,
@@ -114,11 +123,11 @@ def status(engine: Engine, settings: Settings, source: FlagSource) -> Status:
             accounts=accounts,
             drifted=sum(one.drifted for one in counted),
             failures=_failures(connection, settings),
-            jobs=tuple(_jobs(connection, settings)),
+            jobs=jobs,
             verifications=tuple(_verifications(connection, settings)),
             next_phase=state.next,
             refused=wanted,
-            next_command=_next(settings, state.phase, wanted, counted),
+            next_command=_unless_it_runs(_next(settings, state.phase, wanted, counted), jobs),
         )
 
 
@@ -153,16 +162,30 @@ def _failures(connection: Connection, settings: Settings) -> int:
     return int(found or 0)
 
 
+_JOBS = """
+select distinct on (j.kind, j.mapping)
+    j.id, j.kind, j.mapping, j.state, j.items_total, j.items_done, j.items_failed, j.updated_at, j.actor, j.reason,
+    j.updated_at < clock_timestamp() - make_interval(secs => :stalled) as old,
+    case when j.state = 'running' then j.held end as held,
+    extract(epoch from j.updated_at - j.started_at)::float8 as seconds,
+    b.items as recent_items, b.seconds as recent_seconds
+from {schema}.jobs as j
+left join lateral (
+    select
+        sum(x.done + x.failed)::float8 as items,
+        extract(epoch from max(x.at) - min(x.at - make_interval(secs => coalesce(x.seconds, 0))))::float8 as seconds
+    from {schema}.job_batches as x
+    where x.job_id = j.id and x.state = 'done' and x.at > clock_timestamp() - make_interval(secs => :stalled)
+) as b on j.state = 'running'
+order by j.kind, j.mapping, j.id desc
+"""
+
+
 def _jobs(connection: Connection, settings: Settings) -> Iterator[JobStatus]:
-    query = (
-        "select distinct on (kind, mapping) id, kind, mapping, state, items_total, items_done, items_failed, "
-        "extract(epoch from updated_at - started_at)::float8 as seconds, "
-        f"updated_at < clock_timestamp() - interval '{STALLED_SECONDS} s' as old, updated_at, actor, reason, "
-        "case when state = 'running' then held end as held "
-        f"from {quoted(settings.ledger_schema)}.jobs order by kind, mapping, id desc"
-    )
-    for row in sorted(connection.execute(text(query)), key=lambda row: row.id):
+    query = text(_JOBS.replace("{schema}", quoted(settings.ledger_schema)))
+    for row in sorted(connection.execute(query, {"stalled": STALLED_SECONDS}), key=lambda row: row.id):
         rate, eta = _speed(row)
+        done = row.items_done + row.items_failed
         yield JobStatus(
             row.id,
             row.kind,
@@ -178,6 +201,7 @@ def _jobs(connection: Connection, settings: Settings) -> Iterator[JobStatus]:
             row.actor,
             row.reason,
             row.held,
+            min(done / row.items_total, 1.0) if row.items_total else None,
         )
 
 
@@ -186,7 +210,7 @@ def _speed(row: Row[tuple[object, ...]]) -> tuple[float | None, float | None]:
     done = row.items_done + row.items_failed
     if row.state != "running" or row.old or row.held is not None or row.seconds <= 0 or not done:
         return None, None
-    rate = done / row.seconds
+    rate = row.recent_items / row.recent_seconds if row.recent_items and row.recent_seconds else done / row.seconds
     if row.items_total is None:
         return rate, None
     return rate, max(row.items_total - done, 0) / rate
@@ -231,3 +255,14 @@ def _next(
     if phase == "wallet_only":
         return f"walletmigrate freeze {confirm}"
     return f"walletmigrate phase advance {REASON}"
+
+
+def _unless_it_runs(command: str, jobs: Sequence[JobStatus]) -> str:
+    """The command, or, where its job is at work already, the one that looks at it."""
+    words = f"{command} "
+    for job in jobs:
+        mine = words.startswith(f"walletmigrate {job.kind} -")
+        other = "--mapping " in words and f"--mapping {shlex.quote(job.mapping or '')} " not in words
+        if job.runs and mine and not other:
+            return f"walletmigrate jobs show {job.id}  # the {job.kind} runs"
+    return command

@@ -15,7 +15,7 @@ from walletmigrate.config import Mapping, Settings
 from walletmigrate.errors import ConfigError, PreconditionRefused, UsageError
 from walletmigrate.flags import FlagSource
 from walletmigrate.gates import reasons
-from walletmigrate.install import grant
+from walletmigrate.grants import grant
 from walletmigrate.retirement import GUARDS, Script, guard_name, script
 from walletmigrate.schema import quoted, render, run_script
 from walletmigrate.standing import REASON, Reason, of_mapping, require_installed, show

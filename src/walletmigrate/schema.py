@@ -76,6 +76,11 @@ def head() -> str:
     return found
 
 
+def known(revision: str) -> bool:
+    """Whether this release ships the migration of that name."""
+    return any(one.revision == revision for one in ScriptDirectory.from_config(_config()).walk_revisions())
+
+
 def migrate(connection: Connection, schema: str) -> None:
     """Bring the schema to this release's newest migration, in the caller's transaction. Idempotent."""
     config = _config()

@@ -86,14 +86,17 @@ def of_settings(engine: Engine, settings: Settings, job_id: int, mapping_name: s
     return Throttle(signals) if signals else None
 
 
+def replica_engines(settings: Settings) -> list[Engine]:
+    """The replicas that the configuration names, to be asked directly."""
+    urls = settings.replica_urls.get_secret_value() if settings.replica_urls else ""
+    return [connect.engine(url, application_name="walletmigrate throttle", poolclass=NullPool) for url in urls.split()]
+
+
 def _configured(engine: Engine, settings: Settings, job_id: int, mapping_name: str | None) -> Iterator[Signal]:
     limits = settings.throttle
     if limits.replica_lag_seconds is not None:
-        urls = settings.replica_urls.get_secret_value() if settings.replica_urls else ""
-        replicas = [
-            connect.engine(url, application_name="walletmigrate throttle", poolclass=NullPool) for url in urls.split()
-        ]
-        read = partial(_replicas, replicas) if replicas else partial(_query, engine, _LAG, {})
+        replicas = replica_engines(settings)
+        read = partial(_replicas, replicas) if replicas else partial(_query, engine, LAG, {})
         yield Signal("replica lag in seconds", read, limits.replica_lag_seconds)
     if limits.lock_waits is not None and mapping_name is not None:
         values: dict[str, Any] = {"table": relation(settings.mapping(mapping_name))}
@@ -112,11 +115,11 @@ def _configured(engine: Engine, settings: Settings, job_id: int, mapping_name: s
 
 
 # A null means that this role is not shown it.
-_LAG: Final = (
+LAG: Final = (
     "select case when bool_or(state is null) then null "
     "else coalesce(extract(epoch from max(replay_lag)), 0)::float8 end from pg_stat_replication"
 )
-_BEHIND: Final = (
+BEHIND: Final = (
     "select case when not pg_is_in_recovery() or pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn() then 0 "
     "else extract(epoch from clock_timestamp() - pg_last_xact_replay_timestamp()) end::float8"
 )
@@ -146,7 +149,7 @@ def _query(engine: Engine, query: str, values: dict[str, Any]) -> float:
 
 
 def _replicas(replicas: Sequence[Engine]) -> float:
-    return max(_query(one, _BEHIND, {}) for one in replicas)
+    return max(_query(one, BEHIND, {}) for one in replicas)
 
 
 class _Rate:

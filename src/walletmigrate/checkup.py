@@ -1,0 +1,26 @@
+"""What a check-up finds: one thing that is not as it should be, what mends it, and where it is explained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from walletmigrate.standing import REASON
+
+INSTALL: Final = f"walletmigrate install {REASON}"
+DRIFT: Final = "runbooks/balance-drift.md"
+CHANGED: Final = "runbooks/currency-or-scale-change.md"
+LEG: Final = "runbooks/dual-write-error-budget-burn.md"
+LATENCY: Final = "runbooks/ledger-latency-high.md"
+BYPASSES: Final = "runbooks/bypass-writes.md"
+DEPLOYS: Final = "docs/deploys.md"
+ROLES: Final = "docs/roles.md"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as it should be, the command that mends it, and the runbook that explains it."""
+
+    what: str
+    mend: str
+    runbook: str

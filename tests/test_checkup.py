@@ -1,0 +1,394 @@
+"""What doctor finds: each fault is really made, most in a transaction that is rolled back; a healthy place has none."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import Connection
+
+import flag_documents
+from capturing import Place
+from commandline import Project
+from ledger import ACT, execute, install_users
+from servers import Postgres
+from walletmigrate import Settings, connect, doctor
+from walletmigrate.config import Roles
+from walletmigrate.doctor import Finding
+from walletmigrate.errors import UsageError
+from walletmigrate.exporter import serve
+from walletmigrate.flag_sources import FileSource
+from walletmigrate.flags import DUAL_WRITE, READ_FROM_LEDGER
+from walletmigrate.install import install
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def place(server: Postgres) -> Iterator[Place]:
+    with connect.scratch_database(server.url) as url:
+        yield Place(url)
+
+
+@pytest.fixture
+def connection(place: Place) -> Iterator[Connection]:
+    """A transaction that is rolled back, so that a fault made in it is gone afterwards."""
+    with place.engine.connect() as connection:
+        yield connection
+        connection.rollback()
+
+
+def run(connection: Connection, statements: str) -> None:
+    connection.exec_driver_sql(statements, execution_options={"no_parameters": True})
+
+
+def test_a_healthy_place_has_no_finding(connection: Connection, place: Place, tmp_path: Path) -> None:
+    file = tmp_path / "environment.json"
+    file.write_bytes(flag_documents.body(flag_documents.document(DUAL_WRITE)))
+    run(connection, "create role bi; grant usage on schema wallet to bi; grant select on wallet.accounts to bi")
+    run(connection, "create role shop login; grant wallet_app to shop")
+    assert doctor.examine(connection, place.settings, FileSource(file), logins=("shop",)) == ()
+
+
+HOLLOW = "returns trigger language plpgsql set search_path = pg_catalog, pg_temp as 'begin return new; end'"
+JOB = (
+    "insert into wallet.jobs (kind, mapping, state, actor, reason, version, items_failed, held, updated_at) "
+    "values ('backfill', 'users', '{}', 'ana', 'test', '1', {}, {}, clock_timestamp() - interval '{} s')"
+)
+PROCESS = (
+    "insert into wallet.processes (id, name, pid, version, document_id, document_source, document_age_seconds, "
+    "problem, seen_at) values (gen_random_uuid(), 'shop', {}, '{}', '{}', 'file', {}, {}, "
+    "clock_timestamp() + interval '{} s');"
+)
+VERIFIED = (
+    "insert into wallet.verifications (mapping, started_at, finished_at, clean, full_run, accounts, missing, "
+    "drift_accounts, drift_amount, currency, actor) values ('users', now() - interval '{0}', "
+    "now() - interval '{0}', {1}, true, 10, 0, 0, 0, 'EUR', 'ana');"
+)
+OF_DATABASE = "do $$ begin execute format('alter database %I set session_replication_role = replica', {}); end $$"
+
+FAULTS = {
+    # What is gone
+    "drop sequence wallet.line cascade": ("the sequence wallet.line is missing", "dual-write-error"),
+    "drop sequence wallet.ceiling": ("the sequence wallet.ceiling is missing", "dual-write-error"),
+    "drop sequence wallet.transaction_ids": ("the sequence wallet.transaction_ids is missing", "dual-write-error"),
+    "drop sequence wallet.rejected_users": ('"wallet".rejected_users is missing', "dual-write-error"),
+    "drop table wallet.failures": ("the table wallet.failures is missing", "dual-write-error"),
+    "drop view wallet.wallet_entries cascade": ("the view wallet.wallet_entries is missing", "dual-write-error"),
+    "drop function wallet.cut_users(text, text, integer)": ("wallet.cut_users is missing", "dual-"),
+    "update wallet.system_accounts set name = 'x' where name = 'transit'": ("system account 'transit' of EUR", "dual-"),
+    # What is another than was made
+    f"create or replace function wallet.refuse_change() {HOLLOW}": ("refuse_change was replaced", "balance-drift"),
+    "alter function wallet.follow_phase() security invoker": ("follow_phase runs as its caller", "balance-drift"),
+    "alter function wallet.lock_users(bigint[]) security definer": ("lock_users runs as its owner", "balance-drift"),
+    "alter function wallet.set_line(boolean) reset search_path": ("wallet.set_line has not the search_path", "drift"),
+    "alter function wallet.fence_users() owner to current_user": ("wallet.fence_users() is postgres's", "drift"),
+    "alter table wallet.accounts owner to current_user": ("the table wallet.accounts is postgres's", "drift"),
+    "alter sequence wallet.line owner to current_user": ("the sequence wallet.line is postgres's", "drift"),
+    "alter schema wallet owner to current_user": ("the schema wallet is postgres's", "drift"),
+    "alter table wallet.control disable trigger ceiling": ("the trigger ceiling on wallet.control", "drift"),
+    # Releases
+    "update wallet.schema_version set version_num = '9999'": ("revision 9999, this release has 0001: a newer", "dep"),
+    "delete from wallet.schema_version": ("revision None, this release has 0001: it was not installed", "deploys"),
+    "update wallet.mappings set functions_version = 99": ("of version 99, this release makes 1: a newer", "deploys"),
+    # Rights
+    "revoke execute on function wallet.set_line(boolean) from wallet_operator": ("operator lacks execute", "roles"),
+    "revoke select on wallet.line from wallet_app": ('wallet_app lacks select on sequence "wallet"."line"', "roles"),
+    "revoke usage on schema wallet from wallet_auditor": ("wallet_auditor lacks usage on schema", "roles"),
+    "revoke insert on wallet.transactions from wallet_owner": ("wallet_owner lacks insert on table", "roles"),
+    "revoke select on public.users from wallet_auditor": ("wallet_auditor lacks select on public.users", "roles"),
+    "revoke usage on schema public from public, wallet_operator": ("operator lacks usage on schema public", "roles"),
+    "alter table users enable row level security": ("has row-level security, and wallet_owner no policy", "roles"),
+    "grant select on wallet.accounts to public": ('PUBLIC has select on table "wallet"."accounts"', "roles"),
+    "grant execute on function wallet.set_line(boolean) to public": ("PUBLIC has execute on function", "roles"),
+    "grant create on schema wallet to public": ("PUBLIC has create on schema", "roles"),
+    "grant update (balance) on wallet.accounts to wallet_app": ("wallet_app has update on table", "roles"),
+    "create role bi; grant delete on wallet.failures to bi": ('bi has delete on table "wallet"."failures"', "roles"),
+    "alter role wallet_owner login": ("wallet_owner can log in", "roles"),
+    # Sessions in which the application's triggers do not fire
+    OF_DATABASE.format("current_database()"): ("begin with session_replication_role=replica", "bypass-writes"),
+    "alter role wallet_app set session_replication_role = local": ("role \"wallet_app\" begin with", "bypass-writes"),
+    "set local session_replication_role = replica": ("every session begins with session_replication_role", "bypass-"),
+    # What runs
+    "alter sequence wallet.line restart with 2": ("the line is stopped", "line-stopped"),
+    JOB.format("failed", 0, "null", 0): ("of users has failed", "job-failed"),
+    JOB.format("paused", 0, "null", 0): ("of users is paused since", "backfill-stalled"),
+    JOB.format("running", 0, "null", 61): ("has committed no batch since", "backfill-stalled"),
+    JOB.format("running", 0, "'replica lag'", 61): ("of users waits: replica lag", "backfill-stalled"),
+    JOB.format("done", 3, "null", 0): ("has set 3 accounts aside", "job-failed"),
+    VERIFIED.format("1 h", "true") + VERIFIED.format("1 min", "false"): ("found differences", "balance-drift"),
+    VERIFIED.format("27 h", "true"): ("'users' within 26 h: the last is 27 h old", "verification-stale"),
+    "update wallet.control set phase = 'read_ledger', changed_at = now() - interval '27 h'": (
+        "'users' within 26 h: there never was one",
+        "verification-stale",
+    ),
+    # Processes
+    PROCESS.format(7, "1", "a", 0, "null", 0) + PROCESS.format(8, "1", "b", 0, "null", 0): (
+        "different flag documents: a: shop (pid 7); b: shop (pid 8)",
+        "flag-disagreement",
+    ),
+    PROCESS.format(7, "1", "a", 0, "null", 0) + PROCESS.format(8, "2", "a", 0, "null", 0): (
+        "different releases: 1: shop (pid 7); 2: shop (pid 8)",
+        "deploys",
+    ),
+    PROCESS.format(7, "1", "a", 301, "null", 0): ("shop (pid 7) were last confirmed 301 s ago", "flags-stale"),
+    PROCESS.format(7, "1", "a", 0, "'no such file'", 0): ("shop (pid 7): no such file", "flags-stale"),
+    PROCESS.format(7, "1", "a", 0, "null", 90): ("s in the future: the database's clock went back", "latency"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_found_with_its_runbook(connection: Connection, place: Place, fault: str) -> None:
+    what, runbook = FAULTS[fault]
+    run(connection, fault)
+    found = doctor.examine(connection, place.settings)
+    assert [one for one in found if what in one.what and runbook in one.runbook and one.mend], found
+    for one in found:
+        assert (ROOT / one.runbook).is_file(), one
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        JOB.format("failed", 0, "null", 0) + "; " + JOB.format("done", 0, "null", 0),
+        JOB.format("running", 0, "null", 30),
+        JOB.format("cancelled", 5, "null", 0),
+        VERIFIED.format("25 h", "true"),
+        VERIFIED.format("2 h", "false") + VERIFIED.format("1 h", "true"),
+        "update wallet.control set phase = 'read_ledger', changed_at = now() - interval '25 h'",
+        PROCESS.format(7, "1", "a", 299, "null", 0) + PROCESS.format(8, "2", "b", 0, "null", -61),
+        "alter role wallet_app set session_replication_role = origin",
+    ],
+)
+def test_what_is_in_order_is_not_found(connection: Connection, place: Place, harmless: str) -> None:
+    run(connection, harmless)
+    assert doctor.examine(connection, place.settings) == ()
+
+
+def test_every_runbook_that_doctor_can_name_exists() -> None:
+    named = set()
+    for file in (ROOT / "src" / "walletmigrate").glob("checkup*.py"):
+        named |= set(re.findall(r'"((?:runbooks|docs)/[\w-]+\.md)"', file.read_text(encoding="utf-8")))
+    assert len(named) > 8
+    assert [one for one in sorted(named) if not (ROOT / one).is_file()] == []
+
+
+def test_a_role_that_is_not_there_is_found(connection: Connection, place: Place) -> None:
+    other = place.settings.model_copy(update={"roles": Roles(app="nobody_app")})
+    assert "there is no role 'nobody_app'" in [one.what for one in doctor.examine(connection, other)]
+
+
+def test_a_login_of_the_application_must_be_a_member_of_its_role(connection: Connection, place: Place) -> None:
+    run(connection, "create role shop login")
+    found = doctor.examine(connection, place.settings, logins=("shop", "shopp"))
+    assert [one.what for one in found] == [
+        "shop is no member of wallet_app: its postings are refused",
+        "there is no role 'shopp'",
+    ]
+    run(connection, found[0].mend)
+    assert doctor.examine(connection, place.settings, logins=("shop",)) == ()
+
+
+def test_two_mappings_share_functions_and_a_fault_of_them_is_found_once(database_url: str) -> None:
+    engine, settings = install_users(database_url)
+    execute(engine, "create table shops (id bigint primary key, credit numeric(20, 2) not null)")
+    column = settings.mappings[0].columns[0].model_copy(update={"column": "credit"})
+    shops = settings.mappings[0].model_copy(
+        update={"name": "shops", "table": "public.shops", "traits": {}, "columns": (column,)}
+    )
+    both = settings.model_copy(update={"mappings": (*settings.mappings, shops)})
+    install(engine, both, ACT)
+    with engine.connect() as connection:
+        assert doctor.examine(connection, both) == ()
+        run(connection, "alter function wallet.bring_up rename to other")
+        assert [one.what for one in doctor.examine(connection, both)] == ["the function wallet.bring_up is missing"]
+
+
+# What mends a fault does
+
+
+def test_a_sequence_that_was_dropped_is_made_anew_by_what_doctor_says(database_url: str) -> None:
+    place = Place(database_url)
+    last = "select last_value from wallet.{}"
+    with place.engine.connect() as connection:
+        before = {
+            n: connection.exec_driver_sql(last.format(n)).scalar() for n in ("line", "ceiling", "transaction_ids")
+        }
+    for name, value in before.items():
+        execute(place.engine, f"drop sequence wallet.{name} cascade")
+        with place.engine.connect() as connection:
+            (found,) = doctor.examine(connection, place.settings)
+        match = re.fullmatch(r"in psql, as a superuser: (.*;) then: walletmigrate install --reason '…'", found.mend)
+        assert match is not None
+        with place.engine.begin() as connection:
+            run(connection, match[1])
+        install(place.engine, place.settings, ACT)
+        with place.engine.connect() as connection:
+            assert doctor.examine(connection, place.settings) == ()
+            assert connection.exec_driver_sql(last.format(name)).scalar() == value
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "alter function wallet.lock_users(bigint[]) security definer",
+        "drop function wallet.cut_users(text, text, integer)",
+        "revoke execute on function wallet.set_line(boolean) from wallet_operator",
+        "drop sequence wallet.rejected_users",
+    ],
+)
+def test_what_install_is_said_to_mend_it_mends(database_url: str, fault: str) -> None:
+    place = Place(database_url)
+    execute(place.engine, fault)
+    with place.engine.connect() as connection:
+        (found,) = doctor.examine(connection, place.settings)
+    assert found.mend.startswith("walletmigrate install --reason")
+    install(place.engine, place.settings, ACT)
+    with place.engine.connect() as connection:
+        assert doctor.examine(connection, place.settings) == ()
+
+
+# Flags, clocks, statistics
+
+
+def test_flags_that_cannot_be_read_are_found(connection: Connection, place: Place, tmp_path: Path) -> None:
+    file = tmp_path / "environment.json"
+    document = flag_documents.document(READ_FROM_LEDGER)
+    for content, what in (
+        (json.dumps(document), "wallet.dualWrite is not: it counts as off"),
+        (json.dumps({**document, "feature_states": document["feature_states"][:2]}), "wallet.enableWithdrawals"),
+        ("{", "environment.json"),
+        (None, "environment.json"),
+    ):
+        file.unlink() if content is None else file.write_text(content, encoding="utf-8")
+        found = doctor.examine(connection, place.settings, FileSource(file))
+        assert any(what in one.what for one in found), found
+        assert {one.runbook.partition("/")[0] for one in found} == {"runbooks"}
+
+
+@pytest.mark.parametrize(("off", "said"), [(60, "60 s behind this machine's"), (-60, "60 s ahead of this machine's")])
+def test_a_clock_that_is_off_is_found(connection: Connection, place: Place, off: int, said: str) -> None:
+    """The clock of a machine that runs tests is not set: doctor takes it as a function."""
+    found = doctor.examine(connection, place.settings, now=lambda: time.time() + off)
+    assert [one.what for one in found] == [f"the database's clock is {said}"]
+    assert doctor.examine(connection, place.settings, now=lambda: time.time() + off / 20) == ()
+
+
+def test_statistics_that_are_missing_or_old_are_found_and_analyze_mends_them(database_url: str) -> None:
+    place = Place(database_url)
+    grow = (
+        "insert into wallet.accounts (mapping, key, bucket, currency, state, balance) "
+        "select 'users', 'x' || g, 'cash', 'EUR', 'stale', 0 from generate_series(1, 10000) as g"
+    )
+
+    def found() -> list[Finding]:
+        with place.engine.connect() as connection:
+            return [one for one in doctor.examine(connection, place.settings) if "analyse" in one.what]
+
+    def flushed(statement: str) -> None:
+        with place.engine.begin() as connection:
+            run(connection, statement)
+            run(connection, "select pg_stat_force_next_flush()")
+
+    execute(place.engine, "alter table wallet.accounts set (autovacuum_enabled = off)")
+    flushed(grow)
+    (one,) = found()
+    assert "was never analysed, and has about 100" in one.what
+    flushed(one.mend.rpartition(": ")[2])
+    assert found() == []
+    for _ in range(2):
+        flushed("update wallet.accounts set state_reason = 'test'")
+    (one,) = found()
+    assert "has changed more than all its rows" in one.what
+
+
+# The exporter
+
+
+class Stranger(BaseHTTPRequestHandler):
+    """Some other server."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"hello\n")
+
+    def log_request(self, *_: object) -> None:
+        """Nothing."""
+
+
+def of_exporter(connection: Connection, settings: Settings, port: int) -> list[str]:
+    found = doctor.examine(connection, settings, exporter=f"http://127.0.0.1:{port}")
+    assert {one.runbook for one in found} <= {"runbooks/exporter-down.md"}
+    return [one.what for one in found]
+
+
+def test_an_exporter_that_is_down_blind_or_another_s_is_found(
+    connection: Connection, place: Place, database_url: str
+) -> None:
+    served = serve(place.settings, 0)
+    try:
+        assert of_exporter(connection, place.settings, served.port) == []
+        run(connection, "update wallet.control set phase = 'read_ledger'")
+        (what,) = of_exporter(connection, place.settings, served.port)
+        assert "serves phase dual_write, and the phase is read_ledger" in what
+        connection.rollback()
+    finally:
+        served.close()
+    (what,) = of_exporter(connection, place.settings, served.port)
+    assert "does not answer" in what
+    blind = serve(
+        Settings(database_url=SecretStr(database_url), mappings=place.settings.mappings), 0
+    )  # nothing is installed there
+    try:
+        (what,) = of_exporter(connection, place.settings, blind.port)
+        assert "does not reach its database" in what
+    finally:
+        blind.close()
+
+
+def test_what_is_no_exporter_is_found(connection: Connection, place: Place) -> None:
+    stranger = ThreadingHTTPServer(("127.0.0.1", 0), Stranger)
+    thread = Thread(target=stranger.serve_forever)
+    thread.start()
+    try:
+        (what,) = of_exporter(connection, place.settings, stranger.server_port)
+    finally:
+        stranger.shutdown()
+        stranger.server_close()
+        thread.join()
+    assert "is no exporter of walletmigrate" in what
+
+
+@pytest.mark.parametrize("url", ["nowhere", "file:///etc/passwd", "http://"])
+def test_an_address_that_is_none_is_refused(connection: Connection, place: Place, url: str) -> None:
+    with pytest.raises(UsageError, match="--exporter"):
+        doctor.examine(connection, place.settings, exporter=url)
+
+
+# The command
+
+
+def test_the_command_looks_at_flags_logins_and_the_exporter(database_url: str, tmp_path: Path) -> None:
+    Place(database_url)
+    project = Project(tmp_path, database_url)
+    said = project.run("doctor")
+    assert (said.exit_code, said.stdout) == (0, "everything is as it should be\n")
+    project.flags.set(READ_FROM_LEDGER, True, trait=("tenant", "acme"))
+    said = project.run("doctor", "--exporter", "http://127.0.0.1:1", "--login", "nobody", "--json")
+    assert said.exit_code == 3
+    assert said.document["schema_version"] == 1
+    texts = [one["what"] for one in said.document["findings"]]
+    assert [any(part in one for one in texts) for part in ("does not answer", "'nobody'", "counts as off")] == [
+        True
+    ] * 3
+    assert all(set(one) == {"what", "mend", "runbook"} for one in said.document["findings"])
+    assert project.run("doctor", "--exporter", "nowhere").exit_code == 2
+    assert project.run("doctor", url="postgresql://nobody@127.0.0.1:1/nowhere").exit_code == 5
