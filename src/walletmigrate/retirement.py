@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Row, text
 
 from walletmigrate import functions
@@ -67,6 +66,8 @@ def script(
 
 def _head(folder: Path, own: str) -> str | None:
     """The newest migration in a folder, itself aside; None where there is none."""
+    from alembic.script import ScriptDirectory
+
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder: name the one that holds your migrations (alembic's versions)")
     try:

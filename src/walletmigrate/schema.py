@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping as MappingABC
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
+
+if TYPE_CHECKING:
+    # Imported where it is used: an application that posts needs none of it, and most commands do not.
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
 
 VERSION_TABLE = "schema_version"
 
@@ -63,6 +64,8 @@ def installed(connection: Connection, schema: str) -> bool:
 
 def revision(connection: Connection, schema: str) -> str | None:
     """The migration the schema stands at, None when there is none."""
+    from alembic.migration import MigrationContext
+
     context = MigrationContext.configure(
         connection, opts={"version_table": VERSION_TABLE, "version_table_schema": schema}
     )
@@ -71,25 +74,35 @@ def revision(connection: Connection, schema: str) -> str | None:
 
 def head() -> str:
     """The newest migration this release ships."""
-    found = ScriptDirectory.from_config(_config()).get_current_head()
+    found = _scripts().get_current_head()
     assert found is not None
     return found
 
 
 def known(revision: str) -> bool:
     """Whether this release ships the migration of that name."""
-    return any(one.revision == revision for one in ScriptDirectory.from_config(_config()).walk_revisions())
+    return any(one.revision == revision for one in _scripts().walk_revisions())
 
 
 def migrate(connection: Connection, schema: str) -> None:
     """Bring the schema to this release's newest migration, in the caller's transaction. Idempotent."""
+    from alembic import command
+
     config = _config()
     config.attributes["connection"] = connection
     config.attributes["schema"] = schema
     command.upgrade(config, "head")
 
 
+def _scripts() -> ScriptDirectory:
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory.from_config(_config())
+
+
 def _config() -> Config:
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(resources.files("walletmigrate") / "migrations"))
     return config
