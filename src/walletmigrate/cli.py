@@ -21,6 +21,7 @@ from walletmigrate import (
     cli_reconcile,
     cli_setup,
     cli_snapshots,
+    cli_verify,
     cli_watch,
 )
 from walletmigrate.commands import CONFIG, DATABASE_URL, JSON, Group, command
@@ -86,6 +87,7 @@ cli_setup.register(app)
 cli_phases.register(app)
 cli_line.register(app)
 cli_jobs.register(app)
+cli_verify.register(app)
 cli_reconcile.register(app)
 cli_archive.register(app)
 cli_joblist.register(app)
