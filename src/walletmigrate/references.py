@@ -31,11 +31,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class References:
-    """``count`` rows are wrong, of which ``found`` has the first of each kind; ``guards`` are indexes that are gone."""
+    """``count`` rows are wrong, of which ``found`` has the first of each kind."""
 
     count: int
     found: tuple[Reference, ...]
-    guards: tuple[FenceProblem, ...]
 
 
 def look(
@@ -51,15 +50,16 @@ def look(
     known = {tuple(row) for row in connection.execute(text(queries["known"]))}
     if any((row.mapping, row.bucket, row.currency) not in known for row in ledger):
         wanted.append("strangers")
-    guards = tuple(_missing_indexes(connection, settings, queries["uniqueness"]))
-    if guards:
+    if any(missing_indexes(connection, settings)):
         wanted.append("duplicates")
     rows = [row for name in wanted for row in connection.execute(text(queries[name]), {"limit": limit})]
     counts = {row.problem: row.in_all for row in rows}
     found = tuple(Reference(row.problem, row.subject, row.target) for row in rows)
-    return References(sum(counts.values()), found, guards)
+    return References(sum(counts.values()), found)
 
 
-def _missing_indexes(connection: Connection, settings: Settings, query: str) -> Iterator[FenceProblem]:
+def missing_indexes(connection: Connection, settings: Settings) -> Iterator[FenceProblem]:
+    """Unique indexes of the ledger that do not stand: without them there may be two of what there is one of."""
+    query = statements("references", schema=quoted(settings.ledger_schema))["uniqueness"]
     for row in connection.execute(text(query), {"schema": settings.ledger_schema}):
         yield FenceProblem(f"unique index on {settings.ledger_schema}.{row.relation} ({row.columns})", "is missing")

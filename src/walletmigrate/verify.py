@@ -77,7 +77,7 @@ class _Look:
     behind: list[Drift] = field(default_factory=list)
     passing: list[Drift] = field(default_factory=list)
     journal: Journal = field(default_factory=lambda: Journal((), 0, {}, grouped=False))
-    references: References = field(default_factory=lambda: References(0, (), ()))
+    references: References = field(default_factory=lambda: References(0, ()))
     guards: tuple[FenceProblem, ...] = ()
     checks: tuple[CrossCheck, ...] = ()
     since: Bound | None = None
@@ -129,7 +129,7 @@ def verify(
             look = _since_last(comparison, connection, settings, limit)
         else:
             look = _at_all(comparison, connection, settings, limit)
-        look.guards += _guards(comparison, connection, settings, look.references)
+        look.guards += _guards(comparison, connection, settings)
         if mark_stale and wrong(look.groups):
             found = [one for scope in look.scopes for one in marking.suspects(comparison, connection, scope)]
         doubtful = _doubtful(comparison, connection, look)
@@ -328,14 +328,12 @@ def _result(mapping: config.Mapping, look: _Look, moment: _Moment, limit: int) -
     )
 
 
-def _guards(
-    comparison: Comparison, connection: Connection, settings: Settings, found: References
-) -> tuple[FenceProblem, ...]:
+def _guards(comparison: Comparison, connection: Connection, settings: Settings) -> tuple[FenceProblem, ...]:
     return (
         *fence_problems(connection, settings, comparison.mapping),
         *_append_only(comparison, connection, settings),
         *_bodies(comparison, connection, settings),
-        *found.guards,
+        *references.missing_indexes(connection, settings),
     )
 
 
