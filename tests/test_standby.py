@@ -129,3 +129,10 @@ def test_it_tells_how_far_the_standby_is_behind(made: Ledger, standby: Server, t
             connection.execute(text("select pg_wal_replay_resume()"))
     replayed(made[0], standby)
     assert project.run("verify").exit_code == 3
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("alter system set primary_conninfo = ''"))
+        connection.execute(text("select pg_reload_conf()"))
+    until(engine, "select not exists (select from pg_stat_wal_receiver)")
+    alone = verify(engine, settings, settings.mapping(), ACT).replica_lag
+    assert alone is not None
+    assert alone > 0, "it has replayed all that it received, and receives nothing"

@@ -158,8 +158,11 @@ def _moment(connection: Connection) -> _Moment:
             "select transaction_timestamp() as at, pg_current_snapshot()::text as seen, "
             "pg_snapshot_xmin(pg_current_snapshot())::text::bigint as horizon, s.system_identifier, "
             "pg_is_in_recovery() as standby, "
-            "case when pg_is_in_recovery() then case when pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn() then 0 "
-            "else extract(epoch from clock_timestamp() - pg_last_xact_replay_timestamp()) end end as lag "
+            "case when not pg_is_in_recovery() then null "
+            # All that was received is replayed; but who does not receive at all is not up to date.
+            "when pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn() and exists (select from pg_stat_wal_receiver) "
+            "then 0 else extract(epoch from clock_timestamp() - "
+            "coalesce(pg_last_xact_replay_timestamp(), pg_postmaster_start_time())) end as lag "
             "from pg_control_system() as s"
         )
     ).one()
