@@ -116,7 +116,7 @@ ALL: Final = Scope()
 
 
 class Comparison:
-    """The statements of ``sql/verify.sql``, made for one mapping as its table and the ledger are now."""
+    """The statements of ``sql/verify.sql`` and ``sql/journals.sql``, made for one mapping as table and ledger are now."""
 
     def __init__(
         self, connection: Connection, settings: Settings, mapping: Mapping, *, with_traits: bool = False
@@ -138,14 +138,9 @@ class Comparison:
             source = retired.stand_in(settings, mapping, self.legacy)
         columns = [quoted(mapping.traits[trait]) for trait in self.traits]
         self._seed = secrets.randbits(62)
+        names = {**self.names, "relation": source, "traits": columns, "last_range": RANGES - 1}
         self._statements = {
-            within: statements(
-                "verify",
-                **{**self.names, "relation": source},
-                traits=columns,
-                within=within,
-                last_range=RANGES - 1,
-            )
+            within: {**statements("verify", within=within, **names), **statements("journals", within=within, **names)}
             for within in ("all", "ranges", "keys")
         }
 
