@@ -116,7 +116,7 @@ ALL: Final = Scope()
 
 
 class Comparison:
-    """The statements of ``sql/verify.sql`` and ``sql/journals.sql``, made for one mapping as table and ledger are now."""
+    """The statements of ``sql/verify.sql`` and ``journals.sql``, made for one mapping as table and ledger are now."""
 
     def __init__(
         self, connection: Connection, settings: Settings, mapping: Mapping, *, with_traits: bool = False
