@@ -115,6 +115,7 @@ def test_every_panel_shows_data_of_a_database_and_a_process_with_traffic(databas
         for name in aged:
             del missing[name]
         assert verify(place.engine, place.settings, place.mapping, ACT).drift_accounts == 2
+        until(lambda: value(server, "walletmigrate_drift_accounts") == 2)
         traffic(place)
 
         def complete() -> bool:
@@ -124,6 +125,7 @@ def test_every_panel_shows_data_of_a_database_and_a_process_with_traffic(databas
             return not missing
 
         until(complete, lambda: f"no data in {missing}", 30)
+        until(lambda: value(server, 'sum(walletmigrate_dual_write_total{outcome="ok"})') == 11)
         # What was done is what is seen, so the data are of this database and of this process.
         assert server.query("walletmigrate_phase == 1")[0]["metric"]["phase"] == "read_ledger"
         assert value(server, "walletmigrate_drift_accounts") == 2
