@@ -30,6 +30,7 @@ BENCHMARKS = {
     "handwritten": "crowd",
     "backfill": "openings",
     "workers": "workers",
+    "verify": "comparing",
 }
 """What ``--only`` knows, and the module that measures it."""
 

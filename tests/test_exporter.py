@@ -210,9 +210,9 @@ def test_all_facts_are_of_one_moment_although_postings_commit_in_between(
 
 
 VERIFICATION = """
-insert into verifications (mapping, currency, started_at, finished_at, clean, full_run, accounts, missing,
+insert into verifications (mapping, currency, started_at, finished_at, clean, form, accounts, missing,
     drift_accounts, drift_amount, actor)
-values ('{}', '{}', '{}', '{}', {}, {}, 9, {}, {}, {}, 'test')
+values ('{}', '{}', '{}', '{}', {}, '{}', 9, {}, {}, {}, 'test')
 """
 
 
@@ -223,11 +223,11 @@ def verified(
     *,
     missing: int = 0,
     drift: tuple[int, str] = (0, "0"),
-    full: bool = True,
+    form: str = "full",
 ) -> str:
     at = f"2030-01-01 {hour:02}:00Z"
     clean = not missing and not drift[0]
-    return VERIFICATION.format(mapping, currency, at, at, clean, full, missing, *drift)
+    return VERIFICATION.format(mapping, currency, at, at, clean, form, missing, *drift)
 
 
 def unix(hour: int) -> float:
@@ -239,7 +239,7 @@ def test_drift_and_absent_accounts_are_those_of_each_mappings_last_full_verifica
 ) -> None:
     execute(verified("users", "EUR", 1, missing=50, drift=(40, "400")))
     execute(verified("users", "EUR", 2, missing=5, drift=(4, "12.34")))
-    execute(verified("users", "EUR", 3, full=False))  # a clean sample does not clear what it did not look at
+    execute(verified("users", "EUR", 3, form="sample"))  # a clean sample does not clear what it did not look at
     execute(verified("shops", "USD", 2, missing=1, drift=(1, "0.01")))
     execute(verified("gone", "EUR", 4, missing=1000, drift=(1000, "1000")))  # no longer configured
     seen = facts(engine)
@@ -259,8 +259,20 @@ def test_the_last_success_is_that_of_the_mapping_that_waits_longest(
     execute(verified("users", "EUR", 3))
     assert of(facts(engine), name) == {"": unix(2)}
     execute(verified("shops", "USD", 4, drift=(1, "1")))
-    execute(verified("shops", "USD", 5, full=False))
-    assert of(facts(engine), name) == {"": unix(2)}, "neither a failure nor a sample is a success"
+    execute(verified("shops", "USD", 5, form="sample"))
+    assert of(facts(engine), name) == {"": 0}, "a failure voids what was clean before it, and a sample is no success"
+    execute(verified("shops", "USD", 6))
+    assert of(facts(engine), name) == {"": unix(3)}
+    execute(verified("users", "EUR", 7, form="sample", drift=(1, "1")))
+    assert of(facts(engine), name) == {"": 0}, "a sample that finds something voids as well"
+    assert of(facts(engine), "drift_accounts") == {"EUR": 1, "USD": 0}
+    execute(verified("users", "EUR", 8, form="incremental", drift=(1, "0.50")))
+    assert of(facts(engine), "drift_amount") == {"EUR": 1, "USD": 0}, (
+        "later runs raise what is told, and never lower it"
+    )
+    execute(verified("users", "EUR", 9))
+    assert of(facts(engine), name) == {"": unix(6)}
+    assert of(facts(engine), "drift_accounts") == {"EUR": 0, "USD": 0}
 
 
 def job(kind: str, mapping: str, state: str, total: str, done: int, failed: int = 0) -> str:

@@ -72,6 +72,8 @@ phase advance
 rollback --exercise
 freeze --confirm users
 verify
+verify list
+verify show 1
 archive --to {folder}/users.gz
 archive check {folder}/users.gz
 evidence --to {folder}/evidence

@@ -18,6 +18,7 @@ from walletmigrate import (
     cli_rehearse,
     cli_setup,
     cli_snapshots,
+    cli_verify,
     cli_watch,
 )
 from walletmigrate.commands import CONFIG, DATABASE_URL, JSON, Group
@@ -43,6 +44,7 @@ cli_setup.register(app)
 cli_phases.register(app)
 cli_line.register(app)
 cli_jobs.register(app)
+cli_verify.register(app)
 cli_reconcile.register(app)
 cli_archive.register(app)
 cli_joblist.register(app)

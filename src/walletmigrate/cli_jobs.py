@@ -1,12 +1,10 @@
-"""Commands that go over all accounts: backfill, verify, freeze, unfreeze."""
+"""Commands that go over all accounts: backfill, freeze, unfreeze."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from decimal import Decimal
 from typing import Annotated, Any
 
 import typer
@@ -15,13 +13,11 @@ from walletmigrate import job_workers, phases
 from walletmigrate.backfill import backfill as run_backfill
 from walletmigrate.commands import command
 from walletmigrate.config import Mapping
-from walletmigrate.console import DIFFERENCE, INTERRUPTED, OK, REFUSED, Answer, bar, plain
+from walletmigrate.console import INTERRUPTED, OK, REFUSED, Answer, bar, plain
 from walletmigrate.freeze import freeze as run_freeze
 from walletmigrate.freeze import unfreeze as run_unfreeze
 from walletmigrate.invocation import Run
 from walletmigrate.standing import REASON, confirmation
-from walletmigrate.verify import Verification
-from walletmigrate.verify import verify as run_verify
 
 _MAPPING = Annotated[str | None, typer.Option("--mapping", help="One mapping. Default: all, one after the other.")]
 _BATCH = Annotated[
@@ -34,7 +30,6 @@ DASK = Annotated[
     str | None,
     typer.Option("--dask", metavar="tcp://HOST:PORT", help="Run on a Dask cluster; by default on all of it."),
 ]
-_SHOWN = 20
 
 JobCall = Callable[..., Any]
 
@@ -42,7 +37,6 @@ JobCall = Callable[..., Any]
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     command(app, "backfill", changes=True)(backfill)
-    command(app, "verify", changes=True)(verify)
     command(app, "freeze", changes=True, confirms=True)(freeze)
     command(app, "unfreeze", changes=True, confirms=True)(unfreeze)
 
@@ -76,29 +70,6 @@ def backfill(
         notes.append("values that are no exact amounts: walletmigrate install --dry-run lists them")
         notes.append("rows that the database refused: walletmigrate jobs show ID lists them with the reason")
     return jobs_answer(run, results, lines, notes, OK if not failed else REFUSED)
-
-
-def verify(
-    run: Run,
-    mapping: _MAPPING = None,
-    limit: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many differences to list.")] = 1000,
-    mark_stale: Annotated[
-        bool, typer.Option("--mark-stale", help="Turn accounts that differ stale, for a backfill; close orphans.")
-    ] = False,
-) -> Answer:
-    """Compare every account with its legacy row, and the balances with the journal. Exit 3 on a difference."""
-    act = run.act(None if mark_stale else "a full verification")
-    found = [
-        run_verify(run.engine, run.settings, one, act, limit=limit, dry_run=run.dry_run, mark_stale=mark_stale)
-        for one in run.mappings(mapping)
-    ]
-    clean = all(one.clean for one in found)
-    lines = [line for one in found for line in _verification_lines(one)]
-    notes = [] if clean else ["see runbooks/balance-drift.md"]
-    if mark_stale and not run.dry_run and any(one.turned_stale for one in found):
-        notes.append(f"next: walletmigrate backfill {REASON}")
-    document = {"clean": clean, "mappings": [_verification(one) for one in found]}
-    return Answer(document, tuple(lines), tuple(notes), OK if clean else DIFFERENCE)
 
 
 def freeze(
@@ -204,44 +175,3 @@ def _job(one: Any) -> str:
     if one.job_id is None:
         return ""
     return f" (job {one.job_id}, {one.state}{', resumed' if one.resumed else ''})"
-
-
-def _verification(one: Verification) -> dict[str, Any]:
-    fields = (field.name for field in dataclasses.fields(one) if field.name != "groups")
-    return {name: plain(getattr(one, name)) for name in fields}
-
-
-def _verification_lines(one: Verification) -> list[str]:
-    verdict = "clean" if one.clean else "NOT CLEAN"
-    lines = [f"{one.mapping}: {verdict}, {one.accounts} accounts in {one.seconds:.1f} s"]
-    for currency, total in one.legacy_total.items():
-        ledger = one.ledger_total.get(currency, Decimal(0))
-        lines.append(f"  {currency}: legacy {total}, ledger {ledger}, imbalance {one.imbalance.get(currency, 0)}")
-    lines += [
-        f"  {each.trait}={each.value} ({each.bucket}, {each.currency}): legacy {each.legacy}, ledger {each.ledger}"
-        for each in one.totals[:_SHOWN]
-    ]
-    lines += _more(len(one.totals), "totals")
-    if one.missing or one.stale:
-        lines.append(f"  behind: {one.missing} missing, {one.stale} stale")
-        lines += [f"    {each.key} ({each.bucket}, {each.currency}): {each.state}" for each in one.behind[:_SHOWN]]
-        lines += _more(one.missing + one.stale, "accounts behind")
-    if one.drift_accounts:
-        lines.append(f"  drift in {one.drift_accounts} accounts:")
-        lines += [
-            f"    {drift.key} ({drift.bucket}, {drift.currency}): legacy {drift.legacy}, ledger {drift.ledger}, "
-            f"{drift.state}, {drift.problem}"
-            for drift in one.drift[:_SHOWN]
-        ]
-        lines += _more(len(one.drift), "drifted accounts")
-    if one.turned_stale is not None:
-        lines.append(f"  {'would be turned' if one.dry_run else 'turned'} stale: {one.turned_stale} accounts")
-    if one.closed:
-        lines.append(f"  {'would be closed' if one.dry_run else 'closed'}, their rows are gone: {one.closed} accounts")
-    lines += [f"  journal: account {p.key or p.account}: {p.problem}" for p in one.journal[:_SHOWN]]
-    lines += [f"  guard: {guard.trigger} {guard.problem}" for guard in one.guards]
-    return lines
-
-
-def _more(count: int, what: str) -> list[str]:
-    return [f"  … {count} {what} in all; --json lists them"] if count > _SHOWN else []

@@ -143,6 +143,8 @@ def _lines(seen: Status) -> list[str]:
     lines += [_job_line(job) for job in seen.jobs]
     for run in seen.verifications:
         verdict = "clean" if run.clean else f"NOT CLEAN, drift {run.drift_amount} in {run.drift_accounts} accounts"
+        if run.clean and run.voided:
+            verdict = f"clean, but voided by another verification at {shown_time(run.voided)}"
         lines.append(f"verified: {run.mapping} {run.currency} at {shown_time(run.finished_at)}: {verdict}")
     if seen.next_phase and seen.refused:
         lines.append(f"the way to {seen.next_phase} is closed:")

@@ -1,24 +1,32 @@
 """Every account of a mapping beside its legacy row, compared inside the database: for verify and dry runs.
 
-Read-only, in the caller's transaction and so of one snapshot if that is REPEATABLE READ.
+Read-only, in the caller's transaction and so of one snapshot if that is REPEATABLE READ. Count, sum and a hash of both
+sides are compared first, of the whole and then of ranges of keys; only ranges that differ are compared row by row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import secrets
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from sqlalchemy import Connection, Engine, Row, text
 
 from walletmigrate import functions, retired
 from walletmigrate.config import Mapping, Settings
-from walletmigrate.schema import quoted, render
+from walletmigrate.schema import quoted, statements
+from walletmigrate.sums import less, total
 
-_MARK: Final = "-- name: "
+RANGES: Final = 1024
+"""Ranges of keys, by the keys' hashes: equally large whatever the keys are, and the same on both sides."""
+
 _MEMORY: Final = "64MB"
+_INTEGER: Final = re.compile(r"0|-?[1-9][0-9]{0,18}")
+_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -67,8 +75,48 @@ class Total:
     ledger: Decimal
 
 
+@dataclass(frozen=True)
+class KeyRange:
+    """A range of keys in which the two sides differ, of one bucket; its number is of this run alone.
+
+    Accounts are legacy rows on the one side and mirrored accounts on the other; amounts in major units, None of none.
+    """
+
+    number: int
+    bucket: str
+    currency: str
+    legacy_accounts: int
+    legacy: Decimal | None
+    ledger_accounts: int
+    ledger: Decimal | None
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which keys are compared row by row: ``all``, those of ``ranges``, or these ``keys`` with their account ids."""
+
+    within: Literal["all", "ranges", "keys"] = "all"
+    ranges: tuple[int, ...] = ()
+    keys: tuple[str, ...] = ()
+    accounts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A comparison of a whole mapping. ``scope`` is what had to be compared row by row, None where nothing differs."""
+
+    groups: list[Group]
+    totals: list[Total]
+    ranges: tuple[KeyRange, ...]
+    scope: Scope | None
+    ledger: list[Row[Any]]
+
+
+ALL: Final = Scope()
+
+
 class Comparison:
-    """The statements of ``sql/verify.sql``, made for one mapping as its table and the ledger are now."""
+    """The statements of ``sql/verify.sql`` and ``journals.sql``, made for one mapping as table and ledger are now."""
 
     def __init__(
         self, connection: Connection, settings: Settings, mapping: Mapping, *, with_traits: bool = False
@@ -89,40 +137,145 @@ class Comparison:
             # There is nothing left to compare with; journal and sums are looked at all the same.
             source = retired.stand_in(settings, mapping, self.legacy)
         columns = [quoted(mapping.traits[trait]) for trait in self.traits]
-        parts = render("verify", **{**self.names, "relation": source}, traits=columns).split(_MARK)[1:]
-        self._statements = dict(part.split("\n", 1) for part in parts)
+        self._seed = secrets.randbits(62)
+        names = {**self.names, "relation": source, "traits": columns, "last_range": RANGES - 1}
+        self._statements = {
+            within: {**statements("verify", within=within, **names), **statements("journals", within=within, **names)}
+            for within in ("all", "ranges", "keys")
+        }
 
-    def run(self, connection: Connection, name: str, **parameters: Any) -> list[Row[Any]]:
+    def run(self, connection: Connection, name: str, scope: Scope = ALL, **parameters: Any) -> list[Row[Any]]:
         """The rows of one statement."""
         # The driver reads a percent sign as a placeholder; text() sees to that.
-        statement = self._statements[name].rstrip().removesuffix(";")
-        return list(connection.execute(text(statement), parameters))
+        statement = text(self._statements[scope.within][name])
+        known = {
+            "seed": self._seed,
+            "ranges": list(scope.ranges),
+            "keys": list(scope.keys),
+            "legacy_keys": [key for key in scope.keys if self._possible(key)],
+            "accounts": list(scope.accounts),
+            **parameters,
+        }
+        wanted = {name: value for name, value in known.items() if name in statement._bindparams}
+        return list(connection.execute(statement, wanted))
+
+    def statement(self, name: str) -> str:
+        """The text of a statement over all keys, for use within another one."""
+        return self._statements["all"][name]
 
     def groups(self, connection: Connection, limit: int = 1000) -> tuple[list[Group], list[Total]]:
-        """One pass over legacy and ledger: a handful of groups, and the totals by trait and value.
+        """What `whole` sees: a handful of groups, and the totals by trait and value."""
+        seen = self.whole(connection, limit)
+        return seen.groups, seen.totals
 
-        Of each trait and bucket at most ``limit`` totals, those first whose legacy and ledger differ most.
-        """
-        groups: list[Group] = []
-        totals: list[Total] = []
-        for row in self.run(connection, "census", limit=limit):
-            if row.state is not None:
-                groups.append(
-                    Group(
-                        *(row.bucket, row.currency, row.state, row.lives, row.exact, row.equal),
-                        *(row.accounts, row.legacy, row.ledger, row.apart),
-                    )
-                )
+    def whole(self, connection: Connection, limit: int = 1000) -> Seen:
+        """Compare all keys. Of each trait and bucket at most ``limit`` totals, those first that differ most."""
+        legacy = self.run(connection, "legacy", limit=limit)
+        ledger = self.run(connection, "ledger")
+        whole = next(row for row in legacy if self._trait_of(row.which) is None)
+        own = [row for row in ledger if row.mapping == self.mapping.name]
+        if self._agrees(whole, own):
+            groups = list(self._in_step(own, []))
+            return Seen(groups, list(self._totals(legacy)), (), None, ledger)
+        ranges: tuple[KeyRange, ...] = ()
+        scope = ALL
+        others = sum(row.accounts for row in own if row.state in ("stale", "frozen"))
+        if others < RANGES and whole.accounts and own:  # else there is hardly a range without one
+            ranges = self._differing(connection)
+            numbers = tuple(sorted({one.number for one in ranges}))
+            scope = Scope("ranges", numbers) if len(numbers) < RANGES // 2 else ALL
+        compared = self.census(connection, scope)
+        rest = self._in_step(own, compared) if scope is not ALL else iter(())
+        totals = self.run(connection, "totals", scope, limit=limit) if self.traits else []
+        return Seen(
+            groups=[*compared, *rest],
+            totals=[
+                Total(self.traits[row.which - 1], row.value, row.bucket, row.currency, row.legacy, row.ledger)
+                for row in totals
+            ],
+            ranges=ranges,
+            scope=scope,
+            ledger=ledger,
+        )
+
+    def census(self, connection: Connection, scope: Scope) -> list[Group]:
+        """Compare row by row, and count what stands alike."""
+        return [
+            Group(
+                *(row.bucket, row.currency, row.state, row.lives, row.exact, row.equal),
+                *(row.accounts, row.legacy, row.ledger, row.apart),
+            )
+            for row in self.run(connection, "census", scope)
+        ]
+
+    def keys(self, connection: Connection, keys: Sequence[str]) -> Scope:
+        """These keys, with the ids of their accounts."""
+        ids = self.run(connection, "ids", keys=list(keys))
+        return Scope("keys", keys=tuple(keys), accounts=tuple(row.id for row in ids))
+
+    def _possible(self, key: str) -> bool:
+        """Whether the legacy table can have this key: to ask for another one would end the statement."""
+        if self.legacy.key_type == "integer":
+            return _INTEGER.fullmatch(key) is not None and -(2**63) <= int(key) < 2**63
+        return self.legacy.key_type == "text" or _UUID.fullmatch(key) is not None
+
+    def _agrees(self, whole: Row[Any], own: list[Row[Any]]) -> bool:
+        """Whether count, sum and hash are the same on both sides, and no account stands otherwise than mirrored."""
+        kinds = {(column.bucket, column.currency) for column in self.mapping.columns}
+        if any(row.state not in ("mirrored", "closed") for row in own if (row.bucket, row.currency) in kinds):
+            return False
+        mirrored = {(row.bucket, row.currency): row for row in own if row.state == "mirrored"}
+        for index, column in enumerate(self.mapping.columns, start=1):
+            legacy = (whole._mapping[f"sum_{index}"], whole._mapping[f"hash_{index}"])
+            ledger = mirrored.get((column.bucket, column.currency))
+            if (ledger.accounts if ledger else 0) != whole.accounts:
+                return False
+            if legacy != ((ledger.balance, ledger.hash) if ledger else (None, None)):
+                return False
+        return True
+
+    def _differing(self, connection: Connection) -> tuple[KeyRange, ...]:
+        rows = self.run(connection, "ranges")
+        return tuple(
+            KeyRange(
+                *(row.number, row.bucket, row.currency),
+                *(row.legacy_accounts, row.legacy, row.ledger_accounts, row.ledger),
+            )
+            for row in rows
+        )
+
+    def _in_step(self, own: list[Row[Any]], compared: list[Group]) -> Iterator[Group]:
+        """The accounts that were not compared row by row: mirrored and equal, or closed with their rows."""
+        for column in self.mapping.columns:
+            kind = (column.bucket, column.currency)
+            for state in ("mirrored", "closed"):
+                rows = [row for row in own if (row.bucket, row.currency, row.state) == (*kind, state)]
+                found = [one for one in compared if (one.bucket, one.currency, one.state) == (*kind, state)]
+                count = sum(row.accounts for row in rows) - sum(one.accounts for one in found)
+                if not count:
+                    continue
+                lives = state == "mirrored"
+                amount = Decimal(0)
+                if lives:
+                    amount = less(total(row.balance for row in rows), total(one.ledger for one in found))
+                equal = True if lives else None
+                yield Group(*kind, state, lives, lives, equal, count, amount, amount, Decimal(0))
+
+    def _totals(self, legacy: list[Row[Any]]) -> Iterator[Total]:
+        """The totals by trait, where the ledger has the same as legacy."""
+        for row in legacy:
+            trait = self._trait_of(row.which)
+            if trait is None:
                 continue
-            index = self._trait_of(row.which)
-            value = row._mapping[f"trait_{index + 1}"]
-            totals.append(Total(self.traits[index], value, row.bucket, row.currency, row.legacy, row.ledger))
-        return groups, totals
+            value = row._mapping[f"trait_{trait + 1}"]
+            for index, column in enumerate(self.mapping.columns, start=1):
+                amount = row._mapping[f"sum_{index}"]
+                yield Total(self.traits[trait], value, column.bucket, column.currency, amount, amount)
 
-    def _trait_of(self, which: int) -> int:
-        """Which trait a row was grouped by: its bit in GROUPING() is the one that is clear."""
-        bits = f"{which >> 1:0{len(self.traits)}b}"
-        return bits.index("0")
+    def _trait_of(self, which: int) -> int | None:
+        """Which trait a row was grouped by: its bit in GROUPING() is the one that is clear; None: by none."""
+        bits = f"{which:0{len(self.traits)}b}" if self.traits else ""
+        return bits.index("0") if "0" in bits else None
 
 
 @contextmanager

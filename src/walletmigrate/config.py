@@ -31,6 +31,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from walletmigrate.configchecks import CrossCheck, fitting
 from walletmigrate.configfields import (
     SQL_NAME,
     BalanceColumn,
@@ -141,6 +142,7 @@ class Mapping(_Model):
     policy: Literal["shadow", "strict"] = "shadow"
     traits: abc.Mapping[TraitName, LegacyName] = {}
     columns: tuple[Column, ...]
+    cross_checks: tuple[CrossCheck, ...] = ()
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
     def __hash__(self) -> int:
@@ -171,6 +173,12 @@ class Mapping(_Model):
             money.add((column.bucket, column.currency))
             names.add(column.column)
         return columns
+
+    @field_validator("cross_checks")
+    @classmethod
+    def _checks_fit(cls, checks: tuple[CrossCheck, ...], info: ValidationInfo) -> tuple[CrossCheck, ...]:
+        columns = info.data.get("columns")
+        return fitting(checks, [(one.bucket, one.currency) for one in columns]) if columns else checks
 
     @property
     def schema_name(self) -> str:
@@ -408,6 +416,7 @@ _KNOWN = {
     ("roles",): tuple(Roles.model_fields),
     ("mappings",): tuple(Mapping.model_fields),
     ("mappings", "columns"): tuple(Column.model_fields),
+    ("mappings", "cross_checks"): tuple(CrossCheck.model_fields),
 }
 
 

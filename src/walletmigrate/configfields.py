@@ -87,6 +87,23 @@ def _exact_floor(value: object) -> object:
     return value
 
 
+def _exact_tolerance(value: object) -> object:
+    if isinstance(value, bool | float):
+        raise wrong("a tolerance must be exact, so it cannot be a float or a boolean", f'write tolerance = "{value}"')
+    if isinstance(value, str) and not re.fullmatch(r"[0-9]+(\.[0-9]+)?", value.strip()):
+        raise wrong(f"{value!r} is no tolerance", 'write digits in major units, for example tolerance = "0.50"')
+    if isinstance(value, int | Decimal) and not value >= 0:
+        raise wrong("a tolerance is not negative", 'write tolerance = "0.50"')
+    return value
+
+
+def _one_query(value: object) -> object:
+    query = value.strip().rstrip(";").rstrip() if isinstance(value, str) else ""
+    if not query or "\0" in query:
+        raise wrong("not a query", 'write sql = "select user_id as key, sum(amount) as expected from … group by 1"')
+    return query
+
+
 def _callable_name(value: object) -> object:
     if not isinstance(value, str) or not re.fullmatch(r"python:[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", value):
         raise wrong("not the name of a function", 'write check = "python:module:function"')
@@ -94,6 +111,7 @@ def _callable_name(value: object) -> object:
 
 
 LedgerName = Annotated[str, _spelt(r"[a-z][a-z0-9_]{0,39}", "a small letter, then up to 39 of a-z, 0-9 and _")]
+CheckName = Annotated[str, _spelt(r"[a-z][a-z0-9_-]{0,39}", "a small letter, then up to 39 of a-z, 0-9, _ and -")]
 BucketName = Annotated[str, _spelt(r"[a-z][a-z0-9_]{0,30}", "a small letter, then up to 30 of a-z, 0-9 and _")]
 CurrencyName = Annotated[str, _spelt(r"[A-Z][A-Z0-9]{1,11}", "2 to 12 of A-Z and 0-9, a letter first")]
 RoleName = Annotated[str, _spelt(r"[a-z_][a-z0-9_]{0,62}", "a small letter or _, then up to 62 of a-z, 0-9 and _")]
@@ -112,3 +130,5 @@ Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 CallableName = Annotated[str, BeforeValidator(_callable_name)]
 Duration = Annotated[timedelta, BeforeValidator(_duration)]
 Floor = Annotated[Decimal, BeforeValidator(_exact_floor)]
+Tolerance = Annotated[Decimal, BeforeValidator(_exact_tolerance)]
+Query = Annotated[str, BeforeValidator(_one_query)]

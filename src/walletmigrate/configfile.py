@@ -71,6 +71,10 @@ EXAMPLES: Mapping[str | int, str] = {
     "scale": f"scale = 2, a whole number from 0 to {MAX_SCALE}",
     "unit": 'unit = "major" or unit = "minor"',
     "floor": 'floor = "0"',
+    "cross_checks": "a [[mappings.cross_checks]] table with name and sql",
+    "sql": 'sql = "select user_id as key, sum(amount) as expected from … group by 1"',
+    "tolerance": 'tolerance = "0.50"',
+    "others": 'others = "zero" or others = "ignore"',
 }
 
 

@@ -72,6 +72,21 @@ class PreconditionRefused(WalletMigrateError):
 
 
 @dataclass(eq=False)
+class CrossCheckFailed(UsageError):
+    """A cross-check's query of the configuration cannot be used: it fails, or gives no usable key or amount."""
+
+    mapping: str
+    check: str
+    problem: str
+
+    code = "cross_check"
+
+    def __str__(self) -> str:
+        mend = f"Mend its sql under [[mappings.cross_checks]] of {self.mapping!r}; nothing was put on record."
+        return f"cross-check {self.check!r}: {self.problem}. {mend}"
+
+
+@dataclass(eq=False)
 class DatabaseUnreachable(WalletMigrateError):
     """No connection to PostgreSQL; ``url`` has its password masked."""
 

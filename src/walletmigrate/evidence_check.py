@@ -18,6 +18,7 @@ from walletmigrate.errors import UnreadableInput
 from walletmigrate.evidence import FORMAT, MANIFEST, audit_rows, chained, journal_of
 from walletmigrate.schema import quoted
 from walletmigrate.standing import require_installed
+from walletmigrate.sums import total
 
 _BROKEN = (KeyError, TypeError, ValueError, InvalidOperation, AttributeError)
 
@@ -102,9 +103,9 @@ _NEEDED = ("audit.jsonl", "journal.json", "totals.json")
 
 def _balance(folder: Path) -> Iterator[str]:
     for currency, one in _document(folder, "totals.json").items():
-        total = sum((Decimal(row["balance"]) for part in ("owners", "system") for row in one[part]), Decimal(0))
-        if total != 0:
-            yield f"totals.json: the balances of {currency} come to {total}, not to zero"
+        come_to = total(Decimal(row["balance"]) for part in ("owners", "system") for row in one[part])
+        if come_to != 0:
+            yield f"totals.json: the balances of {currency} come to {come_to}, not to zero"
 
 
 def _counts(folder: Path) -> Iterator[str]:

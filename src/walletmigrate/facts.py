@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from walletmigrate.heartbeat import LIVE_SECONDS
 from walletmigrate.schema import quoted
+from walletmigrate.sums import by_name, total
 
 PHASES: Final = ("legacy", "dual_write", "read_ledger", "wallet_only", "frozen", "retired")
 TREATMENTS: Final = ("absent", "stale", "turned_stale", "mirrored", "closed", "rejected")
@@ -52,7 +53,7 @@ class JobFacts:
 @dataclass(frozen=True)
 class Facts:
     """What one look at the ledger's schema saw. Amounts are in major units, by currency; ``last_success``
-    is Unix time, 0 if a mapping never had a clean full verification.
+    is Unix time, 0 if a mapping never had a clean full verification, or a later one of any form was not clean.
     """
 
     phase: str
@@ -131,15 +132,15 @@ def _balances(connection: sa.Connection, schema: str) -> tuple[dict[str, int], d
     system = _table(schema, "system_balances", "currency", "balance")
     state = sa.cast(accounts.c.state, sa.Text).label("state")
     states: dict[str, int] = defaultdict(int)
-    sums: dict[str, Decimal] = defaultdict(Decimal)
+    sums: list[tuple[str, Decimal]] = []
     owned = sa.select(state, accounts.c.currency, sa.func.count(), sa.func.sum(accounts.c.balance))
     for name, currency, count, balance in connection.execute(owned.group_by(state, accounts.c.currency)):
         states[name] += count
-        sums[currency] += balance
+        sums.append((currency, balance))
     of_system = sa.select(system.c.currency, sa.func.sum(system.c.balance)).group_by(system.c.currency)
     for currency, balance in connection.execute(of_system):
-        sums[currency] += balance
-    return dict(states), dict(sums)
+        sums.append((currency, balance))
+    return dict(states), by_name((), sums)
 
 
 def _full_runs(schema: str, scope: Collection[tuple[str, str]]) -> tuple[sa.TableClause, sa.ColumnElement[bool]]:
@@ -147,7 +148,7 @@ def _full_runs(schema: str, scope: Collection[tuple[str, str]]) -> tuple[sa.Tabl
     runs = _table(
         schema,
         "verifications",
-        *("id", "mapping", "currency", "finished_at", "clean", "full_run"),
+        *("id", "mapping", "currency", "started_at", "finished_at", "clean", "full_run"),
         *("missing", "drift_accounts", "drift_amount"),
     )
     # A sample says nothing about the accounts it left out, so only full runs are taken for the whole.
@@ -158,16 +159,36 @@ def _full_runs(schema: str, scope: Collection[tuple[str, str]]) -> tuple[sa.Tabl
 
 
 def _drift(connection: sa.Connection, schema: str, scope: Collection[tuple[str, str]]) -> list[sa.Row[Any]]:
-    """missing, accounts and amount by currency, from the last full verification of each mapping."""
+    """missing, accounts and amount by currency, from the last full verification of each mapping; or, if that is more,
+    from a later one of samples or changes: it can raise them until the next full one, never lower them.
+    """
     runs, counts = _full_runs(schema, scope)
-    newest = sa.select(sa.func.max(runs.c.id)).where(counts).group_by(runs.c.mapping, runs.c.currency)
-    total = sa.select(
-        runs.c.currency,
-        sa.func.sum(runs.c.missing).label("missing"),
-        sa.func.sum(runs.c.drift_accounts).label("accounts"),
-        sa.func.sum(runs.c.drift_amount).label("amount"),
+    last = sa.select(sa.func.max(runs.c.id)).where(counts).group_by(runs.c.mapping, runs.c.currency)
+    newest = sa.select(runs).where(runs.c.id.in_(last)).subquery()
+    later = runs.alias("later")
+    since = sa.select(
+        later.c.mapping,
+        later.c.currency,
+        sa.func.max(later.c.drift_accounts).label("accounts"),
+        sa.func.max(later.c.drift_amount).label("amount"),
+    ).select_from(
+        later.join(
+            newest,
+            sa.and_(
+                *(later.c.mapping == newest.c.mapping, later.c.currency == newest.c.currency),
+                *(later.c.started_at > newest.c.started_at, ~later.c.full_run),
+            ),
+        )
     )
-    return list(connection.execute(total.where(runs.c.id.in_(newest)).group_by(runs.c.currency)))
+    more = since.group_by(later.c.mapping, later.c.currency).subquery()
+    both = newest.outerjoin(more, sa.and_(more.c.mapping == newest.c.mapping, more.c.currency == newest.c.currency))
+    summed = sa.select(
+        newest.c.currency,
+        sa.func.sum(newest.c.missing).label("missing"),
+        sa.func.sum(sa.func.greatest(newest.c.drift_accounts, more.c.accounts)).label("accounts"),
+        sa.func.sum(sa.func.greatest(newest.c.drift_amount, more.c.amount)).label("amount"),
+    )
+    return list(connection.execute(summed.select_from(both).group_by(newest.c.currency)))
 
 
 def _differences(
@@ -185,19 +206,26 @@ def _differences(
             continue
         for currency, one in run.differences.items():
             accounts, amount = (outside if run.outside else of_sides)[currency]
-            both = (accounts + int(one["accounts"]), amount + Decimal(one["amount"]))
+            both = (accounts + int(one["accounts"]), total((amount, Decimal(one["amount"]))))
             (outside if run.outside else of_sides)[currency] = both
     for currency in {*found, *of_sides, *outside}:
         accounts, amount = max(found.get(currency, (0, Decimal(0))), of_sides[currency])
-        found[currency] = (accounts + outside[currency][0], amount + outside[currency][1])
+        found[currency] = (accounts + outside[currency][0], total((amount, outside[currency][1])))
     return found
 
 
 def _last_success(connection: sa.Connection, schema: str, scope: Collection[tuple[str, str]]) -> float:
-    """The oldest of the mappings' last clean full runs: one that is verified daily must not hide another."""
+    """The oldest of the mappings' last clean full runs: one that is verified daily must not hide another. A run of any
+    form that was not clean voids those that began before it.
+    """
     runs, counts = _full_runs(schema, scope)
+    later = runs.alias("later")
+    voided = sa.exists().where(
+        *(later.c.mapping == runs.c.mapping, later.c.currency == runs.c.currency),
+        *(~later.c.clean, later.c.started_at >= runs.c.started_at),
+    )
     when = sa.extract("epoch", sa.func.max(runs.c.finished_at))
-    clean = sa.select(runs.c.mapping, runs.c.currency, when).where(counts, runs.c.clean)
+    clean = sa.select(runs.c.mapping, runs.c.currency, when).where(counts, runs.c.clean, ~voided)
     rows = connection.execute(clean.group_by(runs.c.mapping, runs.c.currency))
     times = {(mapping, currency): float(at) for mapping, currency, at in rows}
     return min((times.get(pair, 0.0) for pair in scope or times), default=0.0)

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, text
 from walletmigrate.config import Column
 from walletmigrate.errors import UsageError
 from walletmigrate.schema import quoted
+from walletmigrate.sums import less
 
 MAX_ENTRIES = 1000
 
@@ -83,7 +84,7 @@ def history(
             transaction_id=row.id,
             direction=row.direction,
             amount=row.amount,
-            balance_before=row.balance_after - row.amount,
+            balance_before=less(row.balance_after, row.amount),
             balance_after=row.balance_after,
             currency=row.currency,
             kind=row.kind,

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine, text
 
 from walletmigrate import config
 from walletmigrate.audit import Act, record
-from walletmigrate.comparison import Comparison
+from walletmigrate.comparison import ALL, Comparison, Scope
 from walletmigrate.config import Settings
 from walletmigrate.schema import quoted
 
@@ -42,12 +42,12 @@ class Marked:
     closed: tuple[str, ...] = ()
 
 
-def suspects(comparison: Comparison, connection: Connection) -> tuple[Suspect, ...]:
+def suspects(comparison: Comparison, connection: Connection, scope: Scope = ALL) -> tuple[Suspect, ...]:
     """Mirrored accounts that differ, and mirrored and stale ones without a row, by bucket and key.
 
     Frozen and closed accounts are none: there the ledger alone is true, or nothing is read.
     """
-    rows = comparison.run(connection, "differences", behind=False, limit=None)
+    rows = comparison.run(connection, "differences", scope, behind=False, limit=None)
     found = (
         Suspect(row.key, row.bucket, row.currency, row.problem == "orphan")
         for row in rows

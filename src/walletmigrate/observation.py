@@ -28,11 +28,13 @@ from walletmigrate.standing import (
 
 SHOWN = 5
 """How many single values a reason names before it says that there are more."""
+_FORMS = {"full": "a full", "incremental": "an incremental", "sample": "a sampled"}
 
 
 def verified(connection: Connection, settings: Settings) -> Iterator[Reason]:
-    """A clean full verification of every mapping, begun since dual-write is on, and after the last failure and the
-    last mending of its fence: an account that was written past it counts as mirrored until a verification looks.
+    """A clean full verification of every mapping, begun since dual-write is on, and after the last failure, the last
+    verification of any form that was not clean, and the last mending of its fence: an account that was written past
+    it counts as mirrored until a verification looks.
     """
     begun = in_force_since(connection, settings, "dual_write")
     for mapping in settings.mappings:
@@ -45,8 +47,12 @@ def verified(connection: Connection, settings: Settings) -> Iterator[Reason]:
         started = min(at for at, _ in runs.values())
         failed = _last_failure(connection, settings, mapping)
         mended = _last_mending(connection, settings, mapping)
+        found = _last_finding(connection, settings, mapping)
         if not all(clean for _, clean in runs.values()):
             yield f"the last full verification of {mapping.name!r} was not clean", mend
+        elif found is not None and found[1] >= started:
+            what = f"{_FORMS[found[0]]} verification of {mapping.name!r} was not clean at {shown_time(found[1])}"
+            yield f"{what}, after its last full one", mend
         elif failed is not None and failed >= started:
             yield f"mapping {mapping.name!r} had a failure at {shown_time(failed)}, after its last verification", mend
         elif mended is not None and mended >= started:
@@ -66,6 +72,18 @@ def _last_runs(connection: Connection, settings: Settings, mapping: Mapping) -> 
         {"mapping": mapping.name},
     )
     return {row.currency: (row.started_at, row.clean) for row in rows}
+
+
+def _last_finding(connection: Connection, settings: Settings, mapping: Mapping) -> tuple[str, datetime] | None:
+    """Form and time of the last run, of whatever form, that was not clean: only a full clean one after it lifts it."""
+    row = connection.execute(
+        text(
+            f"select form, started_at from {quoted(settings.ledger_schema)}.verifications "
+            "where mapping = :mapping and not clean order by started_at desc, id desc limit 1"
+        ),
+        {"mapping": mapping.name},
+    ).one_or_none()
+    return None if row is None else (row.form, row.started_at)
 
 
 def _last_failure(connection: Connection, settings: Settings, mapping: Mapping) -> datetime | None:

@@ -13,6 +13,7 @@ from walletmigrate.config import Settings
 from walletmigrate.jobs import require_installed
 from walletmigrate.schema import quoted, statements
 from walletmigrate.snapshots import KINDS, SYSTEM
+from walletmigrate.sums import less, total
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def overview(engine: Engine, settings: Settings, *, limit: int = 1000) -> Overvi
             for column in mapping.columns:
                 place = (column.bucket, column.currency)
                 here = [group for group in groups if (group.bucket, group.currency) == place]
-                legacy = sum((one.legacy for one in here), Decimal(0)) if comparison else None
+                legacy = total(one.legacy for one in here) if comparison else None
                 row = journal.pop((mapping.name, *place), None)
                 buckets.append(_bucket(mapping.name, place, owned.get(place), legacy, row))
         system = [
@@ -117,14 +118,14 @@ def overview(engine: Engine, settings: Settings, *, limit: int = 1000) -> Overvi
         left = connection.execute(text(f"select currency, sum(balance) from {name}.accounts group by currency"))
         imbalance: dict[str, Decimal] = {currency: Decimal(amount) for currency, amount in left}
     for one in system:
-        imbalance[one.currency] = imbalance.get(one.currency, Decimal(0)) + one.balance
+        imbalance[one.currency] = total((imbalance.get(one.currency, Decimal(0)), one.balance))
     ordered = tuple(sorted(system, key=lambda one: (one.currency, one.name)))
     return Overview(tuple(buckets), tuple(traits), ordered, imbalance, newest.id if newest else None)
 
 
 def _bucket(mapping: str, place: tuple[str, str], owned: Any, legacy: Decimal | None, journal: Any) -> BucketTotal:
     ledger, closed = (owned.ledger, owned.closed) if owned else (Decimal(0), Decimal(0))
-    expected = _sum(journal) - closed
+    expected = less(_sum(journal), closed)
     sums: dict[str, Decimal] = {kind: getattr(journal, kind) if journal else Decimal(0) for kind in KINDS}
     return BucketTotal(
         mapping=mapping,
@@ -135,8 +136,8 @@ def _bucket(mapping: str, place: tuple[str, str], owned: Any, legacy: Decimal | 
         ledger=ledger,
         closed=closed,
         expected=expected,
-        discrepancy=ledger - expected,
-        unmirrored=None if legacy is None else legacy - ledger,
+        discrepancy=less(ledger, expected),
+        unmirrored=None if legacy is None else less(legacy, ledger),
         **sums,
     )
 

@@ -56,7 +56,10 @@ class JobStatus:
 
 @dataclass(frozen=True)
 class VerificationStatus:
-    """The last full verification of one mapping in one currency; ``drift_amount`` in major units."""
+    """The last full verification of one mapping in one currency; ``drift_amount`` in major units.
+
+    ``voided``: when a later verification, of a sample or of what changed, was not clean.
+    """
 
     mapping: str
     currency: str
@@ -66,6 +69,7 @@ class VerificationStatus:
     missing: int
     drift_accounts: int
     drift_amount: Decimal
+    voided: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -218,10 +222,12 @@ def _speed(row: Row[tuple[object, ...]]) -> tuple[float | None, float | None]:
 
 def _verifications(connection: Connection, settings: Settings) -> Iterator[VerificationStatus]:
     query = (
-        "select distinct on (mapping, currency) mapping, currency, finished_at, clean, accounts, missing, "
-        f"drift_accounts, drift_amount from {quoted(settings.ledger_schema)}.verifications "
-        "where full_run and mapping = any(:mappings) order by mapping, currency, id desc"
-    )
+        "select distinct on (v.mapping, v.currency) v.mapping, v.currency, v.finished_at, v.clean, v.accounts, "
+        "v.missing, v.drift_accounts, v.drift_amount, (select max(w.finished_at) from {name} as w where "
+        "w.mapping = v.mapping and w.currency = v.currency and not w.clean and not w.full_run "
+        "and w.started_at >= v.started_at) as voided "
+        "from {name} as v where v.full_run and v.mapping = any(:mappings) order by v.mapping, v.currency, v.id desc"
+    ).format(name=f"{quoted(settings.ledger_schema)}.verifications")
     names = [mapping.name for mapping in settings.mappings]
     for row in connection.execute(text(query), {"mappings": names}):
         yield VerificationStatus(*row)

@@ -20,6 +20,7 @@ from walletmigrate.history import Account, Selection, entries
 from walletmigrate.overview import Overview, overview
 from walletmigrate.schema import quoted
 from walletmigrate.standing import require_installed
+from walletmigrate.sums import less
 
 KINDS: Final = ("snapshot", "job", "verification", "overview")
 _RUNS: Final = 200
@@ -102,7 +103,7 @@ def of_overview(one: Overview, settings: Settings, charts: tuple[Chart, ...] = (
     names = tuple(Heading(name) for name in ("mapping", "bucket", "currency"))
     amounts = tuple(Heading(name, "amount", scale) for name in money)
     traits = (
-        (m, t.trait, t.value, t.bucket, t.currency, t.legacy, t.ledger, t.legacy - t.ledger) for m, t in one.traits
+        (m, t.trait, t.value, t.bucket, t.currency, t.legacy, t.ledger, less(t.legacy, t.ledger)) for m, t in one.traits
     )
     of_trait = (*(Heading(n) for n in ("mapping", "trait", "value", "bucket", "currency")), *_money(scale))
     of_system = (Heading("account"), Heading("currency"), *_amounts(scale, "balance", "expected", "discrepancy"))
@@ -203,7 +204,7 @@ def _of_verification(
     connection: Connection, settings: Settings, number: int | None, charts: tuple[Chart, ...]
 ) -> Document:
     name, scale = quoted(settings.ledger_schema), _scale(settings)
-    columns = "id, mapping, currency, started_at, finished_at, clean, full_run, accounts, missing, drift_accounts"
+    columns = "id, mapping, currency, form, started_at, finished_at, clean, accounts, missing, drift_accounts"
     query = f"select {columns}, drift_amount, actor, details from {name}.verifications"
     row = _found(connection, query, "verification", number)
     facts = [(title, value) for title, value in row._mapping.items() if title != "details"]
@@ -277,7 +278,7 @@ def _drift(connection: Connection, settings: Settings, mapping: Mapping) -> Iter
     found = [one for one in comparison.groups(connection, _BARS)[1] if one.trait == trait]
     for column in mapping.columns:
         here = [one for one in found if (one.bucket, one.currency) == (column.bucket, column.currency)]
-        bars = Series("drift", tuple(one.legacy - one.ledger for one in here))
+        bars = Series("drift", tuple(less(one.legacy, one.ledger) for one in here))
         title = f"Drift by {trait} now: legacy − ledger, {mapping.name}, {column.bucket}, {column.currency}"
         yield Chart(title, tuple(one.value or "(none)" for one in here), (bars,), "bars")
 

@@ -26,6 +26,7 @@ from walletmigrate.errors import Retryable, UnknownRun, UsageError
 from walletmigrate.job_rows import Job
 from walletmigrate.schema import quoted, statements
 from walletmigrate.standing import require_installed
+from walletmigrate.sums import total
 
 ATTEMPTS: Final = 8
 KINDS: Final = ("opening", "resync", "posting", "correction", "reversal")
@@ -412,7 +413,7 @@ class _Check:
                 problem = "system" if place[0] == SYSTEM else "total"
                 self._tell(problem, None, place[0], None, f"{place[1]} {place[2]}", wanted[1], found[1])
         for currency in sorted({place[2] for place in stored}):
-            balance = sum((amount for place, (_, amount) in stored.items() if place[2] == currency), Decimal(0))
+            balance = total(amount for place, (_, amount) in stored.items() if place[2] == currency)
             if balance:
                 self._tell("imbalance", None, None, None, currency, Decimal(0), balance)
 

@@ -6,27 +6,47 @@ differ can be turned stale.
 
 from __future__ import annotations
 
-import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, Row, text
+from sqlalchemy import Connection, Engine, text
 
-from walletmigrate import config, marking
-from walletmigrate.audit import Act, record
+from walletmigrate import config, cross_checks, journals, marking, references, samples
+from walletmigrate.audit import Act
 from walletmigrate.capture import FenceProblem, fence_problems
-from walletmigrate.comparison import Comparison, Group, Total, snapshot
+from walletmigrate.comparison import Comparison, Group, KeyRange, Scope, Total, snapshot
 from walletmigrate.config import Settings
+from walletmigrate.cross_checks import CrossCheck
+from walletmigrate.errors import PreconditionRefused, UsageError
 from walletmigrate.jobs import require_installed, visibility
+from walletmigrate.journals import Journal, JournalProblem
+from walletmigrate.references import References
+from walletmigrate.samples import Sample
 from walletmigrate.schema import quoted, render
+from walletmigrate.sums import by_name, less
+from walletmigrate.verifications import (
+    BEHIND,
+    Bound,
+    Drift,
+    Form,
+    Verification,
+    counted,
+    last_bound,
+    put_on_record,
+    wrong,
+)
 
-BEHIND: Final = ("missing", "stale")
-"""Problems of accounts that the ledger is known not to follow; all others are money that is wrong."""
+__all__ = ["BEHIND", "Drift", "JournalProblem", "Verification", "verify"]
+
+AGAIN: Final = 10_000
+"""Up to how many differing accounts are looked at again. More differ of no moment's making."""
+AT_A_TIME: Final = 5_000
+"""Keys that a sample or an incremental run compares in one statement."""
 
 _BODY: Final = re.compile(
     r"^create (?:or replace )?function \S+\.(\w+)\(\) returns trigger\b.*?^as \$\$(.*?)\$\$;",
@@ -35,74 +55,33 @@ _BODY: Final = re.compile(
 
 
 @dataclass(frozen=True)
-class Drift:
-    """One account that is not what its legacy row says (major units; None: there is no such value).
+class _Moment:
+    """The snapshot that is looked at: where it stands among the database's transactions, and on which server."""
 
-    ``problem`` is ``differs``, ``no_value`` (legacy is NULL, NaN or infinite), ``orphan`` (the row is gone,
-    the account is not closed), ``reopened`` (the row lives, the account is closed), ``missing`` or ``stale``.
-    """
-
-    key: str
-    bucket: str
-    currency: str
-    legacy: Decimal | None
-    ledger: Decimal | None
-    state: str
-    problem: str
+    at: datetime
+    seen: str
+    bound: Bound
+    replica_lag: float | None
 
 
-@dataclass(frozen=True)
-class JournalProblem:
-    """One contradiction between the transactions and an account, whose id is negative if it is the system's.
+@dataclass
+class _Look:
+    """What one look gathers. ``keys`` are those that are wrong, in a sample."""
 
-    ``expected`` is what the transactions say, ``found`` what is stored, where the problem is about amounts;
-    ``transaction_id`` is the first transaction that does not fit, where one can be told.
-    """
-
-    account: int
-    key: str | None
-    bucket: str | None
-    currency: str | None
-    problem: str
-    transaction_id: int | None = None
-    expected: Decimal | None = None
-    found: Decimal | None = None
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What one full verification of a mapping saw. Lists have at most ``limit`` entries, counts are in full.
-
-    ``drift`` is money that is wrong; ``behind`` are accounts that are absent (``missing``) or ``stale``;
-    ``journal_accounts`` are those with a journal problem. ``guards`` are triggers that do not stand as made.
-    ``imbalance`` by currency, of the whole ledger, is zero. Totals are by currency; a frozen account's legacy
-    column counts as it stands, although the ledger alone is true. ``clean``: there is nothing to report.
-    ``turned_stale`` and ``closed``: how many accounts were afterwards, or would be (``dry_run``); None: not asked for.
-    """
-
-    mapping: str
-    clean: bool
-    accounts: int
-    states: Mapping[str, int]
-    missing: int
-    stale: int
-    drift_accounts: int
-    drift_amount: Mapping[str, Decimal]
-    drift: tuple[Drift, ...]
-    behind: tuple[Drift, ...]
-    journal_accounts: int
-    journal: tuple[JournalProblem, ...]
-    imbalance: Mapping[str, Decimal]
-    guards: tuple[FenceProblem, ...]
-    totals: tuple[Total, ...]
-    legacy_total: Mapping[str, Decimal]
-    ledger_total: Mapping[str, Decimal]
-    started_at: datetime
-    seconds: float
-    dry_run: bool = False
-    turned_stale: int | None = None
-    closed: int | None = None
-    groups: tuple[Group, ...] = field(default=(), repr=False)
+    form: Form = "full"
+    groups: list[Group] = field(default_factory=list)
+    totals: list[Total] = field(default_factory=list)
+    ranges: tuple[KeyRange, ...] = ()
+    scopes: list[Scope] = field(default_factory=list)
+    drift: list[Drift] = field(default_factory=list)
+    behind: list[Drift] = field(default_factory=list)
+    passing: list[Drift] = field(default_factory=list)
+    journal: Journal = field(default_factory=lambda: Journal((), 0, {}, grouped=False))
+    references: References = field(default_factory=lambda: References(0, ()))
+    guards: tuple[FenceProblem, ...] = ()
+    checks: tuple[CrossCheck, ...] = ()
+    since: Bound | None = None
+    sample: Sample | None = None
 
 
 def verify(
@@ -114,125 +93,251 @@ def verify(
     limit: int = 1000,
     dry_run: bool = False,
     mark_stale: bool = False,
+    sample: int | None = None,
+    since_last: bool = False,
 ) -> Verification:
     """Verify a mapping in full; then, unless ``dry_run``, put the result and an audit row on record.
+
+    ``sample`` keys drawn at random, or with ``since_last`` the accounts whose journal or row in the ledger was written
+    since the last full or incremental run, are looked at instead, each with its own journal. Such a run is on record,
+    and if it finds something it takes back what full runs before it have shown; but no gate takes it for a full one.
 
     ``mark_stale`` then turns the mirrored accounts that differ stale, if they still do: from then on they are read
     from legacy alone, and a backfill brings them up. Mirrored and stale accounts whose row is gone are closed. The
     result tells of the snapshot before.
 
-    Raises LedgerNotInstalled, ConfigError when table and mapping do not fit, and PreconditionRefused where
-    row-level security hides rows from this role. A difference is a result, not an error.
+    On a standby nothing is put on record, and the result has its lag. Raises LedgerNotInstalled, ConfigError when table
+    and mapping do not fit, CrossCheckFailed for a query of the configuration that cannot be used, UsageError for
+    contradictory options, and PreconditionRefused where row-level security hides rows from this role, where there is
+    no run to go on from, or for a mark on a standby. A difference is a result, not an error.
     """
+    if sample is not None and (since_last or sample < 1):
+        raise UsageError("a sample has at least one key, and is not of what changed: pass --sample N or --since-last")
     began = time.monotonic()
+    found: Sequence[marking.Suspect] = ()
     with snapshot(engine) as connection:
+        moment = _moment(connection)
+        if moment.replica_lag is not None and mark_stale and not dry_run:
+            what = "this is a standby, which writes nothing"
+            raise PreconditionRefused("verify --mark-stale", [(what, "run it on the primary")])
         require_installed(connection, settings, mapping)
         visibility(connection, mapping, "verify")
-        comparison = Comparison(connection, settings, mapping, with_traits=True)
-        seen = _look(comparison, connection, settings, limit)
-        found = marking.suspects(comparison, connection) if mark_stale and seen.drift_accounts else ()
-    result = replace(seen, seconds=time.monotonic() - began, dry_run=dry_run)
+        comparison = Comparison(connection, settings, mapping, with_traits=sample is None and not since_last)
+        if sample is not None:
+            look = _at_sample(comparison, connection, limit, sample)
+        elif since_last:
+            look = _since_last(comparison, connection, settings, limit)
+        else:
+            look = _at_all(comparison, connection, settings, limit)
+        look.guards += _guards(comparison, connection, settings)
+        if mark_stale and wrong(look.groups):
+            found = [one for scope in look.scopes for one in marking.suspects(comparison, connection, scope)]
+        doubtful = _doubtful(comparison, connection, look)
+    if doubtful:
+        _look_again(engine, comparison, look, doubtful, moment, limit)
+    result = replace(_result(mapping, look, moment, limit), dry_run=dry_run, seconds=time.monotonic() - began)
     if mark_stale:
+        passed = {_place(one) for one in look.passing}
+        found = [one for one in found if (one.key, one.bucket, one.currency) not in passed]
         gone = sum(one.gone for one in found)
         result = replace(result, turned_stale=len(found) - gone, closed=gone)
-    if not dry_run:
-        with engine.begin() as connection:
-            _record(connection, settings, result, act)
-        if found:
-            marked = marking.mark(engine, settings, mapping, comparison, found, act)
-            result = replace(result, turned_stale=len(marked.stale), closed=len(marked.closed))
+    if dry_run or moment.replica_lag is not None:
+        return result
+    with engine.begin() as connection:
+        put_on_record(connection, settings, result, act, moment.bound if look.form != "sample" else None)
+    if found:
+        marked = marking.mark(engine, settings, mapping, comparison, found, act)
+        result = replace(result, turned_stale=len(marked.stale), closed=len(marked.closed))
     return result
 
 
-def _look(comparison: Comparison, connection: Connection, settings: Settings, limit: int) -> Verification:
-    mapping = comparison.mapping
+def _moment(connection: Connection) -> _Moment:
     # Not the time of this statement: the snapshot is older, and what happened in between it has not seen.
-    started_at = connection.execute(text("select transaction_timestamp()")).scalar_one()
-    groups, totals = comparison.groups(connection, limit)
+    row = connection.execute(
+        text(
+            "select transaction_timestamp() as at, pg_current_snapshot()::text as seen, "
+            "pg_snapshot_xmin(pg_current_snapshot())::text::bigint as horizon, s.system_identifier, "
+            "pg_is_in_recovery() as standby, "
+            "case when not pg_is_in_recovery() then null "
+            # All that was received is replayed; but who does not receive at all is not up to date.
+            "when pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn() and exists (select from pg_stat_wal_receiver) "
+            "then 0 else extract(epoch from clock_timestamp() - "
+            "coalesce(pg_last_xact_replay_timestamp(), pg_postmaster_start_time())) end as lag "
+            "from pg_control_system() as s"
+        )
+    ).one()
+    bound = Bound(row.system_identifier, row.horizon, row.at)
+    return _Moment(row.at, row.seen, bound, float(row.lag or 0) if row.standby else None)
+
+
+def _at_all(comparison: Comparison, connection: Connection, settings: Settings, limit: int) -> _Look:
+    cross_checks.tried(comparison, connection)
+    seen = comparison.whole(connection, limit)
+    journal = journals.whole(comparison, connection, limit, seen.ledger)
+    look = _Look(groups=seen.groups, totals=seen.totals, ranges=seen.ranges, journal=journal)
+    if seen.scope is not None:
+        look.scopes = [seen.scope]
+        _list(look, comparison, connection, limit, look.groups, seen.scope)
+    look.references = references.look(connection, settings, seen.ledger, grouped=journal.grouped, limit=limit)
+    look.checks = cross_checks.run(comparison, connection, limit)
+    return look
+
+
+def _at_sample(comparison: Comparison, connection: Connection, limit: int, size: int) -> _Look:
+    keys = samples.draw(comparison, connection, size)
+    look = _at_keys(_Look(form="sample"), comparison, connection, limit, [keys])
+    # The lists of a look may be cut short; how many keys are wrong must not be.
+    bad = {row.key for scope in look.scopes for row in _rows(comparison, connection, scope, behind=False)}
+    for scope in look.scopes:
+        bad |= {one.key or "" for one in journals.of_accounts(comparison, connection, size, scope)[0]}
+    look.sample = samples.judged(len(keys), len(bad), whole=len(keys) < size)
+    return look
+
+
+def _since_last(comparison: Comparison, connection: Connection, settings: Settings, limit: int) -> _Look:
+    since = last_bound(connection, settings, comparison.mapping)
+    if since is None:
+        what = f"no full verification of mapping {comparison.mapping.name!r} by this cluster stands on record"
+        mend = f"walletmigrate verify --mapping {comparison.mapping.name}"
+        raise PreconditionRefused("verify --since-last", [(what, mend)])
+    changed = [row.key for row in comparison.run(connection, "changed", since=since.horizon)]
+    parts = [changed[at : at + AT_A_TIME] for at in range(0, len(changed), AT_A_TIME)]
+    return _at_keys(_Look(form="incremental", since=since), comparison, connection, limit, parts)
+
+
+def _at_keys(
+    look: _Look, comparison: Comparison, connection: Connection, limit: int, parts: Iterable[Sequence[str]]
+) -> _Look:
+    """Look at single keys, some at a time: at both sides and at the accounts' own transactions."""
+    problems: list[JournalProblem] = []
+    accounts = 0
+    for part in parts:
+        for at in range(0, len(part), AT_A_TIME):
+            scope = comparison.keys(connection, part[at : at + AT_A_TIME])
+            groups = comparison.census(connection, scope)
+            _list(look, comparison, connection, limit, groups, scope)
+            found, count = journals.of_accounts(comparison, connection, limit, scope)
+            problems += found
+            accounts += count
+            look.groups += groups
+            look.scopes.append(scope)
+    look.journal = Journal(tuple(problems[:limit]), accounts, {}, grouped=False)
+    return look
+
+
+def _list(
+    look: _Look, comparison: Comparison, connection: Connection, limit: int, groups: list[Group], scope: Scope
+) -> None:
+    """Name the first accounts that differ, and that are behind, of those that ``groups`` counts."""
+    if wrong(groups) and len(look.drift) < limit:
+        look.drift += _rows(comparison, connection, scope, behind=False, limit=limit - len(look.drift))
+    if any(group.problem in BEHIND for group in groups) and len(look.behind) < limit:
+        look.behind += _rows(comparison, connection, scope, behind=True, limit=limit - len(look.behind))
+
+
+def _rows(
+    comparison: Comparison, connection: Connection, scope: Scope, *, behind: bool, limit: int | None = None
+) -> list[Drift]:
+    rows = comparison.run(connection, "differences", scope, behind=behind, limit=limit)
+    return [Drift(row.key, row.bucket, row.currency, row.legacy, row.ledger, row.state, row.problem) for row in rows]
+
+
+def _doubtful(comparison: Comparison, connection: Connection, look: _Look) -> list[Drift]:
+    """All accounts that differ, for a second look; none where there are too many for a moment's difference."""
+    if not 0 < counted(wrong(look.groups)) <= AGAIN:
+        return []
+    return [one for scope in look.scopes for one in _rows(comparison, connection, scope, behind=False)]
+
+
+def _look_again(
+    engine: Engine, comparison: Comparison, look: _Look, doubtful: list[Drift], moment: _Moment, limit: int
+) -> None:
+    """Look at what differed once more, in a snapshot of its own. What is gone is counted apart, if the ledger says why.
+
+    A difference that ended without a transaction and without a change of state was not mended by anything that keeps
+    the ledger true: it stays a difference.
+    """
+    still: set[tuple[str, str, str]] = set()
+    explained: set[tuple[str, str, str]] = set()
+    keys = sorted({one.key for one in doubtful})
+    with snapshot(engine) as connection:
+        for at in range(0, len(keys), AT_A_TIME):
+            scope = comparison.keys(connection, keys[at : at + AT_A_TIME])
+            still |= {_place(one) for one in _rows(comparison, connection, scope, behind=False)}
+            explained |= {tuple(row) for row in comparison.run(connection, "explained", scope, snapshot=moment.seen)}
+    gone = [one for one in doubtful if _place(one) in explained - still]
+    places = {_place(one) for one in gone}
+    look.passing = gone
+    look.drift = [one for one in doubtful if _place(one) not in places][:limit]
+    for one in gone:
+        look.groups += _moved(one)
+
+
+def _place(one: Drift) -> tuple[str, str, str]:
+    return one.key, one.bucket, one.currency
+
+
+def _moved(one: Drift) -> Iterator[Group]:
+    """One account less among those that differ, and one more among those in step."""
+    apart = less(one.legacy or Decimal(0), one.ledger or Decimal(0)).copy_abs()
+    equal = None if one.problem == "no_value" else False
+    lives = one.problem != "orphan"
+    zero = Decimal(0)
+    yield Group(one.bucket, one.currency, one.state, lives, False, equal, -1, zero, zero, apart.copy_negate())
+    yield Group(one.bucket, one.currency, "mirrored", True, True, True, 1, zero, zero, zero)
+
+
+def _result(mapping: config.Mapping, look: _Look, moment: _Moment, limit: int) -> Verification:
+    groups = look.groups
     behind = [group for group in groups if group.problem in BEHIND]
-    wrong = [group for group in groups if group.problem not in (None, *BEHIND)]
-    journal, journal_accounts = _journal(comparison, connection, limit)
-    of_system, balances = _system(comparison, connection)
-    for row in comparison.run(connection, "owners"):
-        balances[row.currency] = balances.get(row.currency, Decimal(0)) + row.balance
-    guards = (
-        *fence_problems(connection, settings, mapping),
-        *_append_only(comparison, connection, settings),
-        *_bodies(comparison, connection, settings),
+    differing = sum(check.differing for check in look.checks)
+    found = (
+        *(counted(behind), counted(wrong(groups)), look.journal.accounts, look.references.count, differing),
+        *(len(look.guards), any(look.journal.imbalance.values())),
     )
-    found = (behind, wrong, journal, of_system, guards, any(balances.values()))
     currencies = list(dict.fromkeys(column.currency for column in mapping.columns))
+    states = sorted({group.state for group in groups})
     return Verification(
         mapping=mapping.name,
         clean=not any(found),
-        accounts=_count(group for group in groups if group.state != "absent"),
-        states={state: _count(g for g in groups if g.state == state) for state in _states(groups)},
-        missing=_count(group for group in behind if group.problem == "missing"),
-        stale=_count(group for group in behind if group.problem == "stale"),
-        drift_accounts=_count(wrong),
-        drift_amount=_sums(currencies, ((group.currency, group.apart) for group in wrong)),
-        drift=_differences(comparison, connection, limit, behind=False) if wrong else (),
-        behind=_differences(comparison, connection, limit, behind=True) if behind else (),
-        journal_accounts=journal_accounts + len({problem.account for problem in of_system}),
-        journal=(*of_system, *journal),
-        imbalance=balances,
-        guards=guards,
-        totals=tuple(sorted(totals, key=_order)),
-        legacy_total=_sums(currencies, ((group.currency, group.legacy) for group in groups)),
-        ledger_total=_sums(currencies, ((group.currency, group.ledger) for group in groups)),
-        started_at=started_at,
+        accounts=counted(group for group in groups if group.state != "absent"),
+        states={state: counted(g for g in groups if g.state == state) for state in states},
+        missing=counted(group for group in behind if group.problem == "missing"),
+        stale=counted(group for group in behind if group.problem == "stale"),
+        drift_accounts=counted(wrong(groups)),
+        drift_amount=by_name(currencies, ((group.currency, group.apart) for group in wrong(groups))),
+        drift=tuple(look.drift),
+        behind=tuple(look.behind),
+        journal_accounts=look.journal.accounts,
+        journal=look.journal.problems,
+        imbalance=look.journal.imbalance,
+        guards=look.guards,
+        totals=tuple(sorted(look.totals, key=_order)),
+        legacy_total=by_name(currencies, ((group.currency, group.legacy) for group in groups)),
+        ledger_total=by_name(currencies, ((group.currency, group.ledger) for group in groups)),
+        started_at=moment.at,
         seconds=0.0,
+        form=look.form,
+        since=look.since.at if look.since else None,
+        sample=look.sample,
+        passing_accounts=len(look.passing),
+        passing=tuple(look.passing[:limit]),
+        ranges=look.ranges,
+        reference_count=look.references.count,
+        references=look.references.found,
+        cross_checks=look.checks,
+        replica_lag=moment.replica_lag,
         groups=tuple(groups),
     )
 
 
-def _differences(comparison: Comparison, connection: Connection, limit: int, *, behind: bool) -> tuple[Drift, ...]:
-    rows = comparison.run(connection, "differences", behind=behind, limit=limit)
-    return tuple(
-        Drift(row.key, row.bucket, row.currency, row.legacy, row.ledger, row.state, row.problem) for row in rows
+def _guards(comparison: Comparison, connection: Connection, settings: Settings) -> tuple[FenceProblem, ...]:
+    return (
+        *fence_problems(connection, settings, comparison.mapping),
+        *_append_only(comparison, connection, settings),
+        *_bodies(comparison, connection, settings),
+        *references.missing_indexes(connection, settings),
     )
-
-
-def _journal(comparison: Comparison, connection: Connection, limit: int) -> tuple[tuple[JournalProblem, ...], int]:
-    """The problems of the first ``limit`` accounts that have one, and how many accounts have one."""
-    rows = comparison.run(connection, "journal", limit=limit)
-    return tuple(problem for row in rows for problem in _explained(row)), rows[0].found if rows else 0
-
-
-def _explained(row: Row[Any]) -> Iterator[JournalProblem]:
-    place = (row.account, row.key, row.bucket, row.currency)
-    if row.unknown:
-        yield JournalProblem(*place, "transactions of an account that does not exist", None, row.total)
-        return
-    if row.broken_at is not None:
-        what = "the balance after a transaction does not follow from the one before"
-        yield JournalProblem(*place, what, row.broken_at)
-    if row.unexplained:
-        what = "the balance is not the sum of the account's transactions"
-        yield JournalProblem(*place, what, None, row.total, row.balance)
-    if row.not_last:
-        what = "the balance is not the one after the last transaction"
-        yield JournalProblem(*place, what, None, row.last_balance, row.balance)
-    if row.other_currency:
-        yield JournalProblem(*place, "a transaction is in another currency than the account")
-
-
-def _system(comparison: Comparison, connection: Connection) -> tuple[tuple[JournalProblem, ...], dict[str, Decimal]]:
-    """Problems of system accounts, and the sum of their balances by currency."""
-    problems: list[JournalProblem] = []
-    balances: dict[str, Decimal] = {}
-    for row in comparison.run(connection, "system"):
-        place = (row.account, row.name, None, row.currency)
-        balances[row.currency] = balances.get(row.currency, Decimal(0)) + row.balance
-        if row.unknown:
-            what = "transactions of a system account that does not exist"
-            problems.append(JournalProblem(*place, what, None, row.total))
-        elif row.balance != row.total:
-            what = "the folded balance is not the sum of the account's transactions"
-            problems.append(JournalProblem(*place, what, None, row.total, row.balance))
-        if row.other_currency:
-            problems.append(JournalProblem(*place, "a transaction is in another currency than the account"))
-    return tuple(problems), balances
 
 
 def _append_only(comparison: Comparison, connection: Connection, settings: Settings) -> Iterator[FenceProblem]:
@@ -259,60 +364,5 @@ def _bodies(comparison: Comparison, connection: Connection, settings: Settings) 
             yield FenceProblem(f"function {settings.ledger_schema}.{name}", "was replaced")
 
 
-def _record(connection: Connection, settings: Settings, result: Verification, act: Act) -> None:
-    """One row per currency, each clean only if all is; then the audit row."""
-    for currency in result.legacy_total:
-        groups = [group for group in result.groups if group.currency == currency]
-        wrong = [group for group in groups if group.problem not in (None, *BEHIND)]
-        connection.execute(
-            text(
-                f"insert into {quoted(settings.ledger_schema)}.verifications (mapping, started_at, clean, "
-                "full_run, accounts, missing, drift_accounts, drift_amount, currency, actor, details) values "
-                "(:mapping, :started_at, :clean, true, :accounts, :missing, :drift_accounts, :drift_amount, "
-                ":currency, :actor, cast(:details as jsonb))"
-            ),
-            {
-                "mapping": result.mapping,
-                "started_at": result.started_at,
-                "clean": result.clean,
-                "accounts": _count(group for group in groups if group.state != "absent"),
-                "missing": _count(group for group in groups if group.problem == "missing"),
-                "drift_accounts": _count(wrong),
-                "drift_amount": sum((group.apart for group in wrong), Decimal(0)),
-                "currency": currency,
-                "actor": act.actor,
-                "details": json.dumps(_facts(result), default=str),
-            },
-        )
-    facts = {"clean": result.clean, "accounts": result.accounts, "missing": result.missing, **_facts(result)}
-    record(connection, settings, "verify", act, mapping=result.mapping, details=facts)
-
-
-def _facts(result: Verification) -> dict[str, Any]:
-    return {
-        "stale": result.stale,
-        "drift_accounts": result.drift_accounts,
-        "journal_accounts": result.journal_accounts,
-        "guards": [f"{guard.trigger} {guard.problem}" for guard in result.guards],
-        "imbalance": {currency: amount for currency, amount in result.imbalance.items() if amount},
-        "seconds": round(result.seconds, 3),
-    }
-
-
-def _count(groups: Iterator[Group] | list[Group]) -> int:
-    return sum(group.accounts for group in groups)
-
-
-def _states(groups: list[Group]) -> list[str]:
-    return sorted({group.state for group in groups})
-
-
-def _sums(currencies: list[str], amounts: Iterator[tuple[str, Decimal]]) -> dict[str, Decimal]:
-    sums = dict.fromkeys(currencies, Decimal(0))
-    for currency, amount in amounts:
-        sums[currency] += amount
-    return sums
-
-
-def _order(total: Total) -> tuple[str, str, str, bool, str]:
+def _order(total: Total) -> tuple[Any, ...]:
     return total.trait, total.bucket, total.currency, total.value is None, total.value or ""

@@ -256,7 +256,13 @@ create table {{ schema }}.verifications (
     started_at timestamptz not null,
     finished_at timestamptz not null default clock_timestamp(),
     clean boolean not null,
-    full_run boolean not null,
+    -- full: all accounts and the whole journal; incremental: what changed since a run that stands here; sample: some.
+    form text not null default 'full' check (form in ('full', 'incremental', 'sample')),
+    full_run boolean not null generated always as (form = 'full') stored,
+    -- Of the cluster with this identifier, all that was written by transactions with an xid below has been looked at,
+    -- by this run or by those that it counts from; null of a sample.
+    system_identifier bigint,
+    horizon bigint,
     accounts bigint not null,
     missing bigint not null,
     drift_accounts bigint not null,

@@ -1,0 +1,155 @@
+"""The journal held against the balances: does what was posted lead to what is stored, account by account?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+from walletmigrate.comparison import ALL, Comparison, Scope
+from walletmigrate.sums import by_name, less, total
+
+
+@dataclass(frozen=True)
+class JournalProblem:
+    """One contradiction between the transactions and an account, whose id is negative if it is the system's.
+
+    ``expected`` is what the transactions say, ``found`` what is stored, where the problem is about amounts;
+    ``transaction_id`` is the first transaction that does not fit, where one can be told.
+    """
+
+    account: int
+    key: str | None
+    bucket: str | None
+    currency: str | None
+    problem: str
+    transaction_id: int | None = None
+    expected: Decimal | None = None
+    found: Decimal | None = None
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What the whole journal says. ``accounts`` have a problem, of which ``problems`` lists the first.
+
+    ``imbalance`` is the sum of all balances by currency. ``grouped``: there are transactions of a group.
+    """
+
+    problems: tuple[JournalProblem, ...]
+    accounts: int
+    imbalance: dict[str, Decimal]
+    grouped: bool
+
+
+def whole(comparison: Comparison, connection: Connection, limit: int, ledger: Sequence[Row[Any]]) -> Journal:
+    """Look at the whole journal. ``ledger`` are the sums that `Comparison.whole` saw in the same snapshot.
+
+    One pass adds up hashes of the balances that transactions led to and from. Only if these do not come out, or if an
+    account has several transactions, whose order they cannot tell, each account's transactions are sorted and followed.
+    """
+    known = _system_accounts(comparison, connection)
+    folded = max((row.folded_xid for row in known), default=0)
+    steps = comparison.run(connection, "steps", folded=folded)
+    problems: tuple[JournalProblem, ...] = ()
+    accounts = 0
+    if any(row.further for row in steps) or not _leads_to(steps, ledger):
+        problems, accounts = of_accounts(comparison, connection, limit)
+    of_system, balances = _system(comparison, connection, known, folded, steps)
+    sums = [*balances.items(), *((row.currency, row.balance) for row in ledger)]
+    return Journal(
+        problems=(*of_system, *problems),
+        accounts=accounts + len({problem.account for problem in of_system}),
+        imbalance=by_name((), sums),
+        grouped=any(row.grouped for row in steps),
+    )
+
+
+def of_accounts(
+    comparison: Comparison, connection: Connection, limit: int, scope: Scope = ALL
+) -> tuple[tuple[JournalProblem, ...], int]:
+    """Follow each account's transactions: the problems of the first ``limit`` that have one, and how many have one."""
+    rows = comparison.run(connection, "journal", scope, limit=limit)
+    return tuple(problem for row in rows for problem in _explained(row)), rows[0].found if rows else 0
+
+
+def _leads_to(steps: Sequence[Row[Any]], ledger: Sequence[Row[Any]]) -> bool:
+    """Whether the journal's steps lead, as a set, from nothing to the stored balances, in each currency."""
+    led = [(row.currency, less(row.after or Decimal(0), row.before or Decimal(0))) for row in steps]
+    stored = [(row.currency, less(row.last, row.first)) for row in ledger]
+    names = {row.currency for row in (*steps, *ledger)}
+    return by_name(names, led) == by_name(names, stored)
+
+
+def _explained(row: Row[Any]) -> Iterator[JournalProblem]:
+    place = (row.account, row.key, row.bucket, row.currency)
+    if row.unknown:
+        yield JournalProblem(*place, "transactions of an account that does not exist", None, row.total)
+        return
+    if row.broken_at is not None:
+        what = "the balance after a transaction does not follow from the one before"
+        yield JournalProblem(*place, what, row.broken_at)
+    if row.unexplained:
+        what = "the balance is not the sum of the account's transactions"
+        yield JournalProblem(*place, what, None, row.total, row.balance)
+    if row.not_last:
+        what = "the balance is not the one after the last transaction"
+        yield JournalProblem(*place, what, None, row.last_balance, row.balance)
+    if row.other_currency:
+        yield JournalProblem(*place, "a transaction is in another currency than the account")
+
+
+def _system_accounts(comparison: Comparison, connection: Connection) -> Sequence[Row[Any]]:
+    name = comparison.names["schema"]
+    return connection.execute(text(f"select id, currency, balance, folded_xid from {name}.system_accounts")).all()
+
+
+def _system(
+    comparison: Comparison,
+    connection: Connection,
+    known: Sequence[Row[Any]],
+    folded: int,
+    steps: Sequence[Row[Any]],
+) -> tuple[tuple[JournalProblem, ...], dict[str, Decimal]]:
+    """Problems of system accounts, and the sum of their balances by currency."""
+    moved = [row for row in steps if row.side != "owners"]
+    if _folded_right(known, folded, moved):
+        signed = ((row.currency, row.amount if row.side == "credit" else row.amount.copy_negate()) for row in moved)
+        return (), by_name((), signed)
+    return _system_in_full(comparison, connection)
+
+
+def _folded_right(known: Sequence[Row[Any]], folded: int, moved: Sequence[Row[Any]]) -> bool:
+    """Whether each stored fold is what the journal says, all accounts of the system having the same bound, or none."""
+    places = {(row.id, row.currency) for row in known}
+    if any((row.account, row.currency) not in places for row in moved):
+        return False
+    for account in known:
+        here = [row for row in moved if row.account == account.id]
+        credit = total(row.folded or Decimal(0) for row in here if row.side == "credit")
+        debit = total(row.folded or Decimal(0) for row in here if row.side == "debit")
+        expected = less(credit, debit) if account.folded_xid else Decimal(0)
+        if account.folded_xid not in (0, folded) or account.balance != expected:
+            return False
+    return True
+
+
+def _system_in_full(
+    comparison: Comparison, connection: Connection
+) -> tuple[tuple[JournalProblem, ...], dict[str, Decimal]]:
+    problems: list[JournalProblem] = []
+    balances: list[tuple[str, Decimal]] = []
+    for row in comparison.run(connection, "system"):
+        place = (row.account, row.name, None, row.currency)
+        balances.append((row.currency, row.balance))
+        if row.unknown:
+            what = "transactions of a system account that does not exist"
+            problems.append(JournalProblem(*place, what, None, row.total))
+        elif row.balance != row.total:
+            what = "the folded balance is not the sum of the account's transactions"
+            problems.append(JournalProblem(*place, what, None, row.total, row.balance))
+        if row.other_currency:
+            problems.append(JournalProblem(*place, "a transaction is in another currency than the account"))
+    return tuple(problems), by_name((), balances)

@@ -1,0 +1,274 @@
+"""Verifications: what one saw, and the log of all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Final, Literal
+
+from sqlalchemy import Connection, text
+
+from walletmigrate import config
+from walletmigrate.audit import Act, record
+from walletmigrate.capture import FenceProblem
+from walletmigrate.comparison import Group, KeyRange, Total
+from walletmigrate.config import Settings
+from walletmigrate.cross_checks import CrossCheck
+from walletmigrate.errors import UnknownRun
+from walletmigrate.journals import JournalProblem
+from walletmigrate.references import Reference
+from walletmigrate.samples import Sample
+from walletmigrate.schema import quoted
+from walletmigrate.standing import require_installed
+from walletmigrate.sums import by_name
+
+BEHIND: Final = ("missing", "stale")
+"""Problems of accounts that the ledger is known not to follow; all others are money that is wrong."""
+KEPT: Final = 100
+"""How many findings of each kind the log keeps."""
+
+Form = Literal["full", "incremental", "sample"]
+
+_COLUMNS: Final = (
+    "id, mapping, currency, form, started_at, finished_at, clean, accounts, missing, drift_accounts, drift_amount, "
+    "actor, details"
+)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """One account that is not what its legacy row says (major units; None: there is no such value).
+
+    ``problem`` is ``differs``, ``no_value`` (legacy is NULL, NaN or infinite), ``orphan`` (the row is gone,
+    the account is not closed), ``reopened`` (the row lives, the account is closed), ``missing`` or ``stale``.
+    """
+
+    key: str
+    bucket: str
+    currency: str
+    legacy: Decimal | None
+    ledger: Decimal | None
+    state: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What one verification of a mapping saw. Lists have at most ``limit`` entries, counts are in full.
+
+    ``form`` is ``full``; or ``incremental``, of accounts that changed since the last run (``since``: when that
+    looked); or ``sample``, which ``sample`` tells of. Only a full one has ``imbalance``, ``references``,
+    ``cross_checks``, ``ranges`` and ``totals``; in the others counts and sums are of the accounts that were looked at.
+
+    ``drift`` is money that is wrong, at two looks; ``passing`` are differences that the second look did not see any
+    more. ``behind`` are accounts that are absent (``missing``) or ``stale``; ``journal_accounts`` have a journal
+    problem. ``guards`` are triggers, functions and indexes that do not stand as made. ``imbalance`` by currency, of the
+    whole ledger, is zero. Totals are by currency; a frozen account's legacy column counts as it stands, although the
+    ledger alone is true. ``clean``: there is nothing to report. ``turned_stale`` and ``closed``: how many accounts were
+    afterwards, or would be (``dry_run``); None: not asked for. ``replica_lag``: seconds, if it ran on a standby.
+    """
+
+    mapping: str
+    clean: bool
+    accounts: int
+    states: Mapping[str, int]
+    missing: int
+    stale: int
+    drift_accounts: int
+    drift_amount: Mapping[str, Decimal]
+    drift: tuple[Drift, ...]
+    behind: tuple[Drift, ...]
+    journal_accounts: int
+    journal: tuple[JournalProblem, ...]
+    imbalance: Mapping[str, Decimal]
+    guards: tuple[FenceProblem, ...]
+    totals: tuple[Total, ...]
+    legacy_total: Mapping[str, Decimal]
+    ledger_total: Mapping[str, Decimal]
+    started_at: datetime
+    seconds: float
+    dry_run: bool = False
+    turned_stale: int | None = None
+    closed: int | None = None
+    form: Form = "full"
+    since: datetime | None = None
+    sample: Sample | None = None
+    passing_accounts: int = 0
+    passing: tuple[Drift, ...] = ()
+    ranges: tuple[KeyRange, ...] = ()
+    reference_count: int = 0
+    references: tuple[Reference, ...] = ()
+    cross_checks: tuple[CrossCheck, ...] = ()
+    replica_lag: float | None = None
+    groups: tuple[Group, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Where an incremental run begins: what transactions of the database below ``horizon`` wrote has been looked at.
+
+    ``horizon`` is an xid of the cluster ``system_identifier``, ``at`` the time of that look.
+    """
+
+    system_identifier: int
+    horizon: int
+    at: datetime
+
+
+@dataclass(frozen=True)
+class VerificationRun:
+    """A verification on record: one row for each currency of the mapping. ``drift_amount`` is in major units.
+
+    ``clean`` is that of the whole run. ``details`` has its other findings, at most `KEPT` of each kind.
+    """
+
+    id: int
+    mapping: str
+    currency: str
+    form: Form
+    started_at: datetime
+    finished_at: datetime
+    clean: bool
+    accounts: int
+    missing: int
+    drift_accounts: int
+    drift_amount: Decimal
+    actor: str
+    details: Mapping[str, Any]
+
+
+def wrong(groups: tuple[Group, ...] | list[Group]) -> list[Group]:
+    """The groups whose money is wrong."""
+    return [group for group in groups if group.problem not in (None, *BEHIND)]
+
+
+def counted(groups: Iterator[Group] | list[Group]) -> int:
+    """How many accounts groups have."""
+    return sum(group.accounts for group in groups)
+
+
+def put_on_record(
+    connection: Connection, settings: Settings, result: Verification, act: Act, bound: Bound | None
+) -> None:
+    """One row per currency, each clean only if all is; then the audit row. ``bound``: where the next one begins."""
+    facts = _facts(result)
+    for currency in result.legacy_total:
+        groups = [group for group in result.groups if group.currency == currency]
+        connection.execute(
+            text(
+                f"insert into {quoted(settings.ledger_schema)}.verifications (mapping, started_at, clean, form, "
+                "system_identifier, horizon, accounts, missing, drift_accounts, drift_amount, currency, actor, "
+                "details) values "
+                "(:mapping, :started_at, :clean, :form, :system_identifier, :horizon, :accounts, :missing, "
+                ":drift_accounts, :drift_amount, :currency, :actor, cast(:details as jsonb))"
+            ),
+            {
+                "mapping": result.mapping,
+                "started_at": result.started_at,
+                "clean": result.clean,
+                "form": result.form,
+                "system_identifier": bound.system_identifier if bound else None,
+                "horizon": bound.horizon if bound else None,
+                "accounts": counted(group for group in groups if group.state != "absent"),
+                "missing": counted(group for group in groups if group.problem == "missing"),
+                "drift_accounts": counted(wrong(groups)),
+                "drift_amount": by_name([currency], ((currency, group.apart) for group in wrong(groups)))[currency],
+                "currency": currency,
+                "actor": act.actor,
+                "details": json.dumps({**facts, **_findings(result, currency)}, default=str),
+            },
+        )
+    told = {"form": result.form, "clean": result.clean, "accounts": result.accounts, "missing": result.missing}
+    record(connection, settings, "verify", act, mapping=result.mapping, details={**told, **facts})
+
+
+def _facts(result: Verification) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "stale": result.stale,
+        "drift_accounts": result.drift_accounts,
+        "journal_accounts": result.journal_accounts,
+        "guards": [f"{guard.trigger} {guard.problem}" for guard in result.guards],
+        "imbalance": {currency: amount for currency, amount in result.imbalance.items() if amount},
+        "seconds": round(result.seconds, 3),
+    }
+    if result.passing_accounts:
+        facts["passing_accounts"] = result.passing_accounts
+    if result.reference_count:
+        facts["references"] = result.reference_count
+    if result.sample is not None:
+        facts["sample"] = vars(result.sample)
+    if result.since is not None:
+        facts["since"] = result.since.isoformat()
+    checks = {check.name: check.differing for check in result.cross_checks}
+    return {**facts, **({"cross_checks": checks} if checks else {})}
+
+
+def _findings(result: Verification, currency: str) -> dict[str, list[str]]:
+    """The first findings of each kind in words, so that a run can be read again when its accounts stand otherwise."""
+    found = {
+        "drift": [drift_line(one) for one in result.drift if one.currency == currency],
+        "passing": [drift_line(one) for one in result.passing if one.currency == currency],
+        "behind": [f"{one.key} ({one.bucket}): {one.problem}" for one in result.behind if one.currency == currency],
+        "journal": [f"account {one.key or one.account}: {one.problem}" for one in result.journal],
+        "unresolved": [reference_line(one) for one in result.references],
+        "cross_check_differences": [
+            f"{check.name}: {one.key}: expected {one.expected}, found {one.found}"
+            for check in result.cross_checks
+            for one in check.differences
+        ],
+    }
+    return {name: lines[:KEPT] for name, lines in found.items() if lines}
+
+
+def drift_line(one: Drift) -> str:
+    """One account in words."""
+    who = f"{one.key} ({one.bucket}, {one.currency})"
+    return f"{who}: legacy {one.legacy}, ledger {one.ledger}, {one.state}, {one.problem}"
+
+
+def reference_line(one: Reference) -> str:
+    """One reference in words."""
+    return f"{one.problem}: {one.subject} → {one.target}"
+
+
+def last_bound(connection: Connection, settings: Settings, mapping: config.Mapping) -> Bound | None:
+    """Where the runs on record have come to without a gap; None: no full run stands on record."""
+    row = connection.execute(
+        text(
+            "select system_identifier, horizon, started_at "
+            f"from {quoted(settings.ledger_schema)}.verifications where mapping = :mapping and horizon is not null "
+            "and system_identifier = (select system_identifier from pg_control_system()) "
+            "order by horizon desc, id desc limit 1"
+        ),
+        {"mapping": mapping.name},
+    ).one_or_none()
+    return None if row is None else Bound(*row)
+
+
+def runs(
+    connection: Connection, settings: Settings, *, mapping: str | None = None, limit: int = 50
+) -> tuple[VerificationRun, ...]:
+    """The newest verifications on record, newest first. Raises LedgerNotInstalled."""
+    require_installed(connection, settings)
+    rows = connection.execute(
+        text(
+            f"select {_COLUMNS} from {quoted(settings.ledger_schema)}.verifications "
+            "where cast(:mapping as text) is null or mapping = :mapping order by id desc limit :limit"
+        ),
+        {"mapping": mapping, "limit": limit},
+    )
+    return tuple(VerificationRun(*row) for row in rows)
+
+
+def show(connection: Connection, settings: Settings, number: int) -> VerificationRun:
+    """One verification on record. Raises UnknownRun, LedgerNotInstalled."""
+    require_installed(connection, settings)
+    row = connection.execute(
+        text(f"select {_COLUMNS} from {quoted(settings.ledger_schema)}.verifications where id = :id"), {"id": number}
+    ).one_or_none()
+    if row is None:
+        raise UnknownRun("verification", str(number), "See: walletmigrate verify list")
+    return VerificationRun(*row)
