@@ -68,9 +68,9 @@ PROCESS = (
     "clock_timestamp() + interval '{} s');"
 )
 VERIFIED = (
-    "insert into wallet.verifications (mapping, started_at, finished_at, clean, full_run, accounts, missing, "
+    "insert into wallet.verifications (mapping, started_at, finished_at, clean, form, accounts, missing, "
     "drift_accounts, drift_amount, currency, actor) values ('users', now() - interval '{0}', "
-    "now() - interval '{0}', {1}, true, 10, 0, 0, 0, 'EUR', 'ana');"
+    "now() - interval '{0}', {1}, 'full', 10, 0, 0, 0, 'EUR', 'ana');"
 )
 OF_DATABASE = "do $$ begin execute format('alter database %I set session_replication_role = replica', {}); end $$"
 

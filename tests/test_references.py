@@ -9,6 +9,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import get_args
 
@@ -26,6 +27,7 @@ from walletmigrate.config import (
     Settings,
     ThrottleSettings,
 )
+from walletmigrate.configchecks import CrossCheck
 from walletmigrate.errors import ConfigError, UsageError, WalletMigrateError
 from walletmigrate.job_options import Options, parsed
 
@@ -42,11 +44,13 @@ MODELS: dict[str, type[BaseModel]] = {
     "`[roles]`": Roles,
     "`[[mappings]]`": Mapping,
     "`[[mappings.columns]]`": Column,
+    "`[[mappings.cross_checks]]`": CrossCheck,
 }
 BASE = {
     "Top level": [],
     "`[[mappings]]`": ['name = "users"', 'table = "users"', 'key = "id"'],
     "`[[mappings.columns]]`": ['bucket = "cash"', 'column = "coins"', 'currency = "EUR"', "scale = 2"],
+    "`[[mappings.cross_checks]]`": ['name = "deposits"', 'sql = "select id as key, coins as expected from users"'],
 }
 
 
@@ -86,7 +90,7 @@ def default_of(field: FieldInfo) -> str:
         return f'`"{value.days}d"`'
     if isinstance(value, dict):
         return f"`{value}`"
-    return f"`{json.dumps(str(value) if isinstance(value, Path) else value)}`"
+    return f"`{json.dumps(str(value) if isinstance(value, Path | Decimal) else value)}`"
 
 
 def variable_of(title: str, name: str) -> str:
