@@ -81,7 +81,7 @@ def _reach(arguments: argparse.Namespace) -> int:
 
 def _reached(name: str, server: str) -> None:
     Candidates.FOLDER.mkdir(parents=True, exist_ok=True)
-    _pytest(["--reach", str(Candidates.FOLDER / f"{name}.json")], [name], server)
+    _pytest(["--reach", str(Candidates.FOLDER / f"{name.replace('::', '-')}.json")], [name], server)
 
 
 def _discover(arguments: argparse.Namespace) -> int:

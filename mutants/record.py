@@ -37,8 +37,13 @@ def load() -> Entries:
 
 
 def save(entries: Mapping[str, str]) -> None:
-    """Write the record, in the order of the guards. Entries without a guard go; guards without an entry are open."""
-    RECORD.write_text("\n".join(_lines(entries)) + "\n", encoding="utf-8")
+    """Write the record anew."""
+    RECORD.write_text(written(entries), encoding="utf-8")
+
+
+def written(entries: Mapping[str, str]) -> str:
+    """The record's text, in the order of the guards. Entries without a guard go; guards without an entry are open."""
+    return "\n".join(_lines(entries)) + "\n"
 
 
 def _lines(entries: Mapping[str, str]) -> Iterator[str]:

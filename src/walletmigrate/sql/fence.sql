@@ -8,11 +8,13 @@
 {# Phase legacy has no use for a mode: there every one is stale. #}
 {% set in_use = "pg_sequence_last_value('" ~ schema ~ ".ceiling'::regclass) = 2" %}
 {# Mirror posts, so it asks for the line as a posting does, and is waited for. #}
-{% set follows = in_use ~ " and pg_sequence_last_value('" ~ schema ~ ".line'::regclass) = 1" %}
+{% set running = "pg_sequence_last_value('" ~ schema ~ ".line'::regclass) = 1" %}
 {# Not in the short way: what fails there is tried the long way, which decides. #}
-{% set counted = "where coalesce(v_setting, '') = '' or v_setting like 'adapter:%'" %}
+{% macro counted() -%}
+    where coalesce(v_setting, '') = '' or v_setting like 'adapter:%'
+{%- endmacro %}
 {% macro reject(c) %}
-perform nextval('rejected_{{ mapping }}') {{ counted }};
+perform nextval('rejected_{{ mapping }}') {{ counted() }};
                 raise exception '{{ relation }} %: column {{ c.column }} is written through the adapter only', v_key
                     using
                         errcode = 'WM031', detail = fingerprint(current_query()),
@@ -195,7 +197,7 @@ begin
             then
                 v_written := false;
             elsif v_account.state = 'frozen' then
-                perform nextval('rejected_{{ mapping }}') {{ counted }};
+                perform nextval('rejected_{{ mapping }}') {{ counted() }};
                 raise exception '{{ relation }} %: column {{ c.column }} is frozen, the ledger alone is true', v_key
                     using errcode = 'WM030', hint = 'Write through the adapter, or unfreeze.';
             elsif v_looked and not v_found then
@@ -214,7 +216,7 @@ begin
                     {{ reject(c) }}
                 end if;
                 {% elif capture_mode == "mirror" %}
-                if v_account.state = 'mirrored' and v_account.balance <> 0 and {{ follows }} then
+                if v_account.state = 'mirrored' and v_account.balance <> 0 and {{ in_use }} and {{ running }} then
                     perform follow(v_account.id, v_account.balance, 0, '{{ c.currency }}', {{ c.bypass }});
                 end if;
                 {% endif %}
@@ -231,7 +233,7 @@ begin
             elsif
                 v_account.state = 'mirrored' and v_now[{{ loop.index }}] between {{ c.minimum }} and {{ c.maximum }}
                 and v_now[{{ loop.index }}] = round(v_now[{{ loop.index }}], {{ c.scale }})
-                and {{ follows }}
+                and {{ in_use }} and {{ running }}
             then
                 v_treatment := follow(
                     v_account.id, v_account.balance, v_now[{{ loop.index }}], '{{ c.currency }}', {{ c.bypass }}
