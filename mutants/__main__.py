@@ -90,16 +90,15 @@ def _discover(arguments: argparse.Namespace) -> int:
     candidates = Candidates(entries)
     due = [g for g in known() if entries.get(g, OPEN) == OPEN and arguments.only in g]
     plan: Plan = [(guard, candidates.of(guard)[: arguments.tries]) for guard in due]
-    found = 0
+    found: Entries = {}
     for result in run(plan, arguments.jobs, arguments.server):
         if result["killer"]:
-            entries[result["guard"]] = result["killer"]
-            found += 1
-        print(f"{result['guard']}\n    {result['killer'] or result['broken'] or 'not missed'}", flush=True)
-        if found % 20 == 19:
-            save(entries)
-    save(entries)
-    print(f"{found} of {len(due)} found; {summary(load())}")
+            found[result["guard"]] = result["killer"]
+            save({**load(), **found})  # at once: what is found is kept, also when this is stopped
+        said = f"{result['killer']}: {result['words']}" if result["killer"] else result["broken"] or "not missed"
+        print(f"{result['guard']}\n    {said} ({result['seconds']} s)", flush=True)
+    save({**load(), **found})
+    print(f"{len(found)} of {len(due)} found; {summary(load())}")
     return 0
 
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import psycopg
 import pytest
 from _pytest.runner import runtestprotocol
@@ -27,14 +26,15 @@ from sqlalchemy.engine import Engine, make_url
 import interleaving
 import ledger
 import servers
-from mutants.guards import Guard
+from mutants.clones import Clones
+from mutants.guards import TEMPLATES, Guard, template
 from mutants.reach import PREPARE, digest, instrumented
 from mutants.record import known
 from walletmigrate import schema
 
 PATIENCE_SECONDS = 4.0
 """How long a test waits for a lock that, without the guard, may never be asked for."""
-LIMIT_SECONDS = 60
+CLONES = Clones()
 
 _BROKEN = re.compile(
     r"psycopg\.errors\.(SyntaxError|Undefined\w+|Ambiguous\w+|DatatypeMismatch|WrongObjectType|Invalid\w*Definition"
@@ -45,33 +45,17 @@ _HIT = re.compile(r"GUARD (.*) REACHED$", re.MULTILINE)
 Transform = Callable[[str, str], str]
 
 
-class Mutating(jinja2.BaseLoader):
-    """The package's templates, with something done to them."""
-
-    def __init__(self, original: jinja2.BaseLoader, transform: Transform) -> None:
-        self._original = original
-        self._transform = transform
-
-    def get_source(self, environment: jinja2.Environment, template: str) -> tuple[str, str | None, Any]:
-        """Give the template's text, transformed."""
-        source, path, fresh = self._original.get_source(environment, template)
-        return self._transform(template.removesuffix(".sql"), source), path, fresh
-
-
 @contextmanager
-def templates(transform: Transform) -> Iterator[None]:
-    """Render transformed templates for as long as this lasts."""
+def templates(transform: Transform, names: Iterable[str] = TEMPLATES) -> Iterator[None]:
+    """Render these templates transformed, for as long as this lasts; the others stay compiled."""
     environment = schema._environment()
-    original, cache = environment.loader, environment.cache
-    assert original is not None
-    assert cache is not None
-    environment.loader = Mutating(original, transform)
-    cache.clear()
+    get = environment.get_template
+    made = {f"{name}.sql": environment.from_string(transform(name, template(name))) for name in names}
+    environment.get_template = lambda name, *more: made.get(name) or get(name, *more)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        environment.loader = original
-        cache.clear()
+        del environment.get_template
 
 
 @contextmanager
@@ -79,8 +63,10 @@ def without(name: str) -> Iterator[None]:
     """Install everything without one guard, for as long as this lasts."""
     guard = known()[name]
     if isinstance(guard, Guard):
-        with templates(lambda template, source: guard.mutated(source) if template == guard.template else source):
+        CLONES.guard = guard
+        with templates(lambda _, source: guard.mutated(source), [guard.template]):
             yield
+        CLONES.guard = None
         return
 
     def rewrite(_c: object, _u: object, statement: str, parameters: Any, _x: object, _m: object) -> tuple[str, Any]:
@@ -126,6 +112,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
 def play(session: pytest.Session, path: Path) -> None:
     """Play each guard's tests without it. A test of the guard "" is played as it stands, and has to pass."""
     items = {plain(item.nodeid): item for item in session.items}
+    CLONES.put_in()
     with path.with_suffix(".out").open("a", encoding="utf-8") as out:
         for guard, tests in json.loads(path.read_text(encoding="utf-8")):
             began = time.monotonic()
@@ -138,22 +125,15 @@ def play(session: pytest.Session, path: Path) -> None:
 def verdict(guard: str, tests: list[tuple[str, pytest.Item | None]]) -> dict[str, Any]:
     """The first test that fails without the guard, with its last words; or that none does."""
     broken = ""
-    for test, item in tests:
-        if item is None:
-            broken = broken or f"there is no test {test}"
-            continue
-        if guard:
-            with without(guard):
-                words = failure(item)
-        else:
-            words = failure(item)
-        if words is None:
-            continue
-        if guard and _BROKEN.search(words) and "set search_path" not in guard:
+    with without(guard) if guard else nullcontext():
+        for test, item in tests:
+            words = f"there is no test {test}" if item is None else failure(item)
+            if words is None:
+                continue
+            if item is not None and not (guard and _BROKEN.search(words) and "set search_path" not in guard):
+                return {"killer": test, "words": _last(words)}
             broken = broken or _last(words)
-            continue
-        return {"killer": test, "words": _last(words)}
-    return {"killer": None, "broken": broken}
+    return {"killer": None, "words": "", "broken": broken}
 
 
 def failure(item: pytest.Item) -> str | None:

@@ -48,13 +48,12 @@ def written(entries: Mapping[str, str]) -> str:
 
 def _lines(entries: Mapping[str, str]) -> Iterator[str]:
     yield _HEAD.rstrip()
-    last = ""
+    places: dict[str, list[str]] = {}
     for guard in known():
-        place, _, name = guard.partition(": ")
-        if place != last:
-            yield f'\n["{place}"]'
-            last = place
-        yield f"{_string(name)} = {_string(entries.get(guard, OPEN))}"
+        places.setdefault(guard.partition(": ")[0], []).append(guard)
+    for place, found in places.items():
+        yield f'\n["{place}"]'
+        yield from (f"{_string(g.removeprefix(f'{place}: '))} = {_string(entries.get(g, OPEN))}" for g in found)
 
 
 def _string(value: str) -> str:
