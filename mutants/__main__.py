@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="WORDS", help="guards whose name has these words")
     parser.add_argument("--tries", type=int, default=25, help="discover: how many tests to try for a guard")
     parser.add_argument("--server", default="18", help="the PostgreSQL to play on, as --postgres names it")
-    parser.add_argument("tests", nargs="*", help="reach: the files of tests that can be candidates")
+    parser.add_argument("tests", nargs="*", help="reach: their files; discover: the only ones to try")
     arguments = parser.parse_intermixed_args()
     return int(globals()[f"_{arguments.command}"](arguments))
 
@@ -89,7 +89,7 @@ def _discover(arguments: argparse.Namespace) -> int:
     entries = load()
     candidates = Candidates(entries)
     due = [g for g in known() if entries.get(g, OPEN) == OPEN and arguments.only in g]
-    plan: Plan = [(guard, candidates.of(guard)[: arguments.tries]) for guard in due]
+    plan: Plan = [(guard, arguments.tests or candidates.of(guard)[: arguments.tries]) for guard in due]
     found: Entries = {}
     for result in run(plan, arguments.jobs, arguments.server):
         if result["killer"]:

@@ -116,10 +116,19 @@ def play(session: pytest.Session, path: Path) -> None:
     with path.with_suffix(".out").open("a", encoding="utf-8") as out:
         for guard, tests in json.loads(path.read_text(encoding="utf-8")):
             began = time.monotonic()
-            result = {"guard": guard, **verdict(guard, [(test, items.get(test)) for test in tests])}
+            named = [(test, item) for name in tests for test, item in of_name(items, name)]
+            result = {"guard": guard, **verdict(guard, named)}
             json.dump({**result, "seconds": round(time.monotonic() - began, 2)}, out, ensure_ascii=False)
             out.write("\n")
             out.flush()
+
+
+def of_name(items: dict[str, pytest.Item], name: str) -> list[tuple[str, pytest.Item | None]]:
+    """The test of a name; or, where that is a file or a test with parameters, all there are."""
+    found: list[tuple[str, pytest.Item | None]] = [
+        (test, item) for test, item in items.items() if test == name or test.startswith((f"{name}[", f"{name}::"))
+    ]
+    return found or [(name, None)]
 
 
 def verdict(guard: str, tests: list[tuple[str, pytest.Item | None]]) -> dict[str, Any]:
