@@ -34,7 +34,7 @@ _CLAUSES = {
     "plan": re.compile(r"^set (?:enable_seqscan|plan_cache_mode) = .*$", re.MULTILINE),
     "unique": re.compile(r"create unique index|^    unique \(.*\)(?=\n)", re.MULTILINE),
     "trigger": re.compile(r"^create (?:constraint )?trigger [^;]*;", re.MULTILINE),
-    "always": re.compile(r"^alter table \S+ \}\}\.\w+ enable always trigger \w+;", re.MULTILINE),
+    "always": re.compile(r"^alter table \{\{ schema \}\}\.\w+ enable always trigger \w+;", re.MULTILINE),
 }
 _STATEMENTS = ("raise", "perform", "insert", "update", "delete", "lock")
 _OPENS = (";", "then", "else", "begin", "loop")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,8 +38,10 @@ def load() -> Entries:
 
 
 def save(entries: Mapping[str, str]) -> None:
-    """Write the record anew."""
-    RECORD.write_text(written(entries), encoding="utf-8")
+    """Write the record anew, at once: another process may read it meanwhile."""
+    made = RECORD.with_suffix(f".{os.getpid()}")
+    made.write_text(written(entries), encoding="utf-8")
+    made.replace(RECORD)
 
 
 def written(entries: Mapping[str, str]) -> str:
