@@ -184,8 +184,10 @@ CASES: dict[str, tuple[tuple[str | Doing, ...], Doing, set[Account]]] = {
     "an unfreeze of one key": (FROZEN, lambda t: t.sql("select wallet.unfreeze_users(null, '1')"), ALL_OF_ONE),
     "a closing": (
         (lambda t: t.past_the_fence("delete from users where id = 1"),),
-        lambda t: t.sql(f"select wallet.close_users(a.id, 'gone') from wallet.accounts as a where {FIRST}"),
-        ONE,
+        lambda t: t.sql(
+            "select wallet.close_users(id, 'gone') from wallet.accounts where mapping = 'users' and key = '1'"
+        ),
+        ALL_OF_ONE,
     ),
     "an operator's correction": (
         (),
