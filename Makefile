@@ -14,7 +14,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test torture check format bench model dashboards docs clean
+.PHONY: help setup demo test torture check format bench model mutants dashboards docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -64,6 +64,9 @@ bench: $(READY) ## measure the speed, durability on
 model: $(READY) ## explore every state of a model of the protocol, and of mutated ones
 	$(BIN)/python -m model --jobs $(JOBS) $(ARGS)
 
+mutants: $(READY) ## take each guard of the SQL away and see that a test misses it; SHARE=10: one of ten
+	$(BIN)/python -m mutants play --jobs $(JOBS) --share $(SHARE) $(ARGS)
+
 dashboards: $(READY) ## make the Grafana dashboards anew
 	$(BIN)/python dashboards/build.py
 
@@ -72,6 +75,6 @@ docs: $(READY) ## build the documentation's site; a warning is an error
 	@echo "Site: $(abspath $(SITE))/index.html"
 
 clean: ## remove what these commands made
-	rm -rf .venv .packages build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .packages .mutants build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	rm -f report.json balances.csv
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

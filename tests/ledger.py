@@ -23,6 +23,9 @@ from walletmigrate.schema import quoted
 
 ACT = Act("tests", "a test of the library")
 
+PATIENCE_SECONDS = 30.0
+"""How long `until_blocked` waits for a session to wait."""
+
 _KEYS = {
     "bigint": "g",
     "text": "'user-' || lpad(g::text, 7, '0')",
@@ -206,7 +209,7 @@ def engine_named(url: str, name: str = "walletmigrate-test", role: str = "", **o
 
 def until_blocked(engine: Engine, name: str) -> None:
     """Return once a session of that application name waits for a lock that another one holds."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         blocked = scalar(
             engine,

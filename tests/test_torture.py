@@ -18,10 +18,10 @@ from sqlalchemy.pool import NullPool
 
 import interleaving
 import servers
+from guardless import ACCOUNT_LOCKS, PROBE, Mutant, remove
 from interleaving import LEVELS
 from invariants import assert_sound
 from ledger import ACT, execute, install_users, set_phase, users_settings
-from test_mutants import ACCOUNT_LOCKS, PROBE, Mutant, remove
 from torture import Arena, OrderFailedError, arena
 from torture_orders import PAIRED, pairs, pauses, sample
 from torture_scheduler import Order

@@ -13,9 +13,11 @@
 {% set open = "pg_sequence_last_value('" ~ schema ~ ".line'::regclass) < pg_sequence_last_value('" ~ schema
     ~ ".ceiling'::regclass)" %}
 {# Not in the short way: what fails there is tried the long way, which decides. #}
-{% set counted = "where coalesce(v_setting, '') = '' or v_setting like 'adapter:%'" %}
+{% macro counted() -%}
+    where coalesce(v_setting, '') = '' or v_setting like 'adapter:%'
+{%- endmacro %}
 {% macro reject(c) %}
-perform nextval('rejected_{{ mapping }}') {{ counted }};
+perform nextval('rejected_{{ mapping }}') {{ counted() }};
                 raise exception '{{ relation }} %: column {{ c.column }} is written through the adapter only', v_key
                     using
                         errcode = 'WM031', detail = fingerprint(current_query()),
@@ -199,7 +201,7 @@ begin
             then
                 v_written := false;
             elsif v_account.state = 'frozen' then
-                perform nextval('rejected_{{ mapping }}') {{ counted }};
+                perform nextval('rejected_{{ mapping }}') {{ counted() }};
                 raise exception '{{ relation }} %: column {{ c.column }} is frozen, the ledger alone is true', v_key
                     using errcode = 'WM030', hint = 'Write through the adapter, or unfreeze.';
             elsif v_looked and not v_found then

@@ -1,0 +1,63 @@
+"""Triggers that Python makes, not a template: those of the fence and of the guard of retired columns."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """A guard in the statements that make triggers: ``pattern`` of a statement, and what is put there."""
+
+    place: str
+    name: str
+    pattern: re.Pattern[str]
+    replacement: str
+
+    @property
+    def id(self) -> str:
+        """Its name among all guards."""
+        return f"{self.place}: {self.name}"
+
+    def mutated(self, statement: str) -> str:
+        """The statement without the guard; any other statement as it is."""
+        return self.pattern.sub(self.replacement, statement)
+
+
+def _of(place: str, names: str, events: tuple[str, ...]) -> list[Trigger]:
+    """``names``: a pattern of the triggers' names, up to the event at their end."""
+    made = []
+
+    def add(name: str, pattern: str, replacement: str) -> None:
+        made.append(Trigger(place, name, re.compile(pattern, re.DOTALL), replacement))
+
+    for event in events:
+        trigger = names + event
+        whole = rf"^(create trigger|alter table (only )?\S+ enable always trigger) {trigger}\b.*"
+        add(f"trigger after {event} → removed", whole, "select 1")
+        add(f"trigger after {event} → before", rf"^(create trigger {trigger}) after", r"\1 before")
+        add(f"enable always trigger after {event} → enable", rf"enable always (trigger {trigger})$", r"enable \1")
+    add("when a watched column changed → always", rf"^(create trigger {names}update .*)when \(.*\) ", r"\1")
+    return made
+
+
+_FENCE = r"walletmigrate_(?!\w*_retired_)\w+_"
+
+TRIGGERS: list[Trigger] = [
+    *_of("triggers.fence", _FENCE, ("insert", "delete", "update", "truncate")),
+    Trigger(
+        "triggers.fence",
+        "when the key changed → removed",
+        re.compile(rf"^(create trigger {_FENCE}update .*?when \().*? or "),
+        r"\1",
+    ),
+    Trigger(
+        "triggers.fence",
+        "when a balance changed → removed",
+        re.compile(rf"^(create trigger {_FENCE}update .*?when \(.*?) or .*?\) execute"),
+        r"\1) execute",
+    ),
+    *_of("triggers.retired", r"walletmigrate_\w+_retired_", ("insert", "update")),
+]
+"""All of them."""

@@ -1,0 +1,279 @@
+"""What is done to one account is done to that one alone: not to another key's, bucket's, currency's or mapping's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
+
+from invariants import assert_sound
+from ledger import ACT, execute, rows, scalar, set_phase, unguarded
+from walletmigrate import LegacyBalanceAdapter, Mapping, Movement, Settings, StaticSource, connect
+from walletmigrate.backfill import backfill
+from walletmigrate.corrections import adjust
+from walletmigrate.fences import Mode, set_mode
+from walletmigrate.install import install
+from walletmigrate.recalculate import recalculate
+from walletmigrate.reconcile import reconcile
+from walletmigrate.undo import undo
+
+DUAL = StaticSource({"wallet.dualWrite": True})
+OFF = StaticSource({})
+CASH, DOLLARS, PROMO = ("cash", "EUR"), ("cash", "USD"), ("promo", "EUR")
+COLUMNS = {CASH: "coins", DOLLARS: "dollars", PROMO: "promo"}
+TABLES = ("users", "clubs")
+
+Account = tuple[str, ...]
+
+ONE: set[Account] = {("users", "1", *CASH)}
+ONE_AND_TWO: set[Account] = {*ONE, ("users", "2", *CASH)}
+ALL_OF_ONE: set[Account] = {("users", "1", *column) for column in COLUMNS}
+USERS: set[Account] = {("users", str(key), *column) for key in (1, 2, 3) for column in COLUMNS}
+
+
+class Town:
+    """Users and clubs, three each with the same keys; each has two buckets, one of them in two currencies."""
+
+    def __init__(self, url: str) -> None:
+        self.engine = connect.engine(url, application_name="walletmigrate-test", poolclass=NullPool)
+        for number, table in enumerate(TABLES):
+            execute(
+                self.engine,
+                f"create table {table} (id bigint primary key, tenant text, coins numeric(20, 2), "
+                "dollars numeric(20, 2), promo numeric(20, 2))",
+            )
+            execute(
+                self.engine,
+                f"insert into {table} select g, 'acme', {number}000 + g, {number}100 + g, {number}200 + g "
+                "from generate_series(1, 3) as g",
+            )
+        self.settings = Settings(database_url=SecretStr(url), mappings=tuple(map(mapping, TABLES)))
+        install(self.engine, self.settings, ACT)
+        set_phase(self.engine, "dual_write")
+        jobs = [backfill(self.engine, self.settings, m, ACT).job_id for m in self.settings.mappings]
+        self.job = jobs[0] or 0
+        self.users = self.settings.mapping("users")
+
+    def accounts(self) -> dict[Account, tuple[Any, ...]]:
+        """Everything that is known of each account, with its legacy balance, and how many transactions it has."""
+        found: dict[Account, tuple[Any, ...]] = {}
+        for table in TABLES:
+            for (bucket, currency), column in COLUMNS.items():
+                query = (
+                    "select a.key, a.state::text, a.balance, a.state_at, a.state_reason, a.job_id, "
+                    f"(select l.{column} from {table} as l where l.id::text = a.key), "
+                    "(select count(*) from wallet.wallet_entries as e where e.account_id = a.id) "
+                    "from wallet.accounts as a where a.mapping = :m and a.bucket = :b and a.currency = :c"
+                )
+                for key, *rest in rows(self.engine, query, m=table, b=bucket, c=currency):
+                    found[table, key, bucket, currency] = tuple(rest)
+        return found
+
+    def post(self, *movements: Movement, source: StaticSource = DUAL) -> int:
+        adapter = LegacyBalanceAdapter(self.settings, source, mapping="users")
+        with self.engine.begin() as connection:
+            return adapter.apply(connection, movements)[0].transaction_id or 0
+
+    def sql(self, statement: str) -> None:
+        execute(self.engine, statement)
+
+    def mode(self, mode: Mode) -> None:
+        set_mode(self.engine, self.settings, self.users, mode, ACT)
+
+    def past_the_fence(self, statement: str) -> None:
+        with unguarded(self.engine, "users") as connection:
+            connection.exec_driver_sql(statement)
+        install(self.engine, self.settings, ACT)
+
+
+def mapping(name: str) -> Mapping:
+    columns = [
+        {"bucket": bucket, "currency": currency, "column": column, "scale": 2}
+        for (bucket, currency), column in COLUMNS.items()
+    ]
+    fields = {"name": name, "table": f"public.{name}", "key": "id", "traits": {"tenant": "tenant"}, "columns": columns}
+    return Mapping.model_validate(fields)
+
+
+def movement(operation: Any, key: int, amount: int, **fields: Any) -> Movement:
+    if operation == "set_balance":
+        fields = {"actor": ACT.actor, "reason": ACT.reason, **fields}
+    else:
+        fields["type"] = "test"
+    return Movement(operation=operation, key=key, amount=Decimal(amount), bucket="cash", currency="EUR", **fields)
+
+
+RAW = "update users set coins = coins + 5 where id = 1"
+FIRST = "mapping = 'users' and key = '1' and bucket = 'cash' and currency = 'EUR'"
+STALE = (RAW,)
+FROZEN = (
+    "update wallet.control set phase = 'frozen'",
+    "select wallet.freeze_users(null, null)",
+    "select wallet.freeze_clubs(null, null)",
+)
+
+Doing = Callable[[Town], object]
+
+
+def mirror(town: Town) -> None:
+    town.mode("mirror")
+
+
+CASES: dict[str, tuple[tuple[str | Doing, ...], Doing, set[Account]]] = {
+    "a credit": ((), lambda t: t.post(movement("credit", 1, 5)), ONE),
+    "a debit": ((), lambda t: t.post(movement("debit", 1, 1)), ONE),
+    "a balance set higher": ((), lambda t: t.post(movement("set_balance", 1, 777)), ONE),
+    "a balance set lower": ((), lambda t: t.post(movement("set_balance", 1, -777)), ONE),
+    "a transfer": (
+        (),
+        lambda t: t.post(movement("transfer", 1, 1, payee=2)),
+        ONE_AND_TWO,
+    ),
+    "a batch": (
+        (),
+        lambda t: t.post(movement("credit", 2, 5, idempotency_key="b"), movement("debit", 1, 1, idempotency_key="a")),
+        ONE_AND_TWO,
+    ),
+    "a reversal": (
+        (),
+        lambda t: t.post(Movement(operation="reverse", transaction_id=t.post(movement("credit", 1, 5)), reason="no")),
+        ONE,
+    ),
+    "a replay": (
+        (),
+        lambda t: [t.post(movement("set_balance", 1, 5, idempotency_key="k", type="x")) for _ in "ab"],
+        ONE,
+    ),
+    "a credit to a stale account": (STALE, lambda t: t.post(movement("credit", 1, 5)), ONE),
+    "a debit of a stale account": (STALE, lambda t: t.post(movement("debit", 1, 1)), ONE),
+    "a credit to a frozen account": (FROZEN, lambda t: t.post(movement("credit", 1, 5)), ONE),
+    "a debit of a frozen account": (FROZEN, lambda t: t.post(movement("debit", 1, 1)), ONE),
+    "a credit with the flag off": ((), lambda t: t.post(movement("credit", 1, 5), source=OFF), ONE),
+    "a transfer with the flag off": (
+        (),
+        lambda t: t.post(movement("transfer", 1, 1, payee=2), source=OFF),
+        ONE_AND_TWO,
+    ),
+    "a raw update": ((), lambda t: t.sql(RAW), ONE),
+    "a raw update that is mirrored": ((mirror,), lambda t: t.sql(RAW), ONE),
+    "a row deleted": ((), lambda t: t.sql("delete from users where id = 1"), ALL_OF_ONE),
+    "a row without its key": ((), lambda t: t.sql("update users set id = 9 where id = 1"), ALL_OF_ONE),
+    "a row deleted and mirrored": (
+        (mirror,),
+        lambda t: t.sql("delete from users where id = 1"),
+        ALL_OF_ONE,
+    ),
+    "a row deleted and inserted": (
+        ("delete from users where id = 1",),
+        lambda t: t.sql("insert into users values (1, 'acme', 1, 2, 3)"),
+        ALL_OF_ONE,
+    ),
+    "a truncate": ((), lambda t: t.sql("truncate users"), USERS),
+    "a backfill of one that is stale": (STALE, lambda t: t.sql("select wallet.backfill_users(null, null, null)"), ONE),
+    "a last pass over one that is stale": (
+        STALE,
+        lambda t: t.sql(f"select wallet.late_users(null, null, {t.job})"),
+        ONE,
+    ),
+    "a freeze of one key": ((), lambda t: t.sql("select wallet.freeze_users(null, '1')"), ALL_OF_ONE),
+    "an unfreeze of one key": (FROZEN, lambda t: t.sql("select wallet.unfreeze_users(null, '1')"), ALL_OF_ONE),
+    "a closing": (
+        (lambda t: t.past_the_fence("delete from users where id = 1"),),
+        lambda t: t.sql(
+            "select wallet.close_users(id, 'gone') from wallet.accounts where mapping = 'users' and key = '1'"
+        ),
+        ALL_OF_ONE,
+    ),
+    "an operator's correction": (
+        (),
+        lambda t: adjust(t.engine, t.settings, t.users, ACT, "1", 5, bucket="cash", currency="EUR"),
+        ONE,
+    ),
+    "an operator's correction of a stale one": (
+        STALE,
+        lambda t: adjust(t.engine, t.settings, t.users, ACT, "1", 5, bucket="cash", currency="EUR"),
+        ONE,
+    ),
+    "a reconciliation": (STALE, lambda t: reconcile(t.engine, t.settings, t.users, ACT), ONE),
+    "a balance made the sum of its journal": (
+        (f"update wallet.accounts set balance = 5 where {FIRST}",),
+        lambda t: recalculate(t.engine, t.settings, t.users, ACT),
+        ONE,
+    ),
+    "a backfill undone": ((), lambda t: undo(t.engine, t.settings, t.job, ACT), USERS),
+}
+"""What happens, after what; and the accounts that are not as they were."""
+
+
+@pytest.fixture
+def town(database_url: str) -> Town:
+    return Town(database_url)
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_it_happens_to_the_accounts_it_is_meant_for_and_to_no_other(town: Town, what: str) -> None:
+    first, act, meant = CASES[what]
+    for step in first:
+        town.sql(step) if isinstance(step, str) else step(town)
+    before = town.accounts()
+    act(town)
+    after = town.accounts()
+    assert {account for account, found in before.items() if after.get(account) != found} == meant
+    assert after.keys() == before.keys()
+    assert_sound(town.engine, town.settings)
+
+
+def test_a_shadow_leg_that_fails_turns_its_own_account_stale_and_is_recorded_once(town: Town) -> None:
+    town.sql("alter domain wallet.amount add constraint no_fives check (value <> 5)")
+    before = town.accounts()
+    town.post(movement("credit", 1, 5, idempotency_key="one"))
+    town.post(movement("credit", 2, 6, idempotency_key="two"))
+    after = town.accounts()
+    changed = {account for account, found in before.items() if after[account] != found}
+    assert changed == ONE_AND_TWO
+    assert (after["users", "1", *CASH][0], after["users", "2", *CASH][0]) == ("stale", "mirrored")
+    assert rows(town.engine, "select mapping, key, bucket, currency, operation, sqlstate from wallet.failures") == [
+        ("users", "1", *CASH, "credit", "23514")
+    ]
+    modes = "select key, mode::text, transaction_id is null from wallet.idempotency_keys order by key"
+    assert rows(town.engine, modes) == [("one", "legacy", True), ("two", "dual_write", False)]
+
+
+def test_a_row_that_took_another_balance_leaves_the_others_and_their_keys_alone(town: Town) -> None:
+    town.sql(
+        "create function skim() returns trigger language plpgsql as "
+        "$$ begin if new.id = 1 then new.coins := new.coins - 1; end if; return new; end $$"
+    )
+    town.sql("create trigger skim before update on users for each row execute function skim()")
+    town.post(movement("credit", 2, 6, idempotency_key="two"))
+    kept = "select * from wallet.idempotency_keys where key = 'two'"
+    before, key = town.accounts(), rows(town.engine, kept)
+    town.post(movement("credit", 1, 5, idempotency_key="one"))
+    after = town.accounts()
+    assert {account for account, found in before.items() if after[account] != found} == ONE
+    assert after["users", "1", *CASH][0] == "stale"
+    assert rows(town.engine, kept) == key
+    assert scalar(town.engine, "select balances from wallet.idempotency_keys where key = 'one'") == [
+        None,
+        None,
+        Decimal(5),
+        Decimal(6),
+    ]
+
+
+@pytest.mark.parametrize("statement", [RAW, "delete from users where id = 1", "truncate users"])
+def test_what_is_rejected_changes_nothing(town: Town, statement: str) -> None:
+    town.mode("reject")
+    before = town.accounts()
+    with pytest.raises(DBAPIError, match="through the adapter only"):
+        town.sql(statement)
+    assert town.accounts() == before
+    town.sql("update clubs set coins = coins + 5 where id = 1")
+    assert {account for account, found in before.items() if town.accounts()[account] != found} == {
+        ("clubs", "1", *CASH)
+    }

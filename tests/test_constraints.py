@@ -1,0 +1,71 @@
+"""What the tables hold by themselves, whatever function writes them."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
+
+from ledger import execute, install_users, rows
+
+CHECKS = {
+    "accounts_mapping_key_bucket_currency_key": "UNIQUE (mapping, key, bucket, currency)",
+    "amount_check": "CHECK (((VALUE > (0)::numeric) AND (VALUE < 'Infinity'::numeric)))",
+    "balance_check": "CHECK (((VALUE > '-Infinity'::numeric) AND (VALUE < 'Infinity'::numeric)))",
+    "control_singleton_check": "CHECK (singleton)",
+    "flag_documents_singleton_check": "CHECK (singleton)",
+    "system_accounts_id_check": "CHECK ((id < 0))",
+    "system_accounts_name_currency_key": "UNIQUE (name, currency)",
+    "transactions_check": "CHECK ((debit_account <> credit_account))",
+}
+WORDS = {
+    "control_phase_check": ("legacy", "dual_write", "read_ledger", "wallet_only", "frozen", "retired"),
+    "job_batches_state_check": ("pending", "claimed", "done", "set_aside"),
+    "jobs_state_check": ("running", "paused", "done", "failed", "cancelled"),
+    "mappings_capture_mode_check": ("stale", "mirror", "reject"),
+    "snapshots_state_check": ("running", "complete", "pruned"),
+}
+ONCE = {
+    "transactions_reversed_once": "reverses IS NOT NULL",
+    "audit_log_corrected": "action = 'reconcile corrected'::text",
+    "audit_log_undone": "action = 'reconcile undone'::text",
+}
+
+
+@pytest.fixture
+def engine(database_url: str) -> Engine:
+    return install_users(database_url, rows=1)[0]
+
+
+def test_every_constraint_stands_as_it_was_made(engine: Engine) -> None:
+    query = (
+        "select conname, pg_get_constraintdef(oid) from pg_constraint "
+        "where connamespace = 'wallet'::regnamespace and contype in ('c', 'u')"
+    )
+    found = {str(name): str(definition) for name, definition in rows(engine, query)}
+    assert found.keys() == CHECKS.keys() | WORDS.keys()
+    assert {name: found[name] for name in CHECKS} == CHECKS
+    for name, words in WORDS.items():
+        assert found[name].count("'") == 2 * len(words)
+        assert all(f"'{word}'::text" in found[name] for word in words)
+
+
+def test_what_may_happen_once_is_a_unique_index_over_what_happened(engine: Engine) -> None:
+    query = (
+        "select c.relname, i.indisunique, pg_get_expr(i.indpred, i.indrelid) from pg_index as i "
+        "join pg_class as c on c.oid = i.indexrelid where c.relnamespace = 'wallet'::regnamespace"
+    )
+    found = {name: (unique, str(predicate).strip("()")) for name, unique, predicate in rows(engine, query)}
+    assert {name: found[name] for name in ONCE} == {name: (True, predicate) for name, predicate in ONCE.items()}
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "NaN", "Infinity"])
+def test_no_amount_is_zero_negative_or_without_end(engine: Engine, value: str) -> None:
+    with pytest.raises(DBAPIError, match="amount_check"):
+        execute(engine, "select cast(cast(:value as numeric) as wallet.amount)", value=value)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_no_balance_is_without_end(engine: Engine, value: str) -> None:
+    with pytest.raises(DBAPIError, match="balance_check"):
+        execute(engine, "select cast(cast(:value as numeric) as wallet.balance)", value=value)
