@@ -76,12 +76,11 @@ class Clones:
             engine, settings = self._install(there, **how)
         mapping = settings.mapping(None)
         with engine.begin() as connection:
-            currencies = list({column.currency for column in mapping.columns})
             names = functions.context(
                 settings.ledger_schema,
                 mapping,
                 survey.inspect_mapping(connection, mapping),
-                functions.make_system_accounts(connection, settings.ledger_schema, currencies),
+                functions.system_accounts(connection, settings.ledger_schema),
                 roles=settings.roles,
             )
         kept: dict[str, Any] = {
