@@ -7,6 +7,7 @@ from decimal import Decimal
 
 import psycopg
 import pytest
+from sqlalchemy import text
 from sqlalchemy.pool import NullPool
 
 from capturing import ADD, Place
@@ -215,6 +216,13 @@ def test_the_raw_statement_is_kept_only_where_it_is_switched_on(place: Place) ->
 )
 def test_a_fingerprint_has_no_values(place: Place, statement: str, fingerprint: str) -> None:
     assert scalar(place.engine, "select wallet.fingerprint(:q)", q=statement) == fingerprint
+
+
+def test_a_session_without_standard_strings_writes_past_the_adapter_as_any_other(place: Place) -> None:
+    with place.engine.begin() as connection:
+        connection.execute(text("set local standard_conforming_strings = off"))
+        connection.execute(text("update users set total_coins = total_coins + 1 where id = 1"))
+    assert place.paths()[0].fingerprint == "update users set total_coins = total_coins + ? where id = ?"
 
 
 def test_the_report_is_a_list_of_code_paths(place: Place) -> None:

@@ -176,6 +176,18 @@ def test_more_decimals_are_taken_beneath_open_accounts_and_their_journal_goes_on
         install(engine, settings, ACT)
 
 
+def test_more_decimals_of_a_floating_column_are_another_meaning(database_url: str) -> None:
+    """What was rounded away at the old scale is a part of the value at the new one."""
+    engine, settings = install_users(
+        database_url, coins="12345678.000004", coins_type="double precision", phase="dual_write"
+    )
+    with engine.begin() as connection:
+        post(connection, settings, "open_account", 1, 0)
+    set_phase(engine, "legacy")
+    with pytest.raises(PreconditionRefused, match="another table, key, column, scale or unit"):
+        install(engine, with_columns(settings, scale=6), ACT)
+
+
 def test_more_decimals_of_minor_units_are_another_meaning(database_url: str) -> None:
     engine, settings = install_users(database_url, phase="dual_write", unit="minor", coins_type="bigint")
     with engine.begin() as connection:

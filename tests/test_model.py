@@ -42,7 +42,6 @@ HAPPENED = (
     "the fence's mode: reject",
     "writes the account: mirrored 0",
     "writes the account: closed 0",
-    "error: the account stands otherwise",
     "is rolled back",
     "answers none",
 )

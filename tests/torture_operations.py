@@ -27,7 +27,6 @@ FROZEN = "WM030"
 REJECTED = "WM031"
 GONE = "UnknownAccount"
 REUSED = "IdempotencyKeyReused"
-MISFIT = "WM000"
 TAKEN = "23505"
 DEADLOCK = "40P01"
 """Allowed only where a transaction has several statements of its own: one call never deadlocks."""
@@ -165,13 +164,13 @@ _FAILURES = {
     "fail_lock": Operation((_failing("55P03"),), frozenset({GONE, "55P03"})),
 }
 _FORGERIES = {
-    "forged": _plain(in_turn(forged("a", 7), _RAW), allowed=(FROZEN, MISFIT)),
-    "forged_off": _plain(in_turn(forged("a", 7, dual=False), _RAW), allowed=(FROZEN, MISFIT)),
-    "forged_amount": _plain(in_turn(forged("a", 8), _RAW), allowed=(FROZEN, MISFIT)),
+    "forged": _plain(in_turn(forged("a", 7), _RAW), allowed=(FROZEN,)),
+    "forged_off": _plain(in_turn(forged("a", 7, dual=False), _RAW), allowed=(FROZEN,)),
+    "forged_amount": _plain(in_turn(forged("a", 8), _RAW), allowed=(FROZEN,)),
     "forged_key": _plain(in_turn(forged("b", 7), _RAW), allowed=(FROZEN,)),
     "after_adapter": _plain(posting(_credit(), a=10), _RAW, allowed=(FROZEN, GONE)),
     "after_savepoint": _plain(undone(posting(_credit(), a=10)), _RAW, allowed=(FROZEN, GONE)),
-    "after_forgery": _plain(undone(in_turn(forged("a", 7), _RAW)), _RAW, allowed=(FROZEN, MISFIT)),
+    "after_forgery": _plain(undone(in_turn(forged("a", 7), _RAW)), _RAW, allowed=(FROZEN,)),
 }
 _READERS = {
     "read": _plain(read, read, allowed=(GONE,)),

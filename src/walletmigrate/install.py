@@ -273,7 +273,8 @@ def _changed_meaning(connection: Connection, settings: Settings, mapping: Mappin
         {"name": mapping.name},
     )
     was, now = stands.definition, functions.definition(mapping)
-    kept = all(any(_same_meaning(c, n) for n in now["columns"]) for c in was["columns"])
+    types = was.get("types", {})
+    kept = all(any(_same_meaning(c, n, types.get(c["column"], "")) for n in now["columns"]) for c in was["columns"])
     if not counted or (kept and was["table"] == now["table"] and was["key"] == now["key"]):
         return []
     what = f"{counted} accounts of mapping {mapping.name!r} were opened under another table, key, column, scale or unit"
@@ -281,11 +282,16 @@ def _changed_meaning(connection: Connection, settings: Settings, mapping: Mappin
     return [(what, mend)]
 
 
-def _same_meaning(was: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether what was written of a column is true under its new definition."""
+def _same_meaning(was: dict[str, Any], now: dict[str, Any], sql_type: str) -> bool:
+    """Whether what was written of a column is true under its new definition.
+
+    Of a floating-point column it is not: what was rounded away at the old scale is a part of the value at the new one.
+    """
     if any(was[name] != now[name] for name in ("bucket", "currency", "column", "unit")):
         return False
-    return bool(now["scale"] == was["scale"] or (was["unit"] == "major" and now["scale"] > was["scale"]))
+    floats = sql_type.startswith(("double precision", "real"))
+    wider = was["unit"] == "major" and now["scale"] > was["scale"] and not floats
+    return bool(now["scale"] == was["scale"] or wider)
 
 
 def _refuse_uninstall(connection: Connection, settings: Settings) -> None:

@@ -6,6 +6,7 @@
 create or replace function {{ schema }}.fingerprint(p_query text) returns text
 language plpgsql
 immutable
+set standard_conforming_strings = on -- an application may have it off, and a backslash would not be one
 as $$
 declare
     -- No non-greedy quantifier: in an expression with branches PostgreSQL takes the longest match all the same.
@@ -32,11 +33,13 @@ create or replace function {{ schema }}.stated() returns text
 language plpgsql
 as $$
 declare
-    v_hash text := hashtextextended(current_query(), 0)::text;
+    -- A worker of logical replication has no statement.
+    v_query text := coalesce(current_query(), '');
+    v_hash text := hashtextextended(v_query, 0)::text;
     v_known text := current_setting('walletmigrate.fingerprint', true);
 begin
     if v_known is null or split_part(v_known, ' ', 1) <> v_hash then
-        v_known := v_hash || ' ' || fingerprint(current_query());
+        v_known := v_hash || ' ' || fingerprint(v_query);
         perform set_config('walletmigrate.fingerprint', v_known, false);
     end if;
     return substr(v_known, length(v_hash) + 2);

@@ -20,7 +20,7 @@
 perform nextval('rejected_{{ mapping }}') {{ counted() }};
                 raise exception '{{ relation }} %: column {{ c.column }} is written through the adapter only', v_key
                     using
-                        errcode = 'WM031', detail = fingerprint(current_query()),
+                        errcode = 'WM031', detail = stated(),
                         hint = 'Move this code path to the adapter, or: walletmigrate capture mode stale';
 {%- endmacro %}
 {# What the label says and the row then did are one movement, and one that the ledger can take. A credit that stays
@@ -57,6 +57,7 @@ declare
     v_known boolean;
     v_looked boolean;
     v_ours boolean;
+    v_spoilt boolean;
     v_written boolean;
     v_treatment text;
     v_setting text := current_setting('walletmigrate.posting', true);
@@ -81,6 +82,8 @@ begin
         end if;
     end if;
     if v_label is not null then
+        <<short>>
+        begin
         {% for c in columns %}
         {{ "if" if loop.first else "elsif" }}
             v_label[1] = '{{ mapping }}/{{ c.bucket }}/{{ c.currency }}/' || new.{{ key }}::text collate "C"
@@ -99,9 +102,7 @@ begin
                     and a.bucket = '{{ c.bucket }}' and a.currency = '{{ c.currency }}'
                     and a.state = 'mirrored' and a.balance = {{ c.before }}
                 returning a.id, nextval('transaction_ids') into v_id, v_transaction;
-                if v_id is null then
-                    raise exception 'the account stands otherwise' using errcode = 'WM000';
-                end if;
+                exit short when v_id is null;
                 if v_label[7] is not null then
                     -- Not `on conflict`, which looks twice: a key that was used goes the long way like all else.
                     insert into idempotency_keys (key, transaction_id, request, mode)
@@ -126,19 +127,14 @@ begin
                 );
                 return null;
             end if;
-            if ({{ fits(c) }}) is not true then
-                -- In plain_ the long way decides then; whoever else set the label gets the error.
-                raise exception 'the label stands for another write' using errcode = 'WM000';
-            end if;
+            exit short when ({{ fits(c) }}) is not true;
             select a.state into v_state from accounts as a
             where
                 a.mapping = '{{ mapping }}' and a.key = new.{{ key }}::text collate "C"
                 and a.bucket = '{{ c.bucket }}' and a.currency = '{{ c.currency }}'
             for no key update;
             -- Above READ COMMITTED an account may be there unseen: the long way probes for it.
-            if v_state <> 'stale' or current_setting('transaction_isolation') <> 'read committed' then
-                raise exception 'the account stands otherwise' using errcode = 'WM000';
-            end if;
+            exit short when v_state <> 'stale' or current_setting('transaction_isolation') <> 'read committed';
             if v_label[7] is not null then
                 insert into idempotency_keys (key, request, mode, balances)
                 values (
@@ -150,8 +146,17 @@ begin
             v_setting := set_config('walletmigrate.posting', 'legacy ' || v_after, true);
             return null;
         {% endfor %}
+        else
+            v_label := null; -- of another row, whose posting is not touched by this write
+        end if;
+        end short;
+        if v_label is not null then
+            -- It does not fit. Not raised: a trigger of the application that catches errors would lose its write. So it is
+            -- met as any other write, and plain_, which finds no result, takes all back and goes the long way.
+            v_setting := set_config('walletmigrate.posting', 'spoilt', true);
         end if;
     end if;
+    v_spoilt := v_setting = 'spoilt';
     v_key := case when tg_op = 'DELETE' then old.{{ key }} else new.{{ key }} end;
     if tg_op = 'UPDATE' and old.{{ key }} <> new.{{ key }} then
         v_next := greatest(old.{{ key }}, new.{{ key }});
@@ -159,7 +164,7 @@ begin
     end if;
     loop
         v_looked := false;
-        v_ours := v_setting like 'adapter:%' and v_setting = 'adapter:{{ mapping }}:' || v_key;
+        v_ours := v_spoilt or v_setting like 'adapter:%' and v_setting = 'adapter:{{ mapping }}:' || v_key;
         {% for c in columns %}
         v_written := tg_op <> 'UPDATE' or old.{{ key }} is distinct from new.{{ key }}
             or old.{{ c.column }} is distinct from new.{{ c.column }};
@@ -299,7 +304,7 @@ begin
         perform nextval('rejected_{{ mapping }}');
         raise exception '{{ relation }} has balances that are written through the adapter only'
             using
-                errcode = 'WM031', detail = fingerprint(current_query()),
+                errcode = 'WM031', detail = stated(),
                 hint = 'Take the balances to zero first, or: walletmigrate capture mode stale';
     end if;
     {% endif %}
