@@ -189,6 +189,29 @@ def test_a_difference_that_ended_without_a_transaction_stays_one(made: Ledger, m
     assert (result.clean, result.drift_accounts, result.passing) == (False, 1, ())
 
 
+@pytest.mark.parametrize("mark_stale", [False, True])
+def test_a_difference_whose_account_turned_stale_between_the_looks_stays_one(
+    made: Ledger, monkeypatch: pytest.MonkeyPatch, mark_stale: bool
+) -> None:
+    """As by an adapter that read and compared it: from then on it is not compared, but it is not mended either."""
+    drift(*made)
+    stale = "select wallet.turn_stale(id, 'the adapter compared') from wallet.accounts where key = '4'"
+    with between_the_looks(monkeypatch, lambda: execute(made[0], stale)):
+        result = run(made, mark_stale=mark_stale)
+    assert (result.clean, result.drift_accounts, result.passing) == (False, 1, ())
+    assert states_of(made[0]) == {"4 cash": "stale"}
+    assert rows(made[0], "select clean, drift_accounts from wallet.verifications") == [(False, 1)]
+
+
+def test_a_difference_whose_account_closed_between_the_looks_is_counted_apart(
+    made: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drift(*made)
+    with between_the_looks(monkeypatch, lambda: execute(made[0], "delete from users where id = 4")):
+        result = run(made)
+    assert (result.clean, result.drift_accounts, len(result.passing)) == (True, 0, 1)
+
+
 def test_a_difference_whose_account_has_merely_been_written_is_still_one(
     made: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:

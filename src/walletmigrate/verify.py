@@ -254,8 +254,8 @@ def _look_again(
 ) -> None:
     """Look at what differed once more, in a snapshot of its own. What is gone is counted apart, if the ledger says why.
 
-    A difference that ended without a transaction and without a change of state was not mended by anything that keeps
-    the ledger true: it stays a difference.
+    A difference that ended without a transaction and without a closing was not mended by anything that keeps the
+    ledger true: it stays a difference.
     """
     still: set[tuple[str, str, str]] = set()
     explained: set[tuple[str, str, str]] = set()
