@@ -235,11 +235,20 @@ def reference_line(one: Reference) -> str:
 
 
 def last_bound(connection: Connection, settings: Settings, mapping: config.Mapping) -> Bound | None:
-    """Where the runs on record have come to without a gap; None: no full run stands on record."""
+    """Where the runs on record have come to without a gap and a finding; None: no clean full run stands on record.
+
+    Behind the first finding that no full clean run has lifted nothing is taken for seen: what was wrong then is
+    written no more, and a run from there on would never meet it.
+    """
+    name = quoted(settings.ledger_schema)
     row = connection.execute(
         text(
-            "select system_identifier, horizon, started_at "
-            f"from {quoted(settings.ledger_schema)}.verifications where mapping = :mapping and horizon is not null "
+            f"select system_identifier, horizon, started_at from {name}.verifications "
+            "where mapping = :mapping and horizon is not null and clean and started_at < coalesce(("
+            f"select min(started_at) from {name}.verifications "
+            "where mapping = :mapping and horizon is not null and not clean and started_at >= coalesce(("
+            f"select max(started_at) from {name}.verifications where mapping = :mapping and full_run and clean"
+            "), '-infinity')), 'infinity') "
             "and system_identifier = (select system_identifier from pg_control_system()) "
             "order by horizon desc, id desc limit 1"
         ),

@@ -99,7 +99,7 @@ def verify(
     """Verify a mapping in full; then, unless ``dry_run``, put the result and an audit row on record.
 
     ``sample`` keys drawn at random, or with ``since_last`` the accounts whose journal or row in the ledger was written
-    since the last full or incremental run, are looked at instead, each with its own journal. Such a run is on record,
+    since the last clean full or incremental run, are looked at instead, each with its own journal. Such a run is on record,
     and if it finds something it takes back what full runs before it have shown; but no gate takes it for a full one.
 
     ``mark_stale`` then turns the mirrored accounts that differ stale, if they still do: from then on they are read
@@ -197,7 +197,7 @@ def _at_sample(comparison: Comparison, connection: Connection, limit: int, size:
 def _since_last(comparison: Comparison, connection: Connection, settings: Settings, limit: int) -> _Look:
     since = last_bound(connection, settings, comparison.mapping)
     if since is None:
-        what = f"no full verification of mapping {comparison.mapping.name!r} by this cluster stands on record"
+        what = f"no clean full verification of mapping {comparison.mapping.name!r} by this cluster stands on record"
         mend = f"walletmigrate verify --mapping {comparison.mapping.name}"
         raise PreconditionRefused("verify --since-last", [(what, mend)])
     changed = [row.key for row in comparison.run(connection, "changed", since=since.horizon)]
