@@ -325,7 +325,7 @@ def test_an_incremental_run_begins_where_the_last_clean_one_looked(made: Ledger)
 
 def test_an_incremental_run_does_not_pass_over_what_an_earlier_one_found(made: Ledger) -> None:
     """Neither the first after it nor the second, whatever was clean before; a full clean run moves the bound again."""
-    engine, settings = made
+    engine, _ = made
     run(made)
     assert run(made, since_last=True).clean
     execute(engine, "update wallet.accounts set balance = balance + 1 where key = '4'")
