@@ -100,7 +100,8 @@ def verify(
 
     ``sample`` keys drawn at random, or with ``since_last`` the accounts whose journal or row in the ledger was written
     since the last clean full or incremental run, are looked at instead, each with its own journal. Such a run is on
-    record, and if it finds something it takes back what full runs before it have shown; but no gate takes it for a full one.
+    record, and if it finds something it takes back what full runs before it have shown; but no gate takes it for a full
+    one.
 
     ``mark_stale`` then turns the mirrored accounts that differ stale, if they still do: from then on they are read
     from legacy alone, and a backfill brings them up. Mirrored and stale accounts whose row is gone are closed. The

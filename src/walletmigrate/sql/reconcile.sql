@@ -78,7 +78,7 @@ begin
         when (q ->> 'seen')::numeric <> v_current then 'moved'
         when v_truth = 'change' then 'corrected'
         when v_within and s.account is null then 'opened'
-        when v_within and s.state = 'stale' and v_truth = 'legacy' then 'resynced'
+        when v_within and s.state = 'stale' then 'resynced'
         when v_within then 'in_order'
         when abs(k.difference) > (q ->> 'limit')::numeric then 'reported'
         else 'corrected'
