@@ -66,9 +66,10 @@ class Verification:
     ``drift`` is money that is wrong, at two looks; ``passing`` are differences that a transaction or a closing had
     ended by the second look. ``behind`` are accounts that are absent (``missing``) or ``stale``; ``journal_accounts``
     have a journal problem. ``guards`` are triggers, functions and indexes that do not stand as made. ``imbalance`` by
-    currency, of the whole ledger, is zero. Totals are by currency; a frozen account's legacy column counts as it stands, although the
-    ledger alone is true. ``clean``: there is nothing to report. ``turned_stale`` and ``closed``: how many accounts were
-    afterwards, or would be (``dry_run``); None: not asked for. ``replica_lag``: seconds, if it ran on a standby.
+    currency, of the whole ledger, is zero. Totals are by currency; a frozen account's legacy column counts as it
+    stands, although the ledger alone is true. ``clean``: there is nothing to report. ``turned_stale`` and ``closed``:
+    how many accounts were afterwards, or would be (``dry_run``); None: not asked for. ``replica_lag``: seconds, if it
+    ran on a standby.
     """
 
     mapping: str
