@@ -282,6 +282,7 @@ def test_a_write_past_the_adapter_counts_for_as_long_as_the_observation_window(s
     stage.to("dual_write")
     ledger.execute(stage.engine, "update public.users set total_coins = 1 where id = 3")
     ledger.execute(stage.engine, "update wallet.accounts set state_at = state_at - interval '2 h' where key = '3'")
+    ledger.execute(stage.engine, "update wallet.bypasses set at = at - interval '2 h'")
     for hours, expected in ((1, 0), (3, 1)):
         found = stage.reasons("read_ledger", settings=stage.with_window(timedelta(hours=hours)))
         assert len([one for one in found if "1 accounts written past the adapter" in one]) == expected

@@ -193,6 +193,21 @@ def test_against_legacy_a_stale_account_is_resynced_however_far_it_is_behind(wor
     assert world.account(3) == ("mirrored", D(60), D(60))
 
 
+@pytest.mark.parametrize("truth", [60, "60.40"])
+def test_a_stale_account_whose_legacy_is_the_outside_truth_is_resynced_and_not_in_order(
+    world: World, truth: object
+) -> None:
+    execute(world.engine, "update users set total_coins = 60 where id = 3")
+    limits = Limits(D("0.50"), D(1))
+    assert world.one(3, told(D(str(truth))), limits, dry_run=True).outcome == "resynced"
+    assert world.account(3) == ("stale", D(100), D(60))
+    made = world.reconcile(told_of(k1=100, k3=D(str(truth))), limits)
+    assert (made.counts["resynced"], made.counts["in_order"], made.counts["corrected"]) == (1, 1, 0)
+    assert world.account(3) == ("mirrored", D(60), D(60))
+    again = world.reconcile(told_of(k1=100, k3=D(str(truth))), limits)
+    assert (again.counts["resynced"], again.counts["in_order"]) == (0, 2)
+
+
 def test_a_stale_ledger_is_no_truth(world: World) -> None:
     execute(world.engine, "update users set total_coins = 60 where id = 3")
     assert world.one(3, LEDGER).refusal == "stale"

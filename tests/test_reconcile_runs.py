@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ledger import ACT, add_users, execute, rows, scalar, set_phase, users_settings
-from test_reconcile import BY, World, told, world
+from test_reconcile import BY, World, told, told_of, world
 from walletmigrate import reconciliations, truths
 from walletmigrate.adapter import LegacyBalanceAdapter
 from walletmigrate.audit import Act
@@ -17,7 +17,7 @@ from walletmigrate.backfill import backfill
 from walletmigrate.errors import PreconditionRefused, UnreadableInput, UsageError
 from walletmigrate.facts import read_facts
 from walletmigrate.flags import DUAL_WRITE, StaticSource
-from walletmigrate.freeze import freeze
+from walletmigrate.freeze import freeze, unfreeze
 from walletmigrate.reconcile import Limits
 from walletmigrate.survey import inspect_mapping
 from walletmigrate.truths import LEDGER, LEGACY, Truth, asked
@@ -158,6 +158,30 @@ def test_what_was_frozen_since_is_undone_in_the_ledger_alone(world: World) -> No
     freeze(world.engine, world.settings, world.settings.mappings[0], ACT)
     assert undo(world, made.run).undone == 10
     assert world.account(3) == ("frozen", D(100), D(101))
+
+
+def test_an_account_that_was_opened_and_corrected_is_undone_on_both_sides(world: World) -> None:
+    add_users(world.engine, 11, 11)
+    made = world.reconcile(told_of(k11=101), Limits(create_missing=True))
+    assert world.account(11) == ("mirrored", D(101), D(101))
+    assert undo(world, made.run).undone == 1
+    assert world.account(11) == ("mirrored", D(100), D(100))
+
+
+def test_what_was_corrected_while_frozen_is_undone_on_both_sides_after_an_unfreeze(world: World) -> None:
+    """The unfreeze brought the correction to the row; 11 was opened by the run itself, frozen."""
+    set_phase(world.engine, "frozen")
+    freeze(world.engine, world.settings, world.settings.mappings[0], ACT)
+    add_users(world.engine, 11, 11)
+    made = world.reconcile(told_of(k3=D("100.80"), k4=D("99.50"), k11=101), Limits(create_missing=True))
+    assert (made.counts["corrected"], world.account(11)) == (3, ("frozen", D(101), D(100)))
+    set_phase(world.engine, "wallet_only")
+    unfreeze(world.engine, world.settings, world.settings.mappings[0], ACT)
+    assert world.account(3) == ("mirrored", D("100.80"), D("100.80"))
+    done = undo(world, made.run)
+    assert (done.undone, done.left) == (3, ())
+    assert [world.account(key) for key in (3, 4, 11)] == [("mirrored", D(100), D(100))] * 3
+    assert verify(world.engine, world.settings, world.settings.mappings[0], ACT).clean
 
 
 def test_undo_refuses_what_is_no_run_and_what_is_at_work(world: World) -> None:

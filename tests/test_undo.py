@@ -109,6 +109,27 @@ def test_stopped_after_a_batch_it_goes_on_where_it_was(made: Place) -> None:
     made.check()
 
 
+def test_the_unfinished_undo_of_another_backfill_is_not_taken_up_in_its_place(made: Place) -> None:
+    first = filled(made)
+    ledger.add_users(made.engine, 11, 12)
+    second = filled(made)
+    asked = iter([False, True])
+    paused = undo(made.engine, made.settings, first, ACT, batch_size=4, stop=lambda: next(asked))
+    before = ledger.rows(made.engine, "select * from wallet.jobs order by id"), ledger.journal(made.engine)
+    with pytest.raises(PreconditionRefused, match=f"undo of backfill {first}, is paused") as refused:
+        undo(made.engine, made.settings, second, ACT)
+    assert f"walletmigrate backfill undo --job {first} " in str(refused.value)
+    assert f"walletmigrate jobs cancel {paused.job_id} " in str(refused.value)
+    assert (ledger.rows(made.engine, "select * from wallet.jobs order by id"), ledger.journal(made.engine)) == before
+    assert undo(made.engine, made.settings, second, ACT, dry_run=True).undone == 4
+    assert undo(made.engine, made.settings, first, ACT).job_id == paused.job_id
+    done = undo(made.engine, made.settings, second, ACT)
+    assert (done.undone, done.job_id != paused.job_id) == (4, True)
+    details = "select id, (details ->> 'of')::bigint from wallet.jobs where kind = 'backfill undo' order by id"
+    assert ledger.rows(made.engine, details) == [(paused.job_id, first), (done.job_id, second)]
+    made.check()
+
+
 def test_a_dry_run_counts_and_changes_nothing(made: Place) -> None:
     job = filled(made)
     with made.engine.begin() as connection:

@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 
 from ledger import (
     ACT,
@@ -26,6 +26,7 @@ from ledger import (
 from walletmigrate import marking
 from walletmigrate.backfill import backfill
 from walletmigrate.capture import FenceProblem
+from walletmigrate.comparison import Comparison
 from walletmigrate.config import Settings
 from walletmigrate.errors import LedgerNotInstalled, PreconditionRefused
 from walletmigrate.freeze import freeze
@@ -466,6 +467,23 @@ def test_it_reads_one_snapshot_and_cannot_write(made: Ledger, database_url: str)
     assert (result.clean, result.dry_run) == (True, True)
     assert scalar(engine, "select pg_current_xact_id()::text::bigint") == before + 1
     assert rows(engine, "select * from wallet.verifications") == []
+
+
+def test_a_comparison_may_take_longer_than_a_statement_of_a_job(made: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In both looks: a large table is read for longer than the limit of the engine's other statements."""
+    limits: list[str] = []
+
+    def looked(comparison: Comparison, connection: Connection, name: str, *scope: Any, **parameters: Any) -> Any:
+        limits.append(connection.exec_driver_sql("show statement_timeout").scalar_one())
+        return asked(comparison, connection, name, *scope, **parameters)
+
+    asked = Comparison.run
+    with fence_down(*made) as superuser:
+        superuser.exec_driver_sql("update users set total_coins = total_coins - 3 where id = 4")
+    monkeypatch.setattr(Comparison, "run", looked)
+    assert run(made).drift_accounts == 1
+    assert set(limits) == {"0"}
+    assert scalar(made[0], "show statement_timeout") == "5min"
 
 
 def test_the_result_is_put_on_record(made: Ledger) -> None:

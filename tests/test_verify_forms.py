@@ -189,6 +189,29 @@ def test_a_difference_that_ended_without_a_transaction_stays_one(made: Ledger, m
     assert (result.clean, result.drift_accounts, result.passing) == (False, 1, ())
 
 
+@pytest.mark.parametrize("mark_stale", [False, True])
+def test_a_difference_whose_account_turned_stale_between_the_looks_stays_one(
+    made: Ledger, monkeypatch: pytest.MonkeyPatch, mark_stale: bool
+) -> None:
+    """As by an adapter that read and compared it: from then on it is not compared, but it is not mended either."""
+    drift(*made)
+    stale = "select wallet.turn_stale(id, 'the adapter compared') from wallet.accounts where key = '4'"
+    with between_the_looks(monkeypatch, lambda: execute(made[0], stale)):
+        result = run(made, mark_stale=mark_stale)
+    assert (result.clean, result.drift_accounts, result.passing) == (False, 1, ())
+    assert states_of(made[0]) == {"4 cash": "stale"}
+    assert rows(made[0], "select clean, drift_accounts from wallet.verifications") == [(False, 1)]
+
+
+def test_a_difference_whose_account_closed_between_the_looks_is_counted_apart(
+    made: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drift(*made)
+    with between_the_looks(monkeypatch, lambda: execute(made[0], "delete from users where id = 4")):
+        result = run(made)
+    assert (result.clean, result.drift_accounts, len(result.passing)) == (True, 0, 1)
+
+
 def test_a_difference_whose_account_has_merely_been_written_is_still_one(
     made: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,10 +297,10 @@ def test_contradictory_options_are_usage(made: Ledger) -> None:
 
 def test_an_incremental_run_looks_at_what_changed_and_at_nothing_else(made: Ledger) -> None:
     engine, settings = made
-    with pytest.raises(PreconditionRefused, match="no full verification"):
+    with pytest.raises(PreconditionRefused, match="no clean full verification"):
         run(made, since_last=True)
     run(made, sample=5)
-    with pytest.raises(PreconditionRefused, match="no full verification"):
+    with pytest.raises(PreconditionRefused, match="no clean full verification"):
         run(made, since_last=True)
     run(made)
     assert run(made, since_last=True).accounts == 0
@@ -288,8 +311,42 @@ def test_an_incremental_run_looks_at_what_changed_and_at_nothing_else(made: Ledg
     result = run(made, since_last=True)
     assert (result.form, result.accounts, dict(result.states)) == ("incremental", 3, {"mirrored": 2, "stale": 1})
     assert [one.key for one in result.behind] == ["8"]
+
+
+def test_an_incremental_run_begins_where_the_last_clean_one_looked(made: Ledger) -> None:
+    engine, settings = made
+    run(made)
+    for key in (6, 7):
+        with engine.begin() as connection:
+            post(connection, settings, "credit", key, 1)
+        assert run(made, since_last=True).accounts == 1
+        assert run(made, since_last=True, dry_run=True).accounts == 0
+
+
+def test_an_incremental_run_does_not_pass_over_what_an_earlier_one_found(made: Ledger) -> None:
+    """Neither the first after it nor the second, whatever was clean before; a full clean run moves the bound again."""
+    engine, _ = made
+    run(made)
+    assert run(made, since_last=True).clean
+    execute(engine, "update wallet.accounts set balance = balance + 1 where key = '4'")
+    for _ in range(3):
+        result = run(made, since_last=True)
+        assert (result.clean, [one.key for one in result.drift]) == (False, ["4"])
+    assert not run(made).clean
+    assert not run(made, since_last=True).clean
+    execute(engine, "update wallet.accounts set balance = balance - 1 where key = '4'")
+    result = run(made, since_last=True)
+    assert (result.clean, result.accounts) == (True, 1)
+    assert run(made, since_last=True).accounts == 1
+    assert run(made).clean
     assert run(made, since_last=True).accounts == 0
-    assert run(made, since_last=True, dry_run=True).accounts == 0
+
+
+def test_after_a_first_full_run_that_was_not_clean_there_is_nothing_to_go_on_from(made: Ledger) -> None:
+    drift(*made)
+    assert not run(made).clean
+    with pytest.raises(PreconditionRefused, match="no clean full verification"):
+        run(made, since_last=True)
 
 
 def test_an_incremental_run_finds_balances_and_states_that_were_forged_since(made: Ledger) -> None:

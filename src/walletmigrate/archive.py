@@ -124,8 +124,6 @@ def dump(
     if path.exists():
         raise UsageError(f"{path} exists already: an archive is never written over, name another file")
     with snapshot(engine) as connection:
-        # A table of a hundred million rows is read for longer than any single statement of a job may take.
-        connection.exec_driver_sql("set local statement_timeout = 0")
         jobs.require_installed(connection, settings, mapping)
         jobs.visibility(connection, mapping, "archive")
         legacy = survey.inspect_mapping(connection, mapping)

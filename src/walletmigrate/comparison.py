@@ -280,9 +280,12 @@ class Comparison:
 
 @contextmanager
 def snapshot(engine: Engine) -> Iterator[Connection]:
-    """A read-only transaction that sees one state of the database throughout, and writes nothing."""
+    """A read-only transaction that sees one state of the database throughout, and writes nothing.
+
+    Its statements have no time limit: a table of a hundred million rows is read for longer than a job may take.
+    """
     isolated = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
     with isolated.begin() as connection:
         # One sort or hash of a million rows fits; nothing else of the session is changed.
-        connection.exec_driver_sql(f"set local work_mem = '{_MEMORY}'")
+        connection.exec_driver_sql(f"set local work_mem = '{_MEMORY}'; set local statement_timeout = 0")
         yield connection

@@ -57,7 +57,6 @@ def gather(engine: Engine, settings: Settings, source: FlagSource, folder: Path)
     runs = [verify(engine, settings, mapping, act, dry_run=True) for mapping in settings.mappings]
     clean = all(run.clean for run in runs)
     with snapshot(engine) as connection:
-        connection.exec_driver_sql("set local statement_timeout = 0")
         found = moment(connection, settings)
         journal = {**found, **journal_of(connection, settings, found)}
         rows, chain = _write_audit(connection, settings, folder / "audit.jsonl")

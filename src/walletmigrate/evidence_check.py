@@ -51,7 +51,6 @@ def check(folder: Path, engine: Engine | None = None, settings: Settings | None 
         problems += _guarded("audit.jsonl", _chain, folder, manifest)
         if engine is not None and settings is not None:
             with snapshot(engine) as connection:
-                connection.exec_driver_sql("set local statement_timeout = 0")
                 require_installed(connection, settings)
                 problems += _guarded("journal.json", _journal, folder, connection, settings)
                 problems += _guarded("audit.jsonl", _audit, folder, connection, settings)

@@ -135,10 +135,14 @@ _WATCHED = {
         "select count(*), max(finished_at) from {schema}.verifications "
         "where finished_at >= :start and mapping = any(:mappings) and drift_accounts > 0"
     ),
-    # Until there is a catalogue of writers, every write past the adapter is one that nobody has named.
+    # By the catalogue, which no later change of the account's state overwrites; and by the accounts themselves, whose
+    # reason stays where the catalogue was pruned, and dates from the resync.
     "accounts written past the adapter": (
-        "select count(*), max(state_at) from {schema}.accounts where state_at >= :start "
-        "and mapping = any(:mappings) and state_reason like '%written past the adapter%'"
+        "select count(distinct (mapping, key, bucket, currency)), max(at) from ("
+        "select mapping, key, bucket, currency, at from {schema}.bypasses where treatment = 'turned_stale' "
+        "union all select mapping, key, bucket, currency, state_at from {schema}.accounts "
+        "where state_reason like '%written past the adapter%'"
+        ") as written where at >= :start and mapping = any(:mappings)"
     ),
     # What went past it nobody saw; a verification tells which accounts differ, not how often they were written.
     "mendings of a fence that was down": (

@@ -12,8 +12,9 @@ from walletmigrate import jobs
 from walletmigrate.audit import Act
 from walletmigrate.config import Settings
 from walletmigrate.errors import PreconditionRefused, UsageError
+from walletmigrate.job_rows import RESUMABLE
 from walletmigrate.schema import quoted
-from walletmigrate.standing import Reason, require_installed, show
+from walletmigrate.standing import REASON, Reason, require_installed, show
 
 KIND: Final = "backfill undo"
 SHOWN: Final = 1000
@@ -62,13 +63,14 @@ def undo(
     """Reverse each opening of a backfill, one account after the other under its lock. Idempotent, resumable.
 
     The legacy row is true for such an account again; the next posting or backfill brings it up. Raises UsageError
-    where there is no backfill of that id, PreconditionRefused while it runs or once the column is retired.
+    where there is no backfill of that id, PreconditionRefused while it runs, once the column is retired, or while the
+    undo of another backfill of this mapping is not finished.
     """
     with engine.begin() as connection:
         mapping = _mapping(connection, settings, job_id)
     if dry_run:
         return _all(engine, settings, UndoResult(job_id, mapping, None, 0, 0, 0, (), True, "planned"), act, batch_size)
-    job = jobs.start_or_resume(engine, settings, KIND, mapping, act, details={"of": job_id})
+    job = _start(engine, settings, mapping, job_id, act)
     result = UndoResult(job_id, mapping, job.id, 0, 0, 0, (), False, "done")
     result = _all(engine, settings, result, act, batch_size, stop)
     if result.state == "paused":
@@ -96,6 +98,18 @@ def _mapping(connection: Connection, settings: Settings, job_id: int) -> str:
     if reasons:
         raise PreconditionRefused(KIND, reasons)
     return str(settings.mapping(row.mapping).name)
+
+
+def _start(engine: Engine, settings: Settings, mapping: str, job_id: int, act: Act) -> jobs.Job:
+    """Begin, or go on with, the undo of this backfill; one of another backfill is not taken up in its place."""
+    with jobs.begin(engine) as connection:
+        found = jobs.newest(connection, settings, KIND, mapping, lock=True)
+        if found is not None and found.state in RESUMABLE and found.details.get("of") != job_id:
+            of = found.details.get("of")
+            what = f"job {found.id}, the undo of backfill {of}, is {found.state} and not finished"
+            mend = f"walletmigrate backfill undo --job {of} {REASON}; or: walletmigrate jobs cancel {found.id} {REASON}"
+            raise PreconditionRefused(KIND, [(what, mend)])
+        return jobs.started(connection, settings, KIND, mapping, act, details={"of": job_id})
 
 
 def _all(

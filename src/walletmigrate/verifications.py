@@ -63,12 +63,13 @@ class Verification:
     looked); or ``sample``, which ``sample`` tells of. Only a full one has ``imbalance``, ``references``,
     ``cross_checks``, ``ranges`` and ``totals``; in the others counts and sums are of the accounts that were looked at.
 
-    ``drift`` is money that is wrong, at two looks; ``passing`` are differences that the second look did not see any
-    more. ``behind`` are accounts that are absent (``missing``) or ``stale``; ``journal_accounts`` have a journal
-    problem. ``guards`` are triggers, functions and indexes that do not stand as made. ``imbalance`` by currency, of the
-    whole ledger, is zero. Totals are by currency; a frozen account's legacy column counts as it stands, although the
-    ledger alone is true. ``clean``: there is nothing to report. ``turned_stale`` and ``closed``: how many accounts were
-    afterwards, or would be (``dry_run``); None: not asked for. ``replica_lag``: seconds, if it ran on a standby.
+    ``drift`` is money that is wrong, at two looks; ``passing`` are differences that a transaction or a closing had
+    ended by the second look. ``behind`` are accounts that are absent (``missing``) or ``stale``; ``journal_accounts``
+    have a journal problem. ``guards`` are triggers, functions and indexes that do not stand as made. ``imbalance`` by
+    currency, of the whole ledger, is zero. Totals are by currency; a frozen account's legacy column counts as it
+    stands, although the ledger alone is true. ``clean``: there is nothing to report. ``turned_stale`` and ``closed``:
+    how many accounts were afterwards, or would be (``dry_run``); None: not asked for. ``replica_lag``: seconds, if it
+    ran on a standby.
     """
 
     mapping: str
@@ -235,11 +236,20 @@ def reference_line(one: Reference) -> str:
 
 
 def last_bound(connection: Connection, settings: Settings, mapping: config.Mapping) -> Bound | None:
-    """Where the runs on record have come to without a gap; None: no full run stands on record."""
+    """Where the runs on record have come to without a gap and a finding; None: no clean full run stands on record.
+
+    Behind the first finding that no full clean run has lifted nothing is taken for seen: what was wrong then is
+    written no more, and a run from there on would never meet it.
+    """
+    name = quoted(settings.ledger_schema)
     row = connection.execute(
         text(
-            "select system_identifier, horizon, started_at "
-            f"from {quoted(settings.ledger_schema)}.verifications where mapping = :mapping and horizon is not null "
+            f"select system_identifier, horizon, started_at from {name}.verifications "
+            "where mapping = :mapping and horizon is not null and clean and started_at < coalesce(("
+            f"select min(started_at) from {name}.verifications "
+            "where mapping = :mapping and horizon is not null and not clean and started_at >= coalesce(("
+            f"select max(started_at) from {name}.verifications where mapping = :mapping and full_run and clean"
+            "), '-infinity')), 'infinity') "
             "and system_identifier = (select system_identifier from pg_control_system()) "
             "order by horizon desc, id desc limit 1"
         ),

@@ -99,8 +99,9 @@ def verify(
     """Verify a mapping in full; then, unless ``dry_run``, put the result and an audit row on record.
 
     ``sample`` keys drawn at random, or with ``since_last`` the accounts whose journal or row in the ledger was written
-    since the last full or incremental run, are looked at instead, each with its own journal. Such a run is on record,
-    and if it finds something it takes back what full runs before it have shown; but no gate takes it for a full one.
+    since the last clean full or incremental run, are looked at instead, each with its own journal. Such a run is on
+    record, and if it finds something it takes back what full runs before it have shown; but no gate takes it for a full
+    one.
 
     ``mark_stale`` then turns the mirrored accounts that differ stale, if they still do: from then on they are read
     from legacy alone, and a backfill brings them up. Mirrored and stale accounts whose row is gone are closed. The
@@ -197,7 +198,7 @@ def _at_sample(comparison: Comparison, connection: Connection, limit: int, size:
 def _since_last(comparison: Comparison, connection: Connection, settings: Settings, limit: int) -> _Look:
     since = last_bound(connection, settings, comparison.mapping)
     if since is None:
-        what = f"no full verification of mapping {comparison.mapping.name!r} by this cluster stands on record"
+        what = f"no clean full verification of mapping {comparison.mapping.name!r} by this cluster stands on record"
         mend = f"walletmigrate verify --mapping {comparison.mapping.name}"
         raise PreconditionRefused("verify --since-last", [(what, mend)])
     changed = [row.key for row in comparison.run(connection, "changed", since=since.horizon)]
@@ -254,8 +255,8 @@ def _look_again(
 ) -> None:
     """Look at what differed once more, in a snapshot of its own. What is gone is counted apart, if the ledger says why.
 
-    A difference that ended without a transaction and without a change of state was not mended by anything that keeps
-    the ledger true: it stays a difference.
+    A difference that ended without a transaction and without a closing was not mended by anything that keeps the
+    ledger true: it stays a difference.
     """
     still: set[tuple[str, str, str]] = set()
     explained: set[tuple[str, str, str]] = set()

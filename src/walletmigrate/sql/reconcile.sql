@@ -78,7 +78,7 @@ begin
         when (q ->> 'seen')::numeric <> v_current then 'moved'
         when v_truth = 'change' then 'corrected'
         when v_within and s.account is null then 'opened'
-        when v_within and s.state = 'stale' and v_truth = 'legacy' then 'resynced'
+        when v_within and s.state = 'stale' then 'resynced'
         when v_within then 'in_order'
         when abs(k.difference) > (q ->> 'limit')::numeric then 'reported'
         else 'corrected'
@@ -178,8 +178,12 @@ begin
         k.ledger_after := s.balance - v_moved;
     end if;
     if s.state <> 'frozen' then
-        k.legacy_after := s.legacy - (v_done.details ->> 'legacy_after')::numeric
-            + (v_done.details ->> 'legacy_before')::numeric;
+        k.legacy_after := s.legacy - case
+            -- Corrected in the ledger alone, and an unfreeze has since brought that to the row. What was absent was
+            -- opened frozen, or mirrored and moved on both sides alike.
+            when coalesce(v_done.details ->> 'state', 'frozen') = 'frozen' then v_moved
+            else (v_done.details ->> 'legacy_after')::numeric - (v_done.details ->> 'legacy_before')::numeric
+        end;
     end if;
     k.truth := case s.state when 'frozen' then k.ledger_after else k.legacy_after end;
     k.difference := k.truth - case s.state when 'frozen' then s.balance else s.legacy end;

@@ -371,7 +371,7 @@ where a.mapping = '{{ mapping }}' and a.key = any((:keys)::text[]);
 
 -- name: explained
 -- Of accounts that differed at the first look: those whose end of it the ledger can tell, by a transaction that the
--- first look did not see, or by a state in which they are not compared.
+-- first look did not see, or by their closing. One that turned stale is merely not compared any more, and not mended.
 select
     a.key,
     a.bucket,
@@ -380,7 +380,7 @@ from {{ schema }}.accounts as a
 where
     a.mapping = '{{ mapping }}' and a.key = any((:keys)::text[])
     and (
-        a.state <> 'mirrored'
+        a.state = 'closed'
         or exists (
             select from {{ schema }}.transactions as t
             where
