@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from sqlalchemy import Engine
 import ledger
 from commandline import REASON, Project, project_at
 from ledger import ACT
-from walletmigrate import jobs
+from walletmigrate import cli_jobs, cli_reconcile, jobs
 from walletmigrate.backfill import backfill
 from walletmigrate.errors import UsageError
 
@@ -101,6 +102,29 @@ def test_a_cancelled_job_is_not_resumed(made: tuple[Project, Engine]) -> None:
     assert newest(engine) == (job, "cancelled")
     assert project.run("jobs", "resume", str(job), *REASON).exit_code == 4
     assert project.run("jobs", "cancel", str(job), *REASON).exit_code == 4
+
+
+@pytest.mark.parametrize(("state", "code"), [("cancelled", 1), ("failed", 1), ("paused", 130)])
+@pytest.mark.parametrize("command", ["backfill", "reconcile --all", "jobs resume {job}"])
+def test_a_job_that_is_ended_elsewhere_is_no_success(
+    made: tuple[Project, Engine], monkeypatch: pytest.MonkeyPatch, command: str, state: str, code: int
+) -> None:
+    project, engine = made
+    settings = project.settings
+
+    def end(job: jobs.Job) -> None:
+        with jobs.begin(engine) as connection:
+            if state == "cancelled":
+                jobs.cancel(connection, settings, job.kind, "users", ACT)
+        jobs.leave(engine, settings, job, state)
+
+    for module in (cli_jobs, cli_reconcile):
+        monkeypatch.setattr(module, "bar", lambda *_, **__: nullcontext(end))
+    words = command.format(job=newest(engine)[0]).split()
+    size = () if "resume" in words else ("--batch-size", "5")
+    said = project.run(*words, *size, "--json", *REASON)
+    assert (said.exit_code, newest(engine)[1], said.document["interrupted"]) == (code, state, state == "paused")
+    assert ("taken out of work elsewhere" in said.stderr) == (code == 1)
 
 
 @pytest.mark.parametrize("command", ["pause", "resume", "cancel", "set"])
