@@ -13,7 +13,7 @@ from walletmigrate import job_workers, phases
 from walletmigrate.backfill import backfill as run_backfill
 from walletmigrate.commands import command
 from walletmigrate.config import Mapping
-from walletmigrate.console import FAILURE, OK, REFUSED, CUT_SHORT, Answer, bar, job_code, plain
+from walletmigrate.console import CUT_SHORT, FAILURE, OK, REFUSED, Answer, bar, job_code, plain
 from walletmigrate.freeze import freeze as run_freeze
 from walletmigrate.freeze import unfreeze as run_unfreeze
 from walletmigrate.invocation import Run

@@ -13,12 +13,12 @@ from walletmigrate import corrections, reconciliations
 from walletmigrate.commands import command
 from walletmigrate.config import Mapping
 from walletmigrate.console import (
+    CUT_SHORT,
     DIFFERENCE,
     FAILURE,
     INTERRUPTED,
     OK,
     REFUSED,
-    CUT_SHORT,
     Answer,
     bar,
     job_code,

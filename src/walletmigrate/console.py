@@ -38,9 +38,7 @@ DIFFERENCE: Final = 3
 REFUSED: Final = 4
 INTERRUPTED: Final = 130
 
-CUT_SHORT: Final = (
-    "a job was taken out of work elsewhere: only what is told here was done; see: walletmigrate jobs list"
-)
+CUT_SHORT: Final = "a job was taken out of work elsewhere, and is not done; see: walletmigrate jobs list"
 """The note beside `FAILURE` for a job that neither came to its end nor was paused."""
 
 _LOST: Final = ("08", "28", "3D", "57P")
