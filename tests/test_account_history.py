@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from adapting import Place, place
-from ledger import ACT, execute, scalar, unguarded
+from ledger import ACT, execute, install_users, scalar, unguarded
 from walletmigrate import history, snapshots
+from walletmigrate.backfill import backfill
 from walletmigrate.errors import InvalidTime, PageOutOfRange, UnknownBucket, UnknownLedgerAccount, UsageError
 from walletmigrate.history import Account, Selection
 from walletmigrate.ledger import Entry
@@ -51,6 +52,29 @@ def everything(at: Place, selection: Selection | None = None, key: str = "1") ->
 def balance_at(at: Place, when: datetime, key: str = "1") -> history.BalanceAt:
     with at.engine.connect() as connection:
         return history.balance_at(connection, at.settings, account(at, key), when)
+
+
+# The account
+
+
+def test_a_text_key_is_taken_as_it_is_written(database_url: str) -> None:
+    engine, settings = install_users(database_url, rows=1, key_type="text", phase="dual_write")
+    execute(engine, "insert into users (id, tenant, role, total_coins) values ('bob', 'acme', 'member', 777)")
+    backfill(engine, settings, settings.mappings[0], ACT)
+    with engine.connect() as connection:
+        assert history.account_of(connection, settings, settings.mappings[0], "bob").balance == 777
+        for other in ("BOB", "Bob", "bob "):
+            with pytest.raises(UnknownLedgerAccount):
+                history.account_of(connection, settings, settings.mappings[0], other)
+
+
+def test_a_uuid_is_the_same_in_capitals(database_url: str) -> None:
+    engine, settings = install_users(database_url, rows=1, key_type="uuid", phase="dual_write")
+    execute(engine, "update users set id = '00000000-0000-4000-8000-abcdefabcdef'")
+    backfill(engine, settings, settings.mappings[0], ACT)
+    with engine.connect() as connection:
+        for key in ("00000000-0000-4000-8000-abcdefabcdef", "00000000-0000-4000-8000-ABCDEFabcdef"):
+            assert history.account_of(connection, settings, settings.mappings[0], key).balance == 100
 
 
 # History

@@ -15,7 +15,7 @@ from sqlalchemy import Engine, text
 
 import ledger
 from ledger import ACT, engine_named, execute, install_users, journal, post, rows, scalar, set_phase
-from walletmigrate import job_batches, jobs
+from walletmigrate import job_batches, jobs, phases
 from walletmigrate.backfill import BackfillResult, backfill
 from walletmigrate.config import Settings
 from walletmigrate.errors import JobFailed, LedgerNotInstalled, PreconditionRefused
@@ -438,6 +438,25 @@ def test_a_column_that_counts_cents_opens_in_major_units(database_url: str, coin
     assert run(made).opened == 3
     balances = rows(made[0], "select balance from wallet.accounts order by key")
     assert balances == [(Decimal("1.01"),), (Decimal("2.02"),), (Decimal("3.03"),)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_it_ends_where_the_phase_goes_back_and_goes_on_once_it_is_advanced(made: Ledger, workers: int) -> None:
+    engine, settings = made
+
+    def back(job: jobs.Job) -> None:
+        phases.back(engine, settings, ACT, to="legacy")
+
+    with pytest.raises(PreconditionRefused, match=r"(?s)the phase is legacy.*phase advance"):
+        run(made, progress=back)
+    if workers == 1:
+        assert scalar(engine, "select count(*) from wallet.accounts") == 5
+    assert rows(engine, "select state, details ->> 'error' like '%phase is legacy%' from wallet.jobs") == [
+        ("failed", True)
+    ]
+    set_phase(engine, "dual_write")
+    assert run(made).state == "done"
+    assert_whole(engine)
 
 
 def test_in_phase_frozen_new_accounts_open_frozen(made: Ledger) -> None:

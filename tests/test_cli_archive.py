@@ -67,7 +67,8 @@ def test_a_backfill_is_taken_back_by_its_number(database_url: str, tmp_path: Pat
         "9 openings of job 1 would be taken back, 1 left"
         in project.run("backfill", "undo", "--job", "1", "--dry-run").stdout
     )
-    said = project.change("backfill", "undo", "--job", "1")
+    said = project.run("backfill", "undo", "--job", "1", *REASON)
+    assert said.exit_code == 4, "one was left"
     assert "  3 (cash, EUR): later transactions stand on it" in said.stdout
     assert "stale" in said.stderr
     assert project.run("backfill", "undo", "--job", "99", *REASON).exit_code == 2

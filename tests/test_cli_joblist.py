@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine
 
 import ledger
-from commandline import REASON, Project, project_at
+from commandline import REASON, Project, Said, project_at
 from ledger import ACT
-from walletmigrate import jobs
+from walletmigrate import cli_jobs, cli_reconcile, jobs
 from walletmigrate.backfill import backfill
 from walletmigrate.errors import UsageError
+from walletmigrate.reconcile import Limits, reconcile
 
 
 @pytest.fixture
@@ -24,6 +30,11 @@ def made(database_url: str, tmp_path: Path) -> tuple[Project, Engine]:
     calls = iter([False, True])
     backfill(engine, settings, settings.mapping(), ACT, batch_size=14, stop=lambda: next(calls))
     return project, engine
+
+
+def stops_after(batches: int) -> Callable[[], bool]:
+    calls = iter(range(batches))
+    return lambda: next(calls, None) is None
 
 
 def newest(engine: Engine) -> tuple[int, str]:
@@ -101,6 +112,93 @@ def test_a_cancelled_job_is_not_resumed(made: tuple[Project, Engine]) -> None:
     assert newest(engine) == (job, "cancelled")
     assert project.run("jobs", "resume", str(job), *REASON).exit_code == 4
     assert project.run("jobs", "cancel", str(job), *REASON).exit_code == 4
+
+
+def told(said: Said) -> list[list[str]]:
+    """The commands that an answer names, as words."""
+    found = re.findall(r"walletmigrate (.+? --reason) '…'", said.stdout + said.stderr)
+    return [[*words.split(), "a test"] for words in found]
+
+
+def test_an_old_reconciliation_is_given_up_by_the_commands_that_the_refusal_names(
+    made: tuple[Project, Engine],
+) -> None:
+    project, engine = made
+    settings = project.settings
+    limits = Limits(correct_up_to=Decimal("1.00"))  # the command's own: else it is another run
+    reconcile(engine, settings, settings.mapping(), ACT, limits=limits, batch_size=1, stop=stops_after(3))
+    job, state = newest(engine)
+    assert state == "paused"
+    ledger.execute(engine, "update wallet.jobs set updated_at = now() - interval '8 days' where id = :id", id=job)
+    said = project.run("reconcile", "--all", *REASON)
+    assert (said.exit_code, "--force" in said.stderr) == (4, False)
+    commands = told(said)
+    assert [words[:2] for words in commands] == [["jobs", "cancel"], ["reconcile", "--all"]]
+    assert project.run(*commands[0]).exit_code == 0
+    project.change("backfill")  # accounts that are absent are refused
+    assert project.run(*commands[1]).exit_code == 0
+    assert project.run("reconcile", "--all", *REASON).exit_code == 0
+
+
+def test_jobs_with_a_command_of_their_own_name_it_and_are_left_as_they_are(made: tuple[Project, Engine]) -> None:
+    project, engine = made
+    settings = project.settings
+    project.change("backfill")
+    names = {}
+    for kind, details in (
+        ("reconcile", "{}"),
+        ("reconcile undo", '{"undoes": 7}'),
+        ("backfill undo", '{"of": 1}'),
+        ("snapshot take", "{}"),
+    ):
+        with jobs.begin(engine) as connection:
+            job = jobs.started(connection, settings, kind, "users", ACT, details=json.loads(details))
+        paused = project.change("jobs", "pause", str(job.id))
+        said = project.run("jobs", "resume", str(job.id), *REASON)
+        assert (said.exit_code, newest(engine)) == (2, (job.id, "paused"))
+        assert told(paused) == told(said)
+        names[kind] = " ".join(told(said)[0][:-2])
+    assert names == {
+        "reconcile": "reconcile --all --mapping users",
+        "reconcile undo": "reconcile undo 7",
+        "backfill undo": "backfill undo --job 1",
+        "snapshot take": "snapshot take",
+    }
+    assert "walletmigrate reconcile undo 7 --reason" in project.run("doctor").stdout
+    # Done, with a row set aside: a look at it opens nothing again.
+    done = reconcile(engine, settings, settings.mapping(), ACT, batch_size=100)
+    ledger.execute(
+        engine,
+        "insert into wallet.job_batches (job_id, number, pass, upto_key, keys, state, error, attempts) "
+        "values (:id, 99, 1, '3', 1, 'set_aside', 'broken', 1)",
+        id=done.run,
+    )
+    assert told(project.run("jobs", "show", str(done.run)))[0][:2] == ["reconcile", "--all"]
+    assert project.run("jobs", "resume", str(done.run), *REASON).exit_code == 2
+    assert ledger.scalar(engine, "select state from wallet.jobs where id = :id", id=done.run) == "done"
+
+
+@pytest.mark.parametrize(("state", "code"), [("cancelled", 1), ("failed", 1), ("paused", 130)])
+@pytest.mark.parametrize("command", ["backfill", "reconcile --all", "jobs resume {job}"])
+def test_a_job_that_is_ended_elsewhere_is_no_success(
+    made: tuple[Project, Engine], monkeypatch: pytest.MonkeyPatch, command: str, state: str, code: int
+) -> None:
+    project, engine = made
+    settings = project.settings
+
+    def end(job: jobs.Job) -> None:
+        with jobs.begin(engine) as connection:
+            if state == "cancelled":
+                jobs.cancel(connection, settings, job.kind, "users", ACT)
+        jobs.leave(engine, settings, job, state)
+
+    for module in (cli_jobs, cli_reconcile):
+        monkeypatch.setattr(module, "bar", lambda *_, **__: nullcontext(end))
+    words = command.format(job=newest(engine)[0]).split()
+    size = () if "resume" in words else ("--batch-size", "5")
+    said = project.run(*words, *size, "--json", *REASON)
+    assert (said.exit_code, newest(engine)[1], said.document["interrupted"]) == (code, state, state == "paused")
+    assert ("taken out of work elsewhere" in said.stderr) == (code == 1)
 
 
 @pytest.mark.parametrize("command", ["pause", "resume", "cancel", "set"])

@@ -253,6 +253,19 @@ def test_freeze_makes_the_column_reject_writes_and_unfreeze_gives_it_back(databa
     assert project.run("verify").exit_code == 0
 
 
+def test_unfreeze_ends_with_4_while_accounts_stay_frozen(database_url: str, tmp_path: Path) -> None:
+    project, engine = project_at(tmp_path, database_url, "frozen")
+    with engine.begin() as connection:
+        ledger.post(connection, project.settings, "credit", 3, 5)
+    ledger.execute(engine, "alter table public.users add constraint low check (total_coins <= 100)")
+    said = project.run("unfreeze", "--confirm", "users", *REASON)
+    assert (said.exit_code, "1 accounts stay frozen" in said.stderr) == (4, True)
+    assert ledger.rows(engine, "select key from wallet.accounts where state = 'frozen'") == [("3",)]
+    ledger.execute(engine, "alter table public.users drop constraint low")
+    assert project.run("unfreeze", "--confirm", "users", *REASON).exit_code == 0
+    assert ledger.scalar(engine, "select total_coins from public.users where id = 3") == 105
+
+
 def test_freeze_ends_with_4_while_accounts_are_refused_and_goes_on_after_a_backfill(
     database_url: str, tmp_path: Path
 ) -> None:

@@ -64,6 +64,25 @@ def test_a_reconciliation_is_run_listed_shown_and_undone(made: tuple[Project, En
     assert_sound(engine, project.settings)
 
 
+def test_a_key_that_was_set_aside_is_a_failure(made: tuple[Project, Engine]) -> None:
+    project, engine = made
+    # A row that the comparison itself breaks on: no batch with it can be looked at.
+    execute(engine, "alter function wallet.standing_users(bigint[]) rename to standing_before")
+    execute(
+        engine,
+        "create function wallet.standing_users(p_keys bigint[]) returns table (key text, bucket text, currency text, "
+        "state text, legacy numeric, ledger numeric) language plpgsql as $$ begin "
+        "if 4 = any(p_keys) then raise exception 'broken'; end if; "
+        "return query select * from wallet.standing_before(p_keys); end $$",
+    )
+    said = project.run("reconcile", "--all", "--json", *REASON)
+    found = said.document["mappings"][0]
+    assert (said.exit_code, found["counts"]["in_order"], found["counts"]["failed"]) == (1, 9, 1)
+    assert [(one["key"], one["outcome"], one["error"]) for one in found["items"]] == [("4", "failed", "broken (P0001)")]
+    shown = project.run("reconcile", "show", str(found["run"]), "--json").document
+    assert (shown["left"][0]["key"], shown["run"]["counts"]["failed"]) == ("4", 1)
+
+
 def test_what_cannot_be_carried_out_as_it_was_put_is_usage(made: tuple[Project, Engine]) -> None:
     project, _ = made
     for words, said in {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -128,6 +129,23 @@ def test_every_python_block_of_the_readme_compiles() -> None:
     assert blocks
     for block in blocks:
         ast.parse(block)
+
+
+def test_the_lines_for_cron_hand_the_file_s_settings_to_the_command(tmp_path: Path) -> None:
+    lines = re.findall(r"^(?:[\d*]+ +){5}wallet +(.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(lines) == 2
+    settings, stub = tmp_path / "env", tmp_path / "walletmigrate"
+    settings.write_text("WALLETMIGRATE_DATABASE_URL=postgresql://wallet@/shop\n", encoding="utf-8")
+    stub.write_text('#!/bin/sh\necho "$WALLETMIGRATE_DATABASE_URL $*"\n', encoding="utf-8")
+    stub.chmod(0o755)
+    for line in lines:
+        command = line.replace("/etc/walletmigrate/env", str(settings))
+        path = f"{tmp_path}:/usr/bin:/bin"
+        said = subprocess.run(
+            ["/bin/sh", "-c", command], env={"PATH": path}, capture_output=True, text=True, check=True
+        )
+        assert said.stdout.startswith("postgresql://wallet@/shop "), said
+        assert "--actor cron" in said.stdout
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "runbooks").glob("*.md")), ids=named)

@@ -106,6 +106,47 @@ def test_balances_that_do_not_come_to_zero_are_found_though_the_manifest_fits(en
     assert ["is not what the evidence has there" in problem for problem in checked(end).problems] == [True]
 
 
+def test_a_verdict_that_was_made_better_is_found(end: End) -> None:
+    with ledger.unguarded(end.engine, "public.users") as connection:
+        connection.execute(text("update public.users set total_coins = 1 where id = 3"))
+    assert not gathered(end).clean
+    told = checked(end)
+    assert (told.clean, told.problems) == (False, ())
+    manifest = end.folder / "evidence" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "clean": True}))
+    found = checked(end)
+    assert (found.clean, found.problems) == (
+        False,
+        ("manifest.json: its verdict is not that of verification.json",),
+    )
+    verification = json.loads((end.folder / "evidence" / "verification.json").read_text())
+    edited(end, "verification.json", clean=True)
+    assert checked(end).problems == ("verification.json: its verdict is not that of its runs",)
+    assert not checked(end).clean
+    edited(end, "verification.json", clean=True, runs=[{**verification["runs"][0], "mapping": "others", "clean": True}])
+    assert checked(end).problems == ("verification.json: there is no run of users",)
+    edited(end, "verification.json", clean=True, runs=[])
+    assert not checked(end).clean
+
+
+def test_owners_totals_that_were_made_up_are_found_with_the_database(end: End) -> None:
+    gathered(end)
+    kept = json.loads((end.folder / "evidence" / "totals.json").read_text())["EUR"]
+    (owner,) = kept["owners"]
+    half = D(owner["balance"]) / 2
+    # In other states the same money: that may be so.
+    parts = [{**owner, "balance": str(half)}, {**owner, "state": "frozen", "balance": str(half)}]
+    edited(end, "totals.json", EUR={**kept, "owners": parts})
+    assert checked(end, alone=False).problems == ()
+    # In another mapping's name it is not.
+    edited(end, "totals.json", EUR={**kept, "owners": [parts[0], {**parts[1], "bucket": "promo"}]})
+    assert checked(end).problems == ()
+    assert checked(end, alone=False).problems == (
+        "the database: the journal gives the owners of users cash (EUR) another balance",
+        "the database: the journal gives the owners of users promo (EUR) another balance",
+    )
+
+
 def test_an_audit_row_that_was_changed_breaks_the_chain(end: End) -> None:
     gathered(end)
     path = end.folder / "evidence" / "audit.jsonl"

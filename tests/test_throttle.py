@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import Engine
 
 import ledger
-from ledger import ACT, engine_named, execute, install_users, rows, scalar
+from ledger import ACT, engine_named, execute, install_users, rows, scalar, users_settings
+from servers import Postgres
+from standby import pair
 from walletmigrate.backfill import BackfillResult, backfill
 from walletmigrate.config import Settings, ThrottleSettings
 from walletmigrate.errors import ConfigError
 from walletmigrate.facts import read_facts
 from walletmigrate.report import JobStatus, _jobs
-from walletmigrate.throttle import Signal, Throttle, of_settings
+from walletmigrate.throttle import Signal, Throttle, Unreadable, of_settings
 
 Ledger = tuple[Engine, Settings]
 ROWS = 20
@@ -175,6 +178,33 @@ def test_a_slow_batch_makes_the_job_rest_and_not_for_ever(made: Ledger) -> None:
     assert built(made, batch_seconds=2).reason() == "seconds of the last batch 3 is over 2"
     execute(engine, "update wallet.jobs set updated_at = clock_timestamp() - interval '6 s'")
     assert built(made, batch_seconds=2).reason() is None
+
+
+def test_a_replica_that_is_cut_off_is_not_up_to_date(server: Postgres) -> None:
+    with pair(server) as two:
+        assert two.standby is not None
+        primary, standby = (engine_named(one.url) for one in (two.primary, two.standby))
+        limits = {"throttle": ThrottleSettings(replica_lag_seconds=0.5)}
+        known = users_settings(two.primary.url).model_copy(update=limits)
+        direct = of_settings(primary, known.model_copy(update={"replica_urls": SecretStr(two.standby.url)}), 1, "users")
+        seen = of_settings(primary, known, 1, "users")
+        assert direct is not None
+        assert seen is not None
+        execute(primary, "create table written (at int)")
+        two.caught_up()
+        assert direct._signals[0].read() == 0
+        assert isinstance(seen._signals[0].read(), float)
+        with standby.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+            connection.exec_driver_sql("alter system set primary_conninfo = 'host=/nowhere'")
+            connection.exec_driver_sql("select pg_reload_conf()")
+        until(lambda: scalar(standby, "select not exists (select from pg_stat_wal_receiver)"))
+        execute(primary, "insert into written values (1)")
+        # Nothing was received that is not replayed, and yet it is behind, and more so all the time.
+        assert scalar(standby, "select pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn()")
+        until(lambda: (direct.reason() or "").startswith("replica lag in seconds"))
+        until(lambda: scalar(primary, "select not exists (select from pg_stat_replication)"))
+        with pytest.raises(Unreadable, match="no replica streams"):
+            seen._signals[0].read()
 
 
 @pytest.mark.parametrize("workers", [1, 2])

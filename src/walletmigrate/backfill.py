@@ -60,8 +60,8 @@ def backfill(
 
     Rows that are inserted, and accounts that turn stale, while it runs are covered by a last pass. ``batch_size``,
     ``rate``, ``workers``, ``executor`` and ``force`` as in `jobs.run_batches` and `jobs.start_or_resume`. Raises
-    PreconditionRefused in phase `legacy` or without the fence as it was made (also if it fell while the job ran),
-    LedgerNotInstalled, UsageError for a rate of 0 or less, and what these raise.
+    PreconditionRefused in phase `legacy` or without the fence as it was made (also if the phase went back or the
+    fence fell while the job ran), LedgerNotInstalled, UsageError for a rate of 0 or less, and what these raise.
     """
     if rate is not None and not rate > 0:
         raise UsageError(f"a rate of {rate}: name how many accounts a second, more than 0")
@@ -108,15 +108,19 @@ def backfill(
 
 def _refuse(connection: Connection, settings: Settings, mapping: Mapping) -> None:
     reasons = jobs.obstacles(connection, settings, mapping)
-    phase = jobs.phase(connection, settings)
-    if phase == "legacy":
-        what = "the phase is legacy: the adapter would leave every account that it writes behind"
-        reasons.append((what, f"walletmigrate phase advance {REASON}"))
-    if phase == "retired":
-        reasons.append(("the phase is retired: there is no legacy column to open accounts from", ""))
+    reasons += _of_phase(jobs.phase(connection, settings))
     if reasons:
         raise PreconditionRefused(KIND, reasons)
     jobs.visibility(connection, mapping, KIND)
+
+
+def _of_phase(phase: str) -> list[tuple[str, str]]:
+    if phase == "legacy":
+        what = "the phase is legacy: the adapter would leave every account that it writes behind"
+        return [(what, f"walletmigrate phase advance {REASON}")]
+    if phase == "retired":
+        return [("the phase is retired: there is no legacy column to open accounts from", "")]
+    return []
 
 
 @dataclass(frozen=True)
@@ -124,12 +128,18 @@ class BackfillStep:
     """A batch of a backfill: of its main pass, or (``late``) of the last one over what was written meanwhile."""
 
     statement: str
+    settings: Settings
     job_id: int
     columns: int
     late: bool
 
     def __call__(self, connection: Connection, after: str | None, upto: str | None) -> jobs.Batch:
-        """Open and resync the accounts of a span of keys."""
+        """Open and resync the accounts of a span of keys. Raises PreconditionRefused: it ends the job as failed."""
+        # A step back is never gated and waits for no batch, so each batch looks. One in flight may still commit: what
+        # it opens is in step, and turns stale with its next write, as if it had come before.
+        refused = _of_phase(jobs.phase(connection, self.settings))
+        if refused:
+            raise PreconditionRefused(KIND, refused)
         values = {"after": after, "upto": upto, "job": self.job_id}
         row = connection.execute(text(self.statement), values).one()
         counts = {"opened": row.opened, "resynced": row.resynced}
@@ -146,7 +156,7 @@ def steps(settings: Settings, mapping: Mapping, job_id: int) -> tuple[BackfillSt
     def step(function: str, *, late: bool) -> BackfillStep:
         called = f"{quoted(settings.ledger_schema)}.{function}_{mapping.name}"
         statement = f"select * from {called}(cast(:after as text), cast(:upto as text), :job)"
-        return BackfillStep(statement, job_id, len(mapping.columns), late)
+        return BackfillStep(statement, settings, job_id, len(mapping.columns), late)
 
     return step("backfill", late=False), step("late", late=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Final
@@ -11,6 +10,7 @@ from sqlalchemy import Connection, text
 
 from walletmigrate.checkup import DRIFT, LATENCY, Finding
 from walletmigrate.config import Settings
+from walletmigrate.job_rows import resuming
 from walletmigrate.schema import quoted
 from walletmigrate.standing import REASON, in_force_since, reached, show, shown_span, shown_time
 
@@ -19,11 +19,10 @@ VERIFIED_WITHIN: Final = timedelta(hours=26)
 
 STALLED_SECONDS: Final = 60
 MANY_ROWS: Final = 10_000
-_RESUMABLE: Final = ("backfill", "freeze", "unfreeze")
 
 _JOBS: Final = """
 select distinct on (kind, mapping)
-    id, kind, mapping, state, items_failed, updated_at, held,
+    id, kind, mapping, state, items_failed, updated_at, held, details,
     updated_at < clock_timestamp() - make_interval(secs => :stalled) as old
 from {schema}.jobs order by kind, mapping, id desc
 """
@@ -53,10 +52,7 @@ def _jobs(connection: Connection, settings: Settings) -> Iterator[Finding]:
     query = text(_JOBS.replace("{schema}", quoted(settings.ledger_schema)))
     for job in sorted(connection.execute(query, {"stalled": STALLED_SECONDS}), key=lambda row: row.id):
         name = f"{job.kind} job {job.id} of {job.mapping}"
-        resume = f"walletmigrate jobs resume {job.id} {REASON}"
-        if job.kind not in _RESUMABLE:
-            option = f" --mapping {shlex.quote(job.mapping)}" if job.mapping else ""
-            resume = f"walletmigrate {job.kind}{option}  # goes on where it stopped"
+        resume = resuming(job)
         if job.state == "failed":
             mend = f"walletmigrate jobs show {job.id}  # says why; then: {resume}"
             yield Finding(f"{name} has failed", mend, "runbooks/job-failed.md")

@@ -11,7 +11,7 @@ from walletmigrate import archive_check, evidence_check
 from walletmigrate import retire as retirement
 from walletmigrate.archive_check import ArchiveCheck
 from walletmigrate.commands import below, command
-from walletmigrate.console import DIFFERENCE, INTERRUPTED, OK, Answer, plain
+from walletmigrate.console import DIFFERENCE, OK, REFUSED, Answer, job_code, plain
 from walletmigrate.errors import UsageError
 from walletmigrate.evidence import gather
 from walletmigrate.invocation import Run
@@ -132,7 +132,8 @@ def undo(
     notes = [] if run.dry_run or not done.undone else [f"these accounts are stale: walletmigrate backfill {REASON}"]
     if done.state == "paused":
         notes.append("stopped: run the same command again, it goes on from there")
-    return Answer(plain(done), tuple(lines), tuple(notes), INTERRUPTED if done.state == "paused" else OK)
+    code = job_code([done.state], REFUSED if done.left_count else OK)
+    return Answer(plain(done), tuple(lines), tuple(notes), code)
 
 
 def _proof(checked: ArchiveCheck, alone: bool = False) -> list[str]:

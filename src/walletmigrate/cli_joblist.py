@@ -16,8 +16,8 @@ from walletmigrate.freeze import freeze, unfreeze
 from walletmigrate.invocation import Run
 from walletmigrate.job_control import JobDetail
 from walletmigrate.job_options import parsed
-from walletmigrate.job_rows import Job
-from walletmigrate.standing import REASON, shown_time
+from walletmigrate.job_rows import Job, get, has_own_command, resuming
+from walletmigrate.standing import shown_time
 
 KINDS: Final[dict[str, JobCall]] = {"backfill": backfill, "freeze": freeze, "unfreeze": unfreeze}
 """What runs a job of a kind: ``call(engine, settings, mapping, act, *, force, dry_run, progress, stop)``."""
@@ -61,14 +61,14 @@ def show(run: Run, job: _ID) -> Answer:
     }
     notes = []
     if found.set_aside:
-        notes.append(f"mend the rows; then: walletmigrate jobs resume {job} {REASON}  # tries them again")
+        notes.append(f"mend the rows; then: {resuming(found.job)}  # tries them again")
     return Answer(document, tuple(_detail_lines(found)), tuple(notes))
 
 
 def pause(run: Run, job: _ID) -> Answer:
     """Stop a running job before its next batch, wherever it runs."""
     done = job_control.pause(run.engine, run.settings, job, run.act(), dry_run=run.dry_run)
-    return _changed(run, done, f"paused; to go on: walletmigrate jobs resume {job} {REASON}")
+    return _changed(run, done, f"paused; to go on: {resuming(done)}")
 
 
 def cancel(run: Run, job: _ID) -> Answer:
@@ -91,10 +91,13 @@ def set_options(
 def resume(run: Run, job: _ID, workers: WORKERS = None, dask: DASK = None, force: FORCE = False) -> Answer:
     """Run a job on, here, with what it has set aside; from where it stopped."""
     run.act()
-    found = job_control.resumable(run.engine, run.settings, job, dry_run=run.dry_run)
+    with run.engine.connect() as connection:
+        found = get(connection, run.settings, job)
     call = KINDS.get(found.kind)
     if call is None:
-        raise UsageError(f"job {job} is a {found.kind}, which has a command of its own: walletmigrate {found.kind}")
+        own = f", which has a command of its own: {resuming(found)}" if has_own_command(found) else ""
+        raise UsageError(f"job {job} is a {found.kind}{own}")
+    job_control.resumable(run.engine, run.settings, job, dry_run=run.dry_run)
     results = run_over(run, found.mapping, call, workers=workers, dask=dask, force=force)
     (_, result) = results[0]
     lines = [f"job {job}: {found.kind} of {found.mapping}, {result.state} in {result.seconds:.1f} s"]

@@ -13,7 +13,7 @@ from walletmigrate import job_workers, phases
 from walletmigrate.backfill import backfill as run_backfill
 from walletmigrate.commands import command
 from walletmigrate.config import Mapping
-from walletmigrate.console import INTERRUPTED, OK, REFUSED, Answer, bar, plain
+from walletmigrate.console import CUT_SHORT, FAILURE, OK, REFUSED, Answer, bar, job_code, plain
 from walletmigrate.freeze import freeze as run_freeze
 from walletmigrate.freeze import unfreeze as run_unfreeze
 from walletmigrate.invocation import Run
@@ -113,7 +113,7 @@ def unfreeze(
     if left:
         notes.append(f"{left} accounts stay frozen: run unfreeze again; what then stays has no legacy row")
         notes.append("or was refused by the database: walletmigrate jobs show ID lists them")
-    return jobs_answer(run, results, lines, notes, OK, phase=plain(moved))
+    return jobs_answer(run, results, lines, notes, REFUSED if left else OK, phase=plain(moved))
 
 
 def run_over(
@@ -154,17 +154,20 @@ def _executor(dask: str | None, dry_run: bool) -> Iterator[tuple[Executor | None
 def jobs_answer(
     run: Run, results: list[tuple[str, Any]], lines: list[str], notes: list[str], exit_code: int, **more: Any
 ) -> Answer:
-    """How a command over all mappings ends: with `INTERRUPTED` when one of its jobs was paused."""
+    """How a command over all mappings ends: as `job_code` says of a job that did not come to its end."""
     stopped = any(one.state == "paused" for _, one in results)
     if stopped:
         notes.append("stopped at a checkpoint: run the same command again, it goes on from there")
+    code = job_code((one.state for _, one in results), exit_code)
+    if code == FAILURE:
+        notes.append(CUT_SHORT)
     document = {
         **more,
         "dry_run": run.dry_run,
         "interrupted": stopped,
         "mappings": [{"mapping": name, **plain(one)} for name, one in results],
     }
-    return Answer(document, tuple(lines), tuple(notes), INTERRUPTED if stopped else exit_code)
+    return Answer(document, tuple(lines), tuple(notes), code)
 
 
 def _changed(one: Any, word: str) -> str:

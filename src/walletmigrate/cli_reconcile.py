@@ -12,7 +12,18 @@ import typer
 from walletmigrate import corrections, reconciliations
 from walletmigrate.commands import command
 from walletmigrate.config import Mapping
-from walletmigrate.console import DIFFERENCE, FAILURE, INTERRUPTED, OK, REFUSED, Answer, bar, plain
+from walletmigrate.console import (
+    CUT_SHORT,
+    DIFFERENCE,
+    FAILURE,
+    INTERRUPTED,
+    OK,
+    REFUSED,
+    Answer,
+    bar,
+    job_code,
+    plain,
+)
 from walletmigrate.corrections import Correction
 from walletmigrate.errors import (
     InvalidAmount,
@@ -104,7 +115,9 @@ def undo(run: Run, number: _NUMBER) -> Answer:
         f"{len(done.left)} cannot be undone" + (f" (run {done.run}, {done.state})" if done.run else ""),
         *_items(done.left),
     ]
-    return Answer(plain(done), tuple(lines), exit_code=_code(done.left, stopped=done.state == "paused"))
+    code = job_code([done.state], _code(done.left))
+    notes = (CUT_SHORT,) if job_code([done.state], OK) == FAILURE else ()
+    return Answer(plain(done), tuple(lines), notes, code)
 
 
 def list_runs(
@@ -143,7 +156,7 @@ def recalculate(run: Run, account: _ACCOUNT = None, every: _ALL = False, mapping
     stale = any(item.outcome == "turned_stale" for one in found for item in one.items)
     notes = ("stale accounts are read from legacy; walletmigrate backfill brings them up",) if stale else ()
     document = {"dry_run": run.dry_run, "mappings": [plain(one) for one in found]}
-    return Answer(document, tuple(lines), notes, _code(left, stopped=run.stop()))
+    return Answer(document, tuple(lines), notes, INTERRUPTED if run.stop() else _code(left))
 
 
 def adjust(
@@ -231,15 +244,16 @@ def _reconciled(run: Run, done: list[Reconciliation]) -> Answer:
     interrupted = any(one.state == "paused" for one in done)
     if interrupted:
         notes.append("stopped at a checkpoint: run the same command again, it goes on from there")
+    states = [one.state for one in done]
+    if job_code(states, OK) == FAILURE:
+        notes.append(CUT_SHORT)
     document = {"dry_run": run.dry_run, "interrupted": interrupted, "mappings": [plain(one) for one in done]}
-    return Answer(document, tuple(lines), tuple(notes), _code(items, stopped=interrupted))
+    return Answer(document, tuple(lines), tuple(notes), job_code(states, _code(items)))
 
 
-def _code(left: Any, *, stopped: bool) -> int:
-    """130 stopped, else 1 if an account failed, 3 if a difference is left, 4 if one was refused."""
+def _code(left: Any) -> int:
+    """1 if an account failed, 3 if a difference is left, 4 if one was refused."""
     outcomes = {one.outcome for one in left}
-    if stopped:
-        return INTERRUPTED
     found = [
         code for name, code in (("failed", FAILURE), ("reported", DIFFERENCE), ("refused", REFUSED)) if name in outcomes
     ]

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -37,6 +37,9 @@ USAGE: Final = 2
 DIFFERENCE: Final = 3
 REFUSED: Final = 4
 INTERRUPTED: Final = 130
+
+CUT_SHORT: Final = "a job was taken out of work elsewhere, and is not done; see: walletmigrate jobs list"
+"""The note beside `FAILURE` for a job that neither came to its end nor was paused."""
 
 _LOST: Final = ("08", "28", "3D", "57P")
 _MISSING: Final = ("42P01", "42883", "3F000", "WM010")
@@ -72,6 +75,17 @@ class _Shape:
     code: str
     message: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+def job_code(states: Iterable[str], code: int) -> int:
+    """The exit code of a command whose jobs ended in these states; ``code`` if all came to their end.
+
+    One that another process cancelled, or that failed, has done a part only.
+    """
+    ended = set(states)
+    if ended - {"done", "planned", "paused"}:
+        return FAILURE
+    return INTERRUPTED if "paused" in ended else code
 
 
 def show(command: str, answer: Answer, *, as_json: bool) -> int:

@@ -25,8 +25,8 @@ _BROKEN = (KeyError, TypeError, ValueError, InvalidOperation, AttributeError)
 
 @dataclass(frozen=True)
 class EvidenceCheck:
-    """What a check found. ``intact``: no problem; ``clean`` is what the verification in it said. ``with_database``:
-    journal and audit log were held against the database too.
+    """What a check found. ``intact``: no problem; ``clean``: the manifest and every verification in it say so.
+    ``with_database``: totals, journal and audit log were held against the database too.
     """
 
     folder: str
@@ -45,7 +45,10 @@ def check(folder: Path, engine: Engine | None = None, settings: Settings | None 
     """
     manifest = _manifest(folder)
     problems = [*_files(folder, manifest)]
+    unlike: list[str] = []
     if not any(problem.startswith("missing") for problem in problems):
+        unlike = _guarded("verification.json", _verdict, folder, manifest)
+        problems += unlike
         problems += _guarded("totals.json", _balance, folder)
         problems += _guarded("journal.json", _counts, folder)
         problems += _guarded("audit.jsonl", _chain, folder, manifest)
@@ -57,7 +60,7 @@ def check(folder: Path, engine: Engine | None = None, settings: Settings | None 
     return EvidenceCheck(
         str(folder),
         str(manifest.get("made_at")),
-        manifest.get("clean") is True,
+        manifest.get("clean") is True and not unlike,
         not problems,
         engine is not None,
         tuple(problems),
@@ -97,14 +100,28 @@ def _files(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     yield from (f"missing: {name}" for name in _NEEDED if name not in manifest["files"])
 
 
-_NEEDED = ("audit.jsonl", "journal.json", "totals.json")
+_NEEDED = ("audit.jsonl", "journal.json", "totals.json", "verification.json")
+
+
+def _verdict(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
+    """The word ``clean`` stands in three places: of each mapping's verification, of all, and of the manifest."""
+    told = _document(folder, "verification.json")
+    runs = {run["mapping"]: run["clean"] for run in told["runs"]}
+    if told["clean"] is not (bool(runs) and all(clean is True for clean in runs.values())):
+        yield "verification.json: its verdict is not that of its runs"
+    if manifest.get("clean") is not told["clean"]:
+        yield f"{MANIFEST}: its verdict is not that of verification.json"
 
 
 def _balance(folder: Path) -> Iterator[str]:
-    for currency, one in _document(folder, "totals.json").items():
+    totals = _document(folder, "totals.json")
+    for currency, one in totals.items():
         come_to = total(Decimal(row["balance"]) for part in ("owners", "system") for row in one[part])
         if come_to != 0:
             yield f"totals.json: the balances of {currency} come to {come_to}, not to zero"
+    owned = {row["mapping"] for one in totals.values() for row in one["owners"]}
+    verified = {run["mapping"] for run in _document(folder, "verification.json")["runs"]}
+    yield from (f"verification.json: there is no run of {name}" for name in sorted(owned - verified))
 
 
 def _counts(folder: Path) -> Iterator[str]:
@@ -137,7 +154,25 @@ def _journal(folder: Path, connection: Connection, settings: Settings) -> Iterat
         if found.pop(one["from"], None) != one:
             yield f"the database: transactions from {one['from']} on are not those of the evidence"
     yield from (f"the database: transactions from {first} on are not in the evidence" for first in found)
+    yield from _owners(folder, connection, settings, told)
     yield from _system(folder, connection, settings, told)
+
+
+def _owners(folder: Path, connection: Connection, settings: Settings, told: dict[str, Any]) -> Iterator[str]:
+    """Owners by the journal of the evidence's moment, in all states together: an account's state may change since."""
+    rows = connection.execute(
+        text(_OWNERS.format(name=quoted(settings.ledger_schema))),
+        {"last": told["last_transaction"], "seen": told["snapshot"]},
+    )
+    now = {(row.currency, row.mapping, row.bucket): row.balance for row in rows}
+    found: dict[tuple[str, str, str], list[Decimal]] = {}
+    for currency, one in _document(folder, "totals.json").items():
+        for row in one["owners"]:
+            found.setdefault((currency, row["mapping"], row["bucket"]), []).append(Decimal(row["balance"]))
+    for place in sorted(now.keys() | found.keys()):
+        if total(found.get(place, ())) != now.get(place, 0):
+            currency, mapping, bucket = place
+            yield f"the database: the journal gives the owners of {mapping} {bucket} ({currency}) another balance"
 
 
 def _system(folder: Path, connection: Connection, settings: Settings, told: dict[str, Any]) -> Iterator[str]:
@@ -174,6 +209,20 @@ def _document(folder: Path, name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
     return found
 
+
+_OWNERS = """
+with legs as (
+    select l.account, sum(l.amount) as amount
+    from {name}.transactions as t
+    cross join lateral (values (t.credit_account, t.amount), (t.debit_account, -t.amount)) as l (account, amount)
+    where l.account > 0 and t.id <= :last and pg_visible_in_snapshot(t.xid::text::xid8, cast(:seen as pg_snapshot))
+    group by l.account
+)
+select a.currency, a.mapping, a.bucket, sum(l.amount) as balance
+from legs as l
+inner join {name}.accounts as a on a.id = l.account
+group by a.currency, a.mapping, a.bucket
+"""
 
 _SYSTEM = """
 select

@@ -21,6 +21,7 @@ from walletmigrate.errors import (
 )
 from walletmigrate.flag_sources import check
 from walletmigrate.flags import FlagSource
+from walletmigrate.job_rows import has_own_command, resuming
 from walletmigrate.schema import quoted
 from walletmigrate.standing import PHASES, REASON, Reason, of_mapping, show
 
@@ -165,7 +166,8 @@ def in_step(counted: Sequence[Census]) -> Iterator[Reason]:
 def _unfinished(connection: Connection, settings: Settings) -> Iterator[Reason]:
     """The newest backfill and unfreeze of each mapping have ended, unless they were given up."""
     query = (
-        f"select distinct on (kind, mapping) id, kind, mapping, state from {quoted(settings.ledger_schema)}.jobs "
+        "select distinct on (kind, mapping) id, kind, mapping, state, details "
+        f"from {quoted(settings.ledger_schema)}.jobs "
         "where kind in ('backfill', 'backfill undo', 'unfreeze') order by kind, mapping, id desc"
     )
     for job in connection.execute(text(query)):
@@ -173,7 +175,5 @@ def _unfinished(connection: Connection, settings: Settings) -> Iterator[Reason]:
             options = of_mapping(settings, job.mapping)
             if job.kind == "unfreeze":
                 options += f" --confirm {job.mapping}"
-            yield (
-                f"{job.kind} job {job.id} of {job.mapping} is {job.state}",
-                f"walletmigrate {job.kind}{options} {REASON}  # goes on where it stopped",
-            )
+            again = resuming(job) if has_own_command(job) else f"walletmigrate {job.kind}{options} {REASON}"
+            yield f"{job.kind} job {job.id} of {job.mapping} is {job.state}", f"{again}  # goes on where it stopped"

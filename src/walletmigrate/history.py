@@ -100,15 +100,19 @@ def account_of(
     bucket: str | None = None,
     currency: str | None = None,
 ) -> Account:
-    """The account with that key as text. Raises UnknownLedgerAccount, UnknownBucket, UnknownCurrency."""
+    """The account with that key as text. Raises UnknownLedgerAccount, UnknownBucket, UnknownCurrency.
+
+    Capitals mean nothing in a UUID alone: as text, ``bob`` and ``BOB`` are two people.
+    """
     require_installed(connection, settings)
     column = mapping.column(bucket, currency)
+    name = quoted(settings.ledger_schema)
     row = connection.execute(
         text(
             "select id, mapping, key, bucket, currency, state::text as state, balance, opened_at "
-            f"from {quoted(settings.ledger_schema)}.accounts where mapping = :mapping "
-            "and key = any(array[:key, lower(:key)]) and bucket = :bucket and currency = :currency "
-            "order by key <> :key limit 1"
+            f"from {name}.accounts where mapping = :mapping and key = case when ("
+            f"select definition ->> 'key_type' from {name}.mappings where name = :mapping"
+            ") = 'uuid' then lower(:key) else :key end and bucket = :bucket and currency = :currency"
         ),
         {"mapping": mapping.name, "key": key, "bucket": column.bucket, "currency": column.currency},
     ).one_or_none()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
@@ -17,8 +19,16 @@ from walletmigrate.config import Settings
 from walletmigrate.errors import UsageError
 from walletmigrate.job_options import Options
 from walletmigrate.schema import quoted
+from walletmigrate.standing import REASON
 
 RESUMABLE: Final = ("running", "paused", "failed")
+_OWN_COMMAND: Final = {
+    "reconcile": "reconcile --all --mapping {mapping}",
+    "reconcile undo": "reconcile undo {undoes}",
+    "backfill undo": "backfill undo --job {of}",
+    "snapshot take": "snapshot take",
+}
+"""Who goes on with jobs of these kinds: `jobs resume` runs the others."""
 _LOST: Final = ("08", "57P")  # connection exceptions; the server is shutting down or starting
 
 
@@ -98,6 +108,20 @@ def table(settings: Settings, name: str = "jobs") -> str:
 def job_of(row: Row[Any], *, resumed: bool = False) -> Job:
     """The job that a row with `COLUMNS` is."""
     return Job(**row._mapping, resumed=resumed)
+
+
+def resuming(job: Job | Row[Any]) -> str:
+    """The command that goes on with a job; with the options that it was begun with, which the job may not know."""
+    own = _OWN_COMMAND.get(job.kind)
+    if own is None:
+        return f"walletmigrate jobs resume {job.id} {REASON}"
+    values = defaultdict(lambda: "NUMBER", job.details, mapping=shlex.quote(job.mapping or ""))
+    return f"walletmigrate {own.format_map(values)} {REASON}"
+
+
+def has_own_command(job: Job | Row[Any]) -> bool:
+    """Whether `jobs resume` does not run jobs of this kind."""
+    return job.kind in _OWN_COMMAND
 
 
 def newest(

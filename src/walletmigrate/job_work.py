@@ -148,6 +148,8 @@ class Work:
             time.sleep(random.uniform(0.5, 1) * min(_FIRST_PAUSE * 2**tries, _LONGEST_PAUSE))
             return
         if claimed is None or isinstance(error, WalletMigrateError):
+            if claimed is not None:
+                self._give_back(claimed)
             raise _typed(job, error) from error
         if isinstance(error, DBAPIError) and sqlstate(error) in (*_NO_FUNCTIONS, _NO_GRANT):
             self._give_back(claimed)

@@ -32,9 +32,11 @@ from walletmigrate.job_rows import (
     change,
     configure,
     get,
+    has_own_command,
     job_of,
     leave,
     newest,
+    resuming,
 )
 from walletmigrate.job_work import ATTEMPTS, Progress, Step, Stop, Work
 from walletmigrate.job_workers import Crew
@@ -272,7 +274,11 @@ def count_items(connection: Connection, mapping: config.Mapping) -> int:
 
 def _refuse_old(connection: Connection, job: Job) -> None:
     reasons = []
-    ways = f"walletmigrate jobs resume {job.id} --force {REASON}, or: walletmigrate jobs cancel {job.id} {REASON}"
+    cancel = f"walletmigrate jobs cancel {job.id} {REASON}"
+    ways = f"walletmigrate jobs resume {job.id} --force {REASON}, or: {cancel}"
+    if has_own_command(job):
+        # Begun anew, it finds what was done before as it stands.
+        ways = f"{cancel}; then: {resuming(job)}"
     if job.functions_version != FUNCTIONS_VERSION:
         what = f"job {job.id} was begun with functions {job.functions_version}, these are {FUNCTIONS_VERSION}"
         reasons.append((what, ways))

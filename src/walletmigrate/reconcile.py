@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, Row, text
 
-from walletmigrate import config, jobs, survey
+from walletmigrate import config, job_batches, jobs, survey
 from walletmigrate.audit import Act, record
 from walletmigrate.comparison import snapshot
 from walletmigrate.config import Column, Settings
@@ -218,6 +218,7 @@ class _Run:
         if job.state == "running":
             tally = _Tally()
             self._unknown(tally)
+            self._set_aside(job.id, tally)
             counts.update(tally.counts)
             items.extend(tally.items[: LISTED - len(items)])
             with jobs.begin(self._engine) as connection:
@@ -319,6 +320,14 @@ class _Run:
             for key, bucket, currency in part:
                 if key not in known:
                     tally.add(Correction("refused", key, bucket, currency, refusal="no_row"))
+
+    def _set_aside(self, run: int, tally: _Tally) -> None:
+        """Keys that no batch could look at: nothing is known of their accounts."""
+        with jobs.begin(self._engine) as connection:
+            aside = job_batches.set_aside(connection, self._settings, run)
+        for row in aside:
+            for column in self._mapping.columns:
+                tally.add(Correction("failed", row.key, column.bucket, column.currency, error=row.reason))
 
     def _options(self) -> dict[str, Any]:
         """What decides of a run: it goes on only with the same."""

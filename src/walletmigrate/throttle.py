@@ -96,7 +96,7 @@ def _configured(engine: Engine, settings: Settings, job_id: int, mapping_name: s
     limits = settings.throttle
     if limits.replica_lag_seconds is not None:
         replicas = replica_engines(settings)
-        read = partial(_replicas, replicas) if replicas else partial(_query, engine, LAG, {})
+        read = partial(_replicas, replicas) if replicas else partial(_replay_lag, engine)
         yield Signal("replica lag in seconds", read, limits.replica_lag_seconds)
     if limits.lock_waits is not None and mapping_name is not None:
         values: dict[str, Any] = {"table": relation(settings.mapping(mapping_name))}
@@ -114,14 +114,17 @@ def _configured(engine: Engine, settings: Settings, job_id: int, mapping_name: s
         yield Signal(limits.check, partial(_asked, limits.check))
 
 
-# A null means that this role is not shown it.
-LAG: Final = (
-    "select case when bool_or(state is null) then null "
-    "else coalesce(extract(epoch from max(replay_lag)), 0)::float8 end from pg_stat_replication"
+# Who takes a backup stands in the view as well. A state of null means that this role is not shown it.
+_LAG: Final = (
+    "select count(*) as replicas, coalesce(bool_or(state is null), false) as hidden, "
+    "coalesce(extract(epoch from max(replay_lag)), 0)::float8 as lag "
+    "from pg_stat_replication where state is distinct from 'backup'"
 )
+# All that was received is replayed; but who does not receive at all may be behind by all the time since.
 BEHIND: Final = (
-    "select case when not pg_is_in_recovery() or pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn() then 0 "
-    "else extract(epoch from clock_timestamp() - pg_last_xact_replay_timestamp()) end::float8"
+    "select case when not pg_is_in_recovery() or (pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn() "
+    "and exists (select from pg_stat_wal_receiver)) then 0 else extract(epoch from clock_timestamp() - "
+    "coalesce(pg_last_xact_replay_timestamp(), pg_postmaster_start_time())) end::float8"
 )
 # Who waits for a row waits for a transaction; that it is one of this table's the locks that it has tell.
 _WAITS: Final = (
@@ -140,12 +143,26 @@ _LATENCY: Final = (
 )
 
 
+_HIDDEN_HERE: Final = "the database does not show it to this role: grant it pg_monitor"
+
+
 def _query(engine: Engine, query: str, values: dict[str, Any]) -> float:
     with engine.connect() as connection:
         found = connection.scalar(text(query), values)
     if found is None:
-        raise Unreadable("the database does not show it to this role: grant it pg_monitor")
+        raise Unreadable(_HIDDEN_HERE)
     return float(found)
+
+
+def _replay_lag(engine: Engine) -> float:
+    """As the primary sees it. A replica that is cut off is not in its view at all."""
+    with engine.connect() as connection:
+        found = connection.execute(text(_LAG)).one()
+    if found.hidden:
+        raise Unreadable(_HIDDEN_HERE)
+    if not found.replicas:
+        raise Unreadable("no replica streams from this server; name replicas in WALLETMIGRATE_REPLICA_URLS to ask them")
+    return float(found.lag)
 
 
 def _replicas(replicas: Sequence[Engine]) -> float:
