@@ -137,11 +137,11 @@ METRICS: Final = _catalogue(
 
 @dataclass(frozen=True, slots=True)
 class Posted:
-    """One movement that the adapter carried out or refused.
+    """One movement that the adapter carried out or refused, or that the ledger broke (ledger_failed, not committed).
 
-    ``seconds`` is the call's duration; None for the second and later movements of one call, so that a batch
-    is measured once. ``committed`` is False on a bare Connection and for what was refused. ``error`` is an
-    error code or SQLSTATE, never a message. ``amount`` is what moved, in major units and without a sign; None where
+    ``seconds`` is the call's duration; None for a refusal, and for the second and later movements of one call, so
+    that a batch is measured once. ``committed`` is False on a bare Connection and for what failed. ``error`` is an error
+    code or SQLSTATE, never a message. ``amount`` is what moved, in major units and without a sign; None where
     nothing did (a replay, a refusal) or where it is not known.
     """
 
