@@ -114,7 +114,9 @@ def budget() -> tuple[Case, ...]:
     flare = writes("0+1000x170 170840+840x4 175200+1000x10", "0x170 160+160x4 800x10")
     wanted = writes("0+1000x90", "0x90", skipped="0+900x90", refused="0+900x90")
     lone = writes("0x90", "0x59 1x30")
+    none = writes("0x90", "0+100x90", skipped="0+900x90")
     return (
+        Case(BURN, "fires", "the ledger breaks every payment", none, {"90m": burning(*WINDOWS, value="100%")}, "1h"),
         burns("1h", 980, 20, "2%", WINDOWS),
         burns("6h", 990, 10, "1%", ("6h", "1d", "3d")),
         burns("1d", 995, 5, "0.5%", ("1d", "3d")),
@@ -206,7 +208,8 @@ def stalls() -> tuple[Case, ...]:
         Case(alert, "fires", "it never counted its items", job(hangs, "NaN" + " NaN" * 90), {"41m": unknown}),
         Case(alert, "silent", "no item for a while", job(hangs), {"38m": ()}),
         Case(alert, "silent", "it moves", job("0+1x90"), {"60m": ()}),
-        Case(alert, "silent", "paused", job(hangs, paused="0x12 1x80"), {"60m": ()}),
+        Case(alert, "silent", "paused, or held", job(hangs, paused="0x12 1x80"), {"60m": ()}),
+        Case(alert, "fires", "its process died while it was held", job(hangs, paused="0x12 1x6 0x80"), {"41m": firing}),
         Case(alert, "silent", "done", job(hangs, "0x90"), {"60m": ()}),
         Case(alert, "resolves", "it moves again", job("0+10x10 100x40 110+10x20"), {"45m": firing, "55m": ()}),
     )

@@ -298,6 +298,16 @@ def test_jobs_show_the_newest_of_each_mapping_added_up_by_kind(ledger: str, engi
     assert of(seen, "job_remaining") == zero | {"backfill": 74, "freeze": 10, "archive": 2}
 
 
+def test_a_job_that_is_held_is_paused_until_nobody_says_so_any_more(
+    ledger: str, engine: Engine, execute: Execute
+) -> None:
+    execute(job("backfill", "users", "running", "100", 30))
+    execute("update jobs set held = 'replica lag', held_at = clock_timestamp()")
+    assert of(facts(engine), "job_paused")["backfill"] == 1
+    execute("update jobs set updated_at = clock_timestamp() - interval '61 s'")
+    assert of(facts(engine), "job_paused")["backfill"] == 0, "its process is gone: the alert must fire"
+
+
 def test_what_remains_of_a_job_of_unknown_size_is_not_zero(ledger: str, engine: Engine, execute: Execute) -> None:
     execute(job("backfill", "users", "running", "null", 30))
     assert math.isnan(of(facts(engine), "job_remaining")["backfill"])

@@ -167,6 +167,15 @@ def test_a_job_that_waits_by_itself_has_no_rate_and_no_time_left(made: tuple[Eng
     assert (job.state, job.held, job.rate, job.eta_seconds) == ("running", "replica lag", None, None)
 
 
+def test_a_job_whose_process_died_while_it_was_held_is_stalled_and_waits_for_nothing(
+    made: tuple[Engine, Settings],
+) -> None:
+    add_job(made[0], updated="clock_timestamp() - interval '61 s'")
+    ledger.execute(made[0], "update wallet.jobs set held = 'replica lag', held_at = clock_timestamp()")
+    job = status(*made, KNOWN).jobs[0]
+    assert (job.state, job.stalled, job.runs, job.held) == ("running", True, False, None)
+
+
 def test_a_job_that_is_at_work_is_not_the_next_command(made: tuple[Engine, Settings]) -> None:
     ledger.set_phase(made[0], "dual_write")
     add_job(made[0])

@@ -63,12 +63,13 @@ def _jobs(connection: Connection, settings: Settings) -> Iterator[Finding]:
         elif job.state == "paused":
             what = f"{name} is paused since {shown_time(job.updated_at)}"
             yield Finding(what, resume, "runbooks/backfill-stalled.md")
+        elif job.state == "running" and job.old:
+            # Also where it was held: one that waits says so every few seconds.
+            what = f"{name} counts as running, and has committed no batch since {shown_time(job.updated_at)}"
+            yield Finding(what, resume, "runbooks/backfill-stalled.md")
         elif job.state == "running" and job.held is not None:
             mend = f"walletmigrate jobs show {job.id}  # goes on by itself when that is over"
             yield Finding(f"{name} waits: {job.held}", mend, "runbooks/backfill-stalled.md")
-        elif job.state == "running" and job.old:
-            what = f"{name} counts as running, and has committed no batch since {shown_time(job.updated_at)}"
-            yield Finding(what, resume, "runbooks/backfill-stalled.md")
         elif job.items_failed and job.state in ("running", "done"):
             mend = f"walletmigrate jobs show {job.id}  # names the rows; mend them, then: {resume}"
             yield Finding(f"{name} has set {job.items_failed} accounts aside", mend, "runbooks/job-failed.md")

@@ -241,18 +241,21 @@ def _jobs(connection: sa.Connection, schema: str) -> dict[str, JobFacts]:
         "items_done",
         "items_failed",
         "last_batch_seconds",
-        "held",
+        *("held", "updated_at"),
     )
     jobs = _table(schema, "jobs", *columns)
     newest = sa.select(sa.func.max(jobs.c.id)).group_by(jobs.c.kind, jobs.c.mapping)
     facts = {kind: JobFacts() for kind in JOB_KINDS}
-    for job in connection.execute(sa.select(jobs).where(jobs.c.id.in_(newest))):
+    # One that waits says so every few seconds; one that was held when its process died says nothing.
+    alive = (sa.func.extract("epoch", sa.func.clock_timestamp() - jobs.c.updated_at) < LIVE_SECONDS).label("alive")
+    for job in connection.execute(sa.select(jobs, alive).where(jobs.c.id.in_(newest))):
         before = facts.get(job.kind, JobFacts())
         facts[job.kind] = JobFacts(
             items=before.items + job.items_done,
             # A job can fail before any of its items did; it must show all the same.
             failed=before.failed + max(job.items_failed, job.state == "failed"),
-            paused=before.paused + (job.state == "paused" or (job.state == "running" and job.held is not None)),
+            paused=before.paused
+            + (job.state == "paused" or (job.state == "running" and job.held is not None and job.alive)),
             remaining=before.remaining + _remaining(job),
             batch_seconds=max(before.batch_seconds, float(job.last_batch_seconds or 0)),
         )

@@ -127,7 +127,7 @@ METRICS: Final = _catalogue(
     ),
     Metric("job_items", "gauge", "Items done by the newest job of each mapping.", ("kind",)),
     Metric("job_failed", "gauge", "Items that failed; at least 1 if the job itself failed.", ("kind",)),
-    Metric("job_paused", "gauge", "Newest jobs that are paused.", ("kind",)),
+    Metric("job_paused", "gauge", "Newest jobs that are paused, or held by a throttle.", ("kind",)),
     Metric("job_remaining", "gauge", "Items left to do; NaN while the total is not known.", ("kind",)),
     Metric("job_batch_seconds", "gauge", "Seconds of the last batch of the newest jobs, the slowest.", ("kind",)),
     Metric("ledger_imbalance", "gauge", "Sum of all balances, in major units; must be 0.", ("currency",)),
@@ -140,7 +140,7 @@ class Posted:
     """One movement that the adapter carried out or refused, or that the ledger broke (ledger_failed, not committed).
 
     ``seconds`` is the call's duration; None for a refusal, and for the second and later movements of one call, so
-    that a batch is measured once. ``committed`` is False on a bare Connection and for what failed. ``error`` is an error
+    that a batch is measured once. ``committed`` is False on a bare Connection and for what failed. ``error`` is a
     code or SQLSTATE, never a message. ``amount`` is what moved, in major units and without a sign; None where
     nothing did (a replay, a refusal) or where it is not known.
     """
