@@ -183,6 +183,12 @@ def verifications() -> tuple[Case, ...]:
     return (
         case("fires", "27 hours ago", standing("dual_write", "3600x60"), {"28h": firing}),
         case("fires", "never, and read from the ledger", standing("read_ledger", "0x60"), {"27h": firing}),
+        case(
+            "fires",
+            "a later one was not clean",
+            standing("dual_write", "3600x2 1x60"),
+            {"27h": (Firing(EXPORTER, "1d 2h 59m 59s"),)},
+        ),
         case("silent", "25 hours ago", standing("dual_write", "3600x60"), {"26h": ()}),
         case("silent", "never, and nothing is read", standing("dual_write", "0x60"), {"30h": ()}),
         case("silent", "before the migration", standing("legacy", "3600x60"), {"30h": ()}),
@@ -299,6 +305,15 @@ CASES: Final[tuple[Case, ...]] = (
         silent=("none does", "0x20", "20m"),
         resolves=("the next verification is clean", "2x5 0x5", "5m", "6m"),
         currency="EUR",
+    ),
+    Case(
+        "BalanceDrift",
+        "resolves",
+        "back in legacy, where no verification comes any more",
+        exporter("drift_accounts", "2x20", currency="EUR")
+        | exporter("phase", "0x9 1x11", phase="legacy")
+        | exporter("phase", "1x9 0x11", phase="dual_write"),
+        {"5m": (Firing(EUR, "2"),), "10m": ()},
     ),
     *budget(),
     *reads(),

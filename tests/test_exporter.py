@@ -226,7 +226,7 @@ def verified(
     form: str = "full",
 ) -> str:
     at = f"2030-01-01 {hour:02}:00Z"
-    clean = not missing and not drift[0]
+    clean = str(not missing and not drift[0]).lower()
     return VERIFICATION.format(mapping, currency, at, at, clean, form, missing, *drift)
 
 
@@ -260,11 +260,11 @@ def test_the_last_success_is_that_of_the_mapping_that_waits_longest(
     assert of(facts(engine), name) == {"": unix(2)}
     execute(verified("shops", "USD", 4, drift=(1, "1")))
     execute(verified("shops", "USD", 5, form="sample"))
-    assert of(facts(engine), name) == {"": 0}, "a failure voids what was clean before it, and a sample is no success"
+    assert of(facts(engine), name) == {"": 1}, "a failure voids what was clean before it, and a sample is no success"
     execute(verified("shops", "USD", 6))
     assert of(facts(engine), name) == {"": unix(3)}
     execute(verified("users", "EUR", 7, form="sample", drift=(1, "1")))
-    assert of(facts(engine), name) == {"": 0}, "a sample that finds something voids as well"
+    assert of(facts(engine), name) == {"": 1}, "a sample that finds something voids as well"
     assert of(facts(engine), "drift_accounts") == {"EUR": 1, "USD": 0}
     execute(verified("users", "EUR", 8, form="incremental", drift=(1, "0.50")))
     assert of(facts(engine), "drift_amount") == {"EUR": 1, "USD": 0}, (
@@ -273,6 +273,18 @@ def test_the_last_success_is_that_of_the_mapping_that_waits_longest(
     execute(verified("users", "EUR", 9))
     assert of(facts(engine), name) == {"": unix(6)}
     assert of(facts(engine), "drift_accounts") == {"EUR": 0, "USD": 0}
+
+
+def test_a_voided_verification_is_not_hidden_by_a_mapping_that_was_never_verified(
+    ledger: str, engine: Engine, execute: Execute
+) -> None:
+    name = "verification_last_success_timestamp_seconds"
+    execute(verified("users", "EUR", 1, missing=1))
+    assert of(facts(engine), name) == {"": 0}, "never clean: there may be a backfill to do"
+    execute(verified("users", "EUR", 2))
+    execute(verified("users", "EUR", 3).replace(", true, ", ", false, "))  # nothing differs: a guard was found down
+    seen = facts(engine)
+    assert (of(seen, name), of(seen, "drift_accounts")) == ({"": 1}, {"EUR": 0, "USD": 0})
 
 
 def job(kind: str, mapping: str, state: str, total: str, done: int, failed: int = 0) -> str:

@@ -19,6 +19,8 @@ TREATMENTS: Final = ("absent", "stale", "turned_stale", "mirrored", "closed", "r
 STATES: Final = ("absent", "mirrored", "stale", "frozen", "closed")
 JOB_KINDS: Final = ("backfill", "verify", "freeze", "unfreeze", "reconcile", "snapshot take")
 LINE_STOPPED: Final = 2
+VOIDED: Final = 1.0
+"""As a time it is 1970: older than any limit, and not the 0 of what was never verified, which may be no fault yet."""
 
 # The last reconciliation of each mapping, of legacy with the ledger only where no verification came after it.
 _REPORTED: Final = """
@@ -52,8 +54,9 @@ class JobFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """What one look at the ledger's schema saw. Amounts are in major units, by currency; ``last_success``
-    is Unix time, 0 if a mapping never had a clean full verification, or a later one of any form was not clean.
+    """What one look at the ledger's schema saw. Amounts are in major units, by currency; ``last_success`` is Unix time:
+    `VOIDED` if a mapping's clean full verification was followed by one of any form that was not clean, else 0 if a
+    mapping never had any.
     """
 
     phase: str
@@ -216,7 +219,7 @@ def _differences(
 
 def _last_success(connection: sa.Connection, schema: str, scope: Collection[tuple[str, str]]) -> float:
     """The oldest of the mappings' last clean full runs: one that is verified daily must not hide another. A run of any
-    form that was not clean voids those that began before it.
+    form that was not clean voids those that began before it; that is told before what was never verified.
     """
     runs, counts = _full_runs(schema, scope)
     later = runs.alias("later")
@@ -224,10 +227,12 @@ def _last_success(connection: sa.Connection, schema: str, scope: Collection[tupl
         *(later.c.mapping == runs.c.mapping, later.c.currency == runs.c.currency),
         *(~later.c.clean, later.c.started_at >= runs.c.started_at),
     )
-    when = sa.extract("epoch", sa.func.max(runs.c.finished_at))
-    clean = sa.select(runs.c.mapping, runs.c.currency, when).where(counts, runs.c.clean, ~voided)
+    when = sa.extract("epoch", sa.func.max(runs.c.finished_at).filter(~voided))
+    clean = sa.select(runs.c.mapping, runs.c.currency, when).where(counts, runs.c.clean)
     rows = connection.execute(clean.group_by(runs.c.mapping, runs.c.currency))
-    times = {(mapping, currency): float(at) for mapping, currency, at in rows}
+    times = {(mapping, currency): VOIDED if at is None else float(at) for mapping, currency, at in rows}
+    if VOIDED in times.values():
+        return VOIDED
     return min((times.get(pair, 0.0) for pair in scope or times), default=0.0)
 
 

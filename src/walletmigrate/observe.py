@@ -113,17 +113,24 @@ METRICS: Final = _catalogue(
     Metric("phase", "gauge", "1 for the phase in force, 0 for the others.", ("phase",)),
     Metric("line_stopped", "gauge", "1 while the line is stopped, else 0."),
     Metric("accounts", "gauge", "Accounts by state; absent is as of the last full verification.", ("state",)),
-    Metric("drift_accounts", "gauge", "Accounts that differed in the last full verification.", ("currency",)),
+    Metric(
+        "drift_accounts",
+        "gauge",
+        "Accounts that differed in the last full verification, or, if that is more, in a later verification or "
+        "reconciliation.",
+        ("currency",),
+    ),
     Metric(
         "drift_amount",
         "gauge",
-        "Sum of absolute differences in the last full verification, in major units.",
+        "Sum of absolute differences in the same, in major units.",
         ("currency",),
     ),
     Metric(
         "verification_last_success_timestamp_seconds",
         "gauge",
-        "Unix time of the last clean full verification, the oldest of all mappings; 0 if one never had any.",
+        "Unix time of the last clean full verification, the oldest of all mappings; 1 if a later one of any form was "
+        "not clean, 0 if a mapping never had any.",
     ),
     Metric("job_items", "gauge", "Items done by the newest job of each mapping.", ("kind",)),
     Metric("job_failed", "gauge", "Items that failed; at least 1 if the job itself failed.", ("kind",)),
