@@ -310,6 +310,16 @@ def test_jobs_show_the_newest_of_each_mapping_added_up_by_kind(ledger: str, engi
     assert of(seen, "job_remaining") == zero | {"backfill": 74, "freeze": 10, "archive": 2}
 
 
+def test_a_job_that_was_given_up_has_failed_no_more_and_leaves_nothing(
+    ledger: str, engine: Engine, execute: Execute
+) -> None:
+    execute(job("backfill", "users", "failed", "100", 30, 2))
+    assert of(facts(engine), "job_failed")["backfill"] == 2
+    execute("update jobs set state = 'cancelled'")
+    seen = facts(engine)
+    assert (of(seen, "job_failed")["backfill"], of(seen, "job_remaining")["backfill"]) == (0, 0)
+
+
 def test_a_job_that_is_held_is_paused_until_nobody_says_so_any_more(
     ledger: str, engine: Engine, execute: Execute
 ) -> None:

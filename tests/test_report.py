@@ -16,6 +16,7 @@ import ledger
 from ledger import ACT
 from walletmigrate import connect, phases
 from walletmigrate.backfill import backfill
+from walletmigrate.cli_watch import _job_line
 from walletmigrate.config import Settings
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.flags import DUAL_WRITE, READ_FROM_LEDGER, Decision, StaticSource
@@ -135,6 +136,14 @@ def test_a_job_that_does_not_run_has_no_rate_and_no_time_left(made: tuple[Engine
     add_job(made[0], state=f"'{state}'")
     job = status(*made, KNOWN).jobs[0]
     assert (job.state, job.rate, job.eta_seconds) == (state, None, None)
+
+
+@pytest.mark.parametrize(
+    ("state", "share"), [("running", True), ("paused", True), ("done", False), ("cancelled", False)]
+)
+def test_only_a_job_that_may_go_on_shows_how_far_it_is(made: tuple[Engine, Settings], state: str, share: bool) -> None:
+    add_job(made[0], state=f"'{state}'")
+    assert (", 40 %" in _job_line(status(*made, KNOWN).jobs[0])) is share
 
 
 def test_a_job_whose_process_is_gone_is_stalled_and_has_no_time_left(made: tuple[Engine, Settings]) -> None:

@@ -257,14 +257,18 @@ def _jobs(connection: sa.Connection, schema: str) -> dict[str, JobFacts]:
         before = facts.get(job.kind, JobFacts())
         facts[job.kind] = JobFacts(
             items=before.items + job.items_done,
-            # A job can fail before any of its items did; it must show all the same.
-            failed=before.failed + max(job.items_failed, job.state == "failed"),
+            failed=before.failed + _failed(job),
             paused=before.paused
             + (job.state == "paused" or (job.state == "running" and job.held is not None and job.alive)),
             remaining=before.remaining + _remaining(job),
             batch_seconds=max(before.batch_seconds, float(job.last_batch_seconds or 0)),
         )
     return facts
+
+
+def _failed(job: sa.Row[Any]) -> int:
+    """A job can fail before any of its items did, and must show all the same; one that was given up is dealt with."""
+    return 0 if job.state == "cancelled" else max(int(job.items_failed), int(job.state == "failed"))
 
 
 def _remaining(job: sa.Row[Any]) -> float:

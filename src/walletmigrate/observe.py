@@ -133,7 +133,12 @@ METRICS: Final = _catalogue(
         "not clean, 0 if a mapping never had any.",
     ),
     Metric("job_items", "gauge", "Items done by the newest job of each mapping.", ("kind",)),
-    Metric("job_failed", "gauge", "Items that failed; at least 1 if the job itself failed.", ("kind",)),
+    Metric(
+        "job_failed",
+        "gauge",
+        "Items that failed; at least 1 if the job itself failed, 0 if it was cancelled.",
+        ("kind",),
+    ),
     Metric("job_paused", "gauge", "Newest jobs that are paused, or held by a throttle.", ("kind",)),
     Metric("job_remaining", "gauge", "Items left to do; NaN while the total is not known.", ("kind",)),
     Metric("job_batch_seconds", "gauge", "Seconds of the last batch of the newest jobs, the slowest.", ("kind",)),
