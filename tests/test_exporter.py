@@ -299,12 +299,16 @@ def test_jobs_show_the_newest_of_each_mapping_added_up_by_kind(ledger: str, engi
     execute(job("backfill", "users", "failed", "999", 999, 999))  # superseded by the next
     execute(job("backfill", "users", "running", "100", 30, 2))
     execute(job("backfill", "shops", "paused", "10", 4))
+    execute(job("backfill", "gone", "failed", "1000", 500, 500))  # no longer configured
+    execute(
+        job("snapshot take", "users", "done", "6", 6) + ";update jobs set mapping = null where kind = 'snapshot take'"
+    )
     execute(job("freeze", "users", "failed", "10", 0))  # failed before any item did
     execute(job("unfreeze", "users", "done", "7", 5))  # two rows went away meanwhile
     execute(job("archive", "users", "running", "3", 1))
     seen = facts(engine)
     zero = dict.fromkeys(JOB_KINDS, 0)
-    assert of(seen, "job_items") == zero | {"backfill": 34, "unfreeze": 5, "archive": 1}
+    assert of(seen, "job_items") == zero | {"backfill": 34, "unfreeze": 5, "archive": 1, "snapshot take": 6}
     assert of(seen, "job_failed") == zero | {"backfill": 2, "freeze": 1, "archive": 0}
     assert of(seen, "job_paused") == zero | {"backfill": 1, "archive": 0}
     assert of(seen, "job_remaining") == zero | {"backfill": 74, "freeze": 10, "archive": 2}

@@ -208,6 +208,15 @@ def test_the_newest_job_of_each_kind_is_shown(made: tuple[Engine, Settings]) -> 
     assert [(job.id, job.items_done) for job in status(*made, KNOWN).jobs] == [(2, 7)]
 
 
+def test_a_job_of_a_mapping_that_is_no_longer_configured_is_not_shown(made: tuple[Engine, Settings]) -> None:
+    add_job(made[0])
+    add_job(made[0], state="'failed'")
+    ledger.execute(made[0], "update wallet.jobs set mapping = 'gone' where id = 2")
+    assert [job.id for job in status(*made, KNOWN).jobs] == [1]
+    ledger.execute(made[0], "update wallet.jobs set mapping = null where id = 2")
+    assert [job.id for job in status(*made, KNOWN).jobs] == [1, 2], "a snapshot is of no mapping"
+
+
 def test_the_last_full_verification_is_shown_with_its_drift(made: tuple[Engine, Settings]) -> None:
     engine, settings = made
     ledger.set_phase(engine, "dual_write")

@@ -25,7 +25,7 @@ _JOBS: Final = """
 select distinct on (kind, mapping)
     id, kind, mapping, state, items_failed, updated_at, held,
     updated_at < clock_timestamp() - make_interval(secs => :stalled) as old
-from {schema}.jobs order by kind, mapping, id desc
+from {schema}.jobs where mapping is null or mapping = any(:mappings) order by kind, mapping, id desc
 """
 
 _STATISTICS: Final = """
@@ -51,7 +51,8 @@ def examine(connection: Connection, settings: Settings) -> Iterator[Finding]:
 
 def _jobs(connection: Connection, settings: Settings) -> Iterator[Finding]:
     query = text(_JOBS.replace("{schema}", quoted(settings.ledger_schema)))
-    for job in sorted(connection.execute(query, {"stalled": STALLED_SECONDS}), key=lambda row: row.id):
+    values = {"stalled": STALLED_SECONDS, "mappings": [mapping.name for mapping in settings.mappings]}
+    for job in sorted(connection.execute(query, values), key=lambda row: row.id):
         name = f"{job.kind} job {job.id} of {job.mapping}"
         resume = f"walletmigrate jobs resume {job.id} {REASON}"
         if job.kind not in _RESUMABLE:

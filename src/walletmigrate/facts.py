@@ -74,7 +74,7 @@ class Facts:
 def read_facts(connection: sa.Connection, schema: str, scope: Collection[tuple[str, str]] = ()) -> Facts:
     """Read the facts of the ledger in ``schema``, as of the connection's snapshot.
 
-    ``scope`` are the configured (mapping, currency) pairs: only their verifications count, and their
+    ``scope`` are the configured (mapping, currency) pairs: only their verifications and jobs count, and their
     currencies are there before they have a row; without it everything in the database counts. Raises
     SQLAlchemy's errors, also when no ledger is installed.
     """
@@ -89,7 +89,7 @@ def read_facts(connection: sa.Connection, schema: str, scope: Collection[tuple[s
         line_stopped=connection.scalar(sa.select(line.c.last_value)) == LINE_STOPPED,
         # Counting the absent means reading the legacy table; the last verification has done that.
         accounts={**dict.fromkeys(STATES, 0), **states, "absent": sum(int(row.missing) for row in drift)},
-        jobs=_jobs(connection, schema),
+        jobs=_jobs(connection, schema, scope),
         imbalance=dict.fromkeys(currencies, Decimal(0)) | imbalance,
         drift_accounts=dict.fromkeys(currencies, 0) | {name: found[0] for name, found in differences.items()},
         drift_amount=dict.fromkeys(currencies, Decimal(0)) | {name: found[1] for name, found in differences.items()},
@@ -236,7 +236,7 @@ def _last_success(connection: sa.Connection, schema: str, scope: Collection[tupl
     return min((times.get(pair, 0.0) for pair in scope or times), default=0.0)
 
 
-def _jobs(connection: sa.Connection, schema: str) -> dict[str, JobFacts]:
+def _jobs(connection: sa.Connection, schema: str, scope: Collection[tuple[str, str]]) -> dict[str, JobFacts]:
     columns = (
         "id",
         "kind",
@@ -250,6 +250,8 @@ def _jobs(connection: sa.Connection, schema: str) -> dict[str, JobFacts]:
     )
     jobs = _table(schema, "jobs", *columns)
     newest = sa.select(sa.func.max(jobs.c.id)).group_by(jobs.c.kind, jobs.c.mapping)
+    if scope:  # nobody finishes the jobs of a mapping that is no longer configured; some jobs are of no mapping
+        newest = newest.where(sa.or_(jobs.c.mapping.is_(None), jobs.c.mapping.in_({mapping for mapping, _ in scope})))
     facts = {kind: JobFacts() for kind in JOB_KINDS}
     # One that waits says so every few seconds; one that was held when its process died says nothing.
     alive = (sa.func.extract("epoch", sa.func.clock_timestamp() - jobs.c.updated_at) < LIVE_SECONDS).label("alive")

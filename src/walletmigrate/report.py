@@ -182,13 +182,15 @@ left join lateral (
     from {schema}.job_batches as x
     where x.job_id = j.id and x.state = 'done' and x.at > clock_timestamp() - make_interval(secs => :stalled)
 ) as b on j.state = 'running'
+where j.mapping is null or j.mapping = any(:mappings)
 order by j.kind, j.mapping, j.id desc
 """
 
 
 def _jobs(connection: Connection, settings: Settings) -> Iterator[JobStatus]:
     query = text(_JOBS.replace("{schema}", quoted(settings.ledger_schema)))
-    for row in sorted(connection.execute(query, {"stalled": STALLED_SECONDS}), key=lambda row: row.id):
+    values = {"stalled": STALLED_SECONDS, "mappings": [mapping.name for mapping in settings.mappings]}
+    for row in sorted(connection.execute(query, values), key=lambda row: row.id):
         rate, eta = _speed(row)
         done = row.items_done + row.items_failed
         yield JobStatus(
