@@ -41,7 +41,7 @@ ANY_IS_WRONG: Final[Steps] = ((None, GREEN), (1e-18, RED))
 """Green at exactly 0, red above: for what must never happen."""
 ANY_IS_NOTEWORTHY: Final[Steps] = ((None, GREEN), (1e-18, YELLOW))
 PLAIN: Final[Steps] = ((None, BLUE),)
-AGE: Final = "time() - min(walletmigrate_verification_last_success_timestamp_seconds > 0)"
+AGE: Final = "time() - min(walletmigrate_verification_last_success_timestamp_seconds > 1)"
 """Seconds since the last clean full verification; no value without one."""
 
 

@@ -114,7 +114,9 @@ def budget() -> tuple[Case, ...]:
     flare = writes("0+1000x170 170840+840x4 175200+1000x10", "0x170 160+160x4 800x10")
     wanted = writes("0+1000x90", "0x90", skipped="0+900x90", refused="0+900x90")
     lone = writes("0x90", "0x59 1x30")
+    none = writes("0x90", "0+100x90", skipped="0+900x90")
     return (
+        Case(BURN, "fires", "the ledger breaks every payment", none, {"90m": burning(*WINDOWS, value="100%")}, "1h"),
         burns("1h", 980, 20, "2%", WINDOWS),
         burns("6h", 990, 10, "1%", ("6h", "1d", "3d")),
         burns("1d", 995, 5, "0.5%", ("1d", "3d")),
@@ -181,6 +183,12 @@ def verifications() -> tuple[Case, ...]:
     return (
         case("fires", "27 hours ago", standing("dual_write", "3600x60"), {"28h": firing}),
         case("fires", "never, and read from the ledger", standing("read_ledger", "0x60"), {"27h": firing}),
+        case(
+            "fires",
+            "a later one was not clean",
+            standing("dual_write", "3600x2 1x60"),
+            {"27h": (Firing(EXPORTER, "1d 2h 59m 59s"),)},
+        ),
         case("silent", "25 hours ago", standing("dual_write", "3600x60"), {"26h": ()}),
         case("silent", "never, and nothing is read", standing("dual_write", "0x60"), {"30h": ()}),
         case("silent", "before the migration", standing("legacy", "3600x60"), {"30h": ()}),
@@ -206,7 +214,8 @@ def stalls() -> tuple[Case, ...]:
         Case(alert, "fires", "it never counted its items", job(hangs, "NaN" + " NaN" * 90), {"41m": unknown}),
         Case(alert, "silent", "no item for a while", job(hangs), {"38m": ()}),
         Case(alert, "silent", "it moves", job("0+1x90"), {"60m": ()}),
-        Case(alert, "silent", "paused", job(hangs, paused="0x12 1x80"), {"60m": ()}),
+        Case(alert, "silent", "paused, or held", job(hangs, paused="0x12 1x80"), {"60m": ()}),
+        Case(alert, "fires", "its process died while it was held", job(hangs, paused="0x12 1x6 0x80"), {"41m": firing}),
         Case(alert, "silent", "done", job(hangs, "0x90"), {"60m": ()}),
         Case(alert, "resolves", "it moves again", job("0+10x10 100x40 110+10x20"), {"45m": firing, "55m": ()}),
     )
@@ -296,6 +305,15 @@ CASES: Final[tuple[Case, ...]] = (
         silent=("none does", "0x20", "20m"),
         resolves=("the next verification is clean", "2x5 0x5", "5m", "6m"),
         currency="EUR",
+    ),
+    Case(
+        "BalanceDrift",
+        "resolves",
+        "back in legacy, where no verification comes any more",
+        exporter("drift_accounts", "2x20", currency="EUR")
+        | exporter("phase", "0x9 1x11", phase="legacy")
+        | exporter("phase", "1x9 0x11", phase="dual_write"),
+        {"5m": (Firing(EUR, "2"),), "10m": ()},
     ),
     *budget(),
     *reads(),

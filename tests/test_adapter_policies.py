@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from adapting import DUAL, OFF, Place, User, bring_into, place, seal
 from ledger import execute, rows, scalar
 from walletmigrate import LegacyBalanceAdapter, Movement
-from walletmigrate.errors import LedgerMismatch, LegacyUpdateSuppressed
+from walletmigrate.errors import LedgerMismatch, LegacyUpdateSuppressed, WalletMigrateError
 
 D = Decimal
 
@@ -129,7 +129,11 @@ def test_what_can_be_retried_reaches_the_caller_under_both_policies(database_url
         connection.rollback()
     assert state_of(raised.value) == state
     assert (at.coins(1), at.account(1)) == (100, None)
-    assert at.heard.posted[-1].error == state
+    retried = state in ("40001", "40P01")
+    assert (at.heard.posted[-1].error, at.heard.posted[-1].outcome) == (
+        state,
+        "refused" if retried else "ledger_failed",
+    )
     assert rows(at.engine, "select * from wallet.failures") == []
     mend(at)
     with at.engine.begin() as connection:
@@ -153,8 +157,80 @@ def test_under_strict_a_failed_ledger_leg_fails_the_posting(database_url: str, f
     assert state_of(raised.value) == "23514"
     assert (at.coins(1), at.account(1)) == (101, ("mirrored", D(101)))
     assert rows(at.engine, "select * from wallet.failures") == []
-    assert at.metric("dual_write_total", operation="credit", outcome="refused") == 1
+    # Not "refused", which stands for what a caller did wrong and counts against no budget: the ledger broke a payment.
+    told_as_broken(at, 1)
     at.check()
+
+
+def told_as_broken(at: Place, count: int, error: str = "23514") -> None:
+    """The last posting that failed is told as the ledger's failure, timed; ``count`` credits and none refused are
+    counted.
+    """
+    last = [each for each in at.heard.posted if each.error is not None][-1]
+    assert (last.mode, last.outcome, last.error, last.committed) == ("dual_write", "ledger_failed", error, False)
+    assert (last.seconds or 0) > 0
+    assert at.metric("dual_write_total", operation="credit", outcome="ledger_failed") == count
+    assert at.metric("dual_write_total", operation="credit", outcome="refused") == 0
+    assert (at.metric("dual_write_duration_seconds_count", operation="credit", mode="dual_write") or 0) >= count
+
+
+def credit(at: Place, amount: int, before: str = "select 1") -> None:
+    """A credit that fails, in a transaction of its own that begins with ``before``."""
+    with at.engine.connect() as connection:
+        connection.exec_driver_sql(before)
+        with pytest.raises((DBAPIError, WalletMigrateError)):
+            at.adapter.credit(connection, 1, amount, type="deposit")
+
+
+def test_a_ledger_that_refuses_every_call_is_told_as_broken(database_url: str) -> None:
+    at = place(database_url, rows=1)
+    execute(at.engine, "revoke execute on all functions in schema wallet from wallet_app")
+    credit(at, 1, "set local role wallet_app")
+    told_as_broken(at, 1, "not_installed")
+
+
+@pytest.mark.parametrize("state", ["absent", "mirrored"])
+@pytest.mark.parametrize(
+    ("waiting", "error"), [("lock_timeout", "55P03"), ("statement_timeout", "57014")], ids=["lock", "statement"]
+)
+def test_a_wait_that_ends_in_the_ledger_is_the_ledger_s_and_one_for_the_legacy_row_is_not(
+    database_url: str, waiting: str, error: str, state: str
+) -> None:
+    at = place(database_url, rows=0)
+    bring_into(at, 1, state)
+    with at.engine.connect() as holder:
+        holder.exec_driver_sql("lock table wallet.accounts")
+        credit(at, 1, f"set local {waiting} = '50ms'")
+        told_as_broken(at, 1, error)
+        holder.rollback()
+        holder.exec_driver_sql("select from users for update")
+        credit(at, 1, f"set local {waiting} = '50ms'")
+    assert (at.heard.posted[-1].outcome, at.heard.posted[-1].error) == ("refused", error)
+    assert at.metric("dual_write_total", operation="credit", outcome="ledger_failed") == 1
+
+
+@pytest.mark.parametrize("policy", ["shadow", "strict"])
+@pytest.mark.parametrize("state", ["absent", "mirrored"])
+def test_what_the_legacy_table_refuses_is_not_the_ledger_s(database_url: str, policy: str, state: str) -> None:
+    at = place(database_url, rows=0, policy=policy)
+    bring_into(at, 1, state)
+    execute(at.engine, "alter table users add constraint rich check (total_coins < 110)")
+    credit(at, 13)
+    assert (at.heard.posted[-1].outcome, at.heard.posted[-1].error) == ("refused", "23514")
+    on_legacy(at, "raise exception 'not today' using errcode = 'AP001';")
+    credit(at, 1)
+    assert (at.heard.posted[-1].outcome, at.heard.posted[-1].error) == ("refused", "AP001")
+    assert at.metric("dual_write_total", operation="credit", outcome="ledger_failed") == 0
+
+
+def test_a_lost_connection_is_not_the_ledger_s(database_url: str) -> None:
+    at = place(database_url, rows=1)
+    with at.engine.connect() as connection:
+        mine = connection.exec_driver_sql("select pg_backend_pid()").scalar_one()
+        execute(at.engine, f"select pg_terminate_backend({mine}, 10000)")
+        with pytest.raises(DBAPIError):
+            at.adapter.credit(connection, 1, 1, type="deposit")
+    assert at.heard.posted[-1].outcome == "refused"
 
 
 @pytest.mark.parametrize("policy", ["shadow", "strict"])
@@ -173,6 +249,8 @@ def test_a_frozen_account_s_ledger_leg_never_fails_silently(database_url: str, p
         with at.engine.connect() as connection, pytest.raises(DBAPIError) as raised:
             call(connection)
         assert state_of(raised.value) == "23514"
+        told_as_broken(at, 1)
+    assert at.metric("dual_write_total", operation="transfer", outcome="ledger_failed") == 2
     assert (at.account(1), at.coins(1), at.coins(2)) == (("frozen", D(100)), 100, 100)
     at.check()
 

@@ -226,7 +226,7 @@ def verified(
     form: str = "full",
 ) -> str:
     at = f"2030-01-01 {hour:02}:00Z"
-    clean = not missing and not drift[0]
+    clean = str(not missing and not drift[0]).lower()
     return VERIFICATION.format(mapping, currency, at, at, clean, form, missing, *drift)
 
 
@@ -260,11 +260,11 @@ def test_the_last_success_is_that_of_the_mapping_that_waits_longest(
     assert of(facts(engine), name) == {"": unix(2)}
     execute(verified("shops", "USD", 4, drift=(1, "1")))
     execute(verified("shops", "USD", 5, form="sample"))
-    assert of(facts(engine), name) == {"": 0}, "a failure voids what was clean before it, and a sample is no success"
+    assert of(facts(engine), name) == {"": 1}, "a failure voids what was clean before it, and a sample is no success"
     execute(verified("shops", "USD", 6))
     assert of(facts(engine), name) == {"": unix(3)}
     execute(verified("users", "EUR", 7, form="sample", drift=(1, "1")))
-    assert of(facts(engine), name) == {"": 0}, "a sample that finds something voids as well"
+    assert of(facts(engine), name) == {"": 1}, "a sample that finds something voids as well"
     assert of(facts(engine), "drift_accounts") == {"EUR": 1, "USD": 0}
     execute(verified("users", "EUR", 8, form="incremental", drift=(1, "0.50")))
     assert of(facts(engine), "drift_amount") == {"EUR": 1, "USD": 0}, (
@@ -273,6 +273,18 @@ def test_the_last_success_is_that_of_the_mapping_that_waits_longest(
     execute(verified("users", "EUR", 9))
     assert of(facts(engine), name) == {"": unix(6)}
     assert of(facts(engine), "drift_accounts") == {"EUR": 0, "USD": 0}
+
+
+def test_a_voided_verification_is_not_hidden_by_a_mapping_that_was_never_verified(
+    ledger: str, engine: Engine, execute: Execute
+) -> None:
+    name = "verification_last_success_timestamp_seconds"
+    execute(verified("users", "EUR", 1, missing=1))
+    assert of(facts(engine), name) == {"": 0}, "never clean: there may be a backfill to do"
+    execute(verified("users", "EUR", 2))
+    execute(verified("users", "EUR", 3).replace(", true, ", ", false, "))  # nothing differs: a guard was found down
+    seen = facts(engine)
+    assert (of(seen, name), of(seen, "drift_accounts")) == ({"": 1}, {"EUR": 0, "USD": 0})
 
 
 def job(kind: str, mapping: str, state: str, total: str, done: int, failed: int = 0) -> str:
@@ -287,15 +299,39 @@ def test_jobs_show_the_newest_of_each_mapping_added_up_by_kind(ledger: str, engi
     execute(job("backfill", "users", "failed", "999", 999, 999))  # superseded by the next
     execute(job("backfill", "users", "running", "100", 30, 2))
     execute(job("backfill", "shops", "paused", "10", 4))
+    execute(job("backfill", "gone", "failed", "1000", 500, 500))  # no longer configured
+    execute(
+        job("snapshot take", "users", "done", "6", 6) + ";update jobs set mapping = null where kind = 'snapshot take'"
+    )
     execute(job("freeze", "users", "failed", "10", 0))  # failed before any item did
     execute(job("unfreeze", "users", "done", "7", 5))  # two rows went away meanwhile
     execute(job("archive", "users", "running", "3", 1))
     seen = facts(engine)
     zero = dict.fromkeys(JOB_KINDS, 0)
-    assert of(seen, "job_items") == zero | {"backfill": 34, "unfreeze": 5, "archive": 1}
+    assert of(seen, "job_items") == zero | {"backfill": 34, "unfreeze": 5, "archive": 1, "snapshot take": 6}
     assert of(seen, "job_failed") == zero | {"backfill": 2, "freeze": 1, "archive": 0}
     assert of(seen, "job_paused") == zero | {"backfill": 1, "archive": 0}
     assert of(seen, "job_remaining") == zero | {"backfill": 74, "freeze": 10, "archive": 2}
+
+
+def test_a_job_that_was_given_up_has_failed_no_more_and_leaves_nothing(
+    ledger: str, engine: Engine, execute: Execute
+) -> None:
+    execute(job("backfill", "users", "failed", "100", 30, 2))
+    assert of(facts(engine), "job_failed")["backfill"] == 2
+    execute("update jobs set state = 'cancelled'")
+    seen = facts(engine)
+    assert (of(seen, "job_failed")["backfill"], of(seen, "job_remaining")["backfill"]) == (0, 0)
+
+
+def test_a_job_that_is_held_is_paused_until_nobody_says_so_any_more(
+    ledger: str, engine: Engine, execute: Execute
+) -> None:
+    execute(job("backfill", "users", "running", "100", 30))
+    execute("update jobs set held = 'replica lag', held_at = clock_timestamp()")
+    assert of(facts(engine), "job_paused")["backfill"] == 1
+    execute("update jobs set updated_at = clock_timestamp() - interval '61 s'")
+    assert of(facts(engine), "job_paused")["backfill"] == 0, "its process is gone: the alert must fire"
 
 
 def test_what_remains_of_a_job_of_unknown_size_is_not_zero(ledger: str, engine: Engine, execute: Execute) -> None:

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import Connection, Engine, text
 
 import ledger
-from walletmigrate import job_claims, job_work, jobs
+from walletmigrate import job_claims, job_rows, job_work, jobs
 from walletmigrate.config import Settings
 from walletmigrate.errors import JobFailed, PreconditionRefused, UsageError
 from walletmigrate.job_batches import Claim
@@ -115,6 +115,26 @@ def test_a_stale_workers_commit_is_refused_by_its_token_and_its_work_rolled_back
         commit(made, stale)
     assert seen(made) == []
     assert (commit(made, fresh).items_done, seen(made)) == (4, [1, 2, 3, 4])
+
+
+def test_a_job_that_is_held_says_so_again_and_again_and_not_with_every_question(made: Ledger) -> None:
+    engine, settings = made
+    job = start(made)
+
+    def hold(reason: str | None, ago: int) -> bool:
+        """Whether it was said, ``ago`` seconds after the last time."""
+        aged = f"clock_timestamp() - interval '{ago} s'"
+        ledger.execute(engine, f"update wallet.jobs set updated_at = {aged}, held_at = coalesce(held_at, {aged})")
+        with jobs.begin(engine) as connection:
+            job_rows.hold(connection, settings, job.id, reason)
+        return bool(ledger.scalar(engine, "select updated_at > clock_timestamp() - interval '4 s' from wallet.jobs"))
+
+    assert hold("replica lag", 30)
+    began = ledger.scalar(engine, "select held_at from wallet.jobs")
+    assert not hold("replica lag", 5)
+    assert hold("replica lag", 11)
+    assert ledger.scalar(engine, "select held_at from wallet.jobs") == began, "when it began stays known"
+    assert not hold(None, 30), "what goes on commits batches, which say it"
 
 
 def test_a_worker_whose_batch_was_taken_counts_it_and_goes_on_with_the_next(made: Ledger) -> None:

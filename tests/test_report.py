@@ -16,6 +16,7 @@ import ledger
 from ledger import ACT
 from walletmigrate import connect, phases
 from walletmigrate.backfill import backfill
+from walletmigrate.cli_watch import _job_line
 from walletmigrate.config import Settings
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.flags import DUAL_WRITE, READ_FROM_LEDGER, Decision, StaticSource
@@ -137,6 +138,14 @@ def test_a_job_that_does_not_run_has_no_rate_and_no_time_left(made: tuple[Engine
     assert (job.state, job.rate, job.eta_seconds) == (state, None, None)
 
 
+@pytest.mark.parametrize(
+    ("state", "share"), [("running", True), ("paused", True), ("done", False), ("cancelled", False)]
+)
+def test_only_a_job_that_may_go_on_shows_how_far_it_is(made: tuple[Engine, Settings], state: str, share: bool) -> None:
+    add_job(made[0], state=f"'{state}'")
+    assert (", 40 %" in _job_line(status(*made, KNOWN).jobs[0])) is share
+
+
 def test_a_job_whose_process_is_gone_is_stalled_and_has_no_time_left(made: tuple[Engine, Settings]) -> None:
     add_job(made[0], updated="clock_timestamp() - interval '61 s'")
     job = status(*made, KNOWN).jobs[0]
@@ -167,6 +176,15 @@ def test_a_job_that_waits_by_itself_has_no_rate_and_no_time_left(made: tuple[Eng
     assert (job.state, job.held, job.rate, job.eta_seconds) == ("running", "replica lag", None, None)
 
 
+def test_a_job_whose_process_died_while_it_was_held_is_stalled_and_waits_for_nothing(
+    made: tuple[Engine, Settings],
+) -> None:
+    add_job(made[0], updated="clock_timestamp() - interval '61 s'")
+    ledger.execute(made[0], "update wallet.jobs set held = 'replica lag', held_at = clock_timestamp()")
+    job = status(*made, KNOWN).jobs[0]
+    assert (job.state, job.stalled, job.runs, job.held) == ("running", True, False, None)
+
+
 def test_a_job_that_is_at_work_is_not_the_next_command(made: tuple[Engine, Settings]) -> None:
     ledger.set_phase(made[0], "dual_write")
     add_job(made[0])
@@ -188,6 +206,15 @@ def test_the_newest_job_of_each_kind_is_shown(made: tuple[Engine, Settings]) -> 
     add_job(made[0], state="'done'", done="1000")
     add_job(made[0], state="'paused'", done="7")
     assert [(job.id, job.items_done) for job in status(*made, KNOWN).jobs] == [(2, 7)]
+
+
+def test_a_job_of_a_mapping_that_is_no_longer_configured_is_not_shown(made: tuple[Engine, Settings]) -> None:
+    add_job(made[0])
+    add_job(made[0], state="'failed'")
+    ledger.execute(made[0], "update wallet.jobs set mapping = 'gone' where id = 2")
+    assert [job.id for job in status(*made, KNOWN).jobs] == [1]
+    ledger.execute(made[0], "update wallet.jobs set mapping = null where id = 2")
+    assert [job.id for job in status(*made, KNOWN).jobs] == [1, 2], "a snapshot is of no mapping"
 
 
 def test_the_last_full_verification_is_shown_with_its_drift(made: tuple[Engine, Settings]) -> None:

@@ -274,7 +274,8 @@ class LegacyBalanceAdapter:
                 prepared = [self._prepare(connection, site, each, correlation_id) for each in movements]
                 postings = self._post(connection, site, prepared)
         except (WalletMigrateError, DBAPIError) as error:
-            self._tell(failed(self.mapping.name, movements, correlation_id, error))
+            seconds = time.perf_counter() - started
+            self._tell(failed(self.mapping.name, movements, correlation_id, error, seconds))
             raise
         seconds = time.perf_counter() - started
 

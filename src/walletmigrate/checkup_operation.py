@@ -24,7 +24,7 @@ _JOBS: Final = """
 select distinct on (kind, mapping)
     id, kind, mapping, state, items_failed, updated_at, held, details,
     updated_at < clock_timestamp() - make_interval(secs => :stalled) as old
-from {schema}.jobs order by kind, mapping, id desc
+from {schema}.jobs where mapping is null or mapping = any(:mappings) order by kind, mapping, id desc
 """
 
 _STATISTICS: Final = """
@@ -50,7 +50,8 @@ def examine(connection: Connection, settings: Settings) -> Iterator[Finding]:
 
 def _jobs(connection: Connection, settings: Settings) -> Iterator[Finding]:
     query = text(_JOBS.replace("{schema}", quoted(settings.ledger_schema)))
-    for job in sorted(connection.execute(query, {"stalled": STALLED_SECONDS}), key=lambda row: row.id):
+    values = {"stalled": STALLED_SECONDS, "mappings": [mapping.name for mapping in settings.mappings]}
+    for job in sorted(connection.execute(query, values), key=lambda row: row.id):
         name = f"{job.kind} job {job.id} of {job.mapping}"
         resume = resuming(job)
         if job.state == "failed":
@@ -59,12 +60,13 @@ def _jobs(connection: Connection, settings: Settings) -> Iterator[Finding]:
         elif job.state == "paused":
             what = f"{name} is paused since {shown_time(job.updated_at)}"
             yield Finding(what, resume, "runbooks/backfill-stalled.md")
+        elif job.state == "running" and job.old:
+            # Also where it was held: one that waits says so every few seconds.
+            what = f"{name} counts as running, and has committed no batch since {shown_time(job.updated_at)}"
+            yield Finding(what, resume, "runbooks/backfill-stalled.md")
         elif job.state == "running" and job.held is not None:
             mend = f"walletmigrate jobs show {job.id}  # goes on by itself when that is over"
             yield Finding(f"{name} waits: {job.held}", mend, "runbooks/backfill-stalled.md")
-        elif job.state == "running" and job.old:
-            what = f"{name} counts as running, and has committed no batch since {shown_time(job.updated_at)}"
-            yield Finding(what, resume, "runbooks/backfill-stalled.md")
         elif job.items_failed and job.state in ("running", "done"):
             mend = f"walletmigrate jobs show {job.id}  # names the rows; mend them, then: {resume}"
             yield Finding(f"{name} has set {job.items_failed} accounts aside", mend, "runbooks/job-failed.md")

@@ -161,8 +161,9 @@ def _job_line(job: JobStatus) -> str:
     state = "running, but no batch for a minute" if job.stalled else job.state
     if job.held is not None:
         state = f"running, but waiting: {job.held}"
-    # Rounded down: 100 % is said of nothing that is not done.
-    share = f", {int(job.share * 100)} %" if job.share is not None and job.state != "done" else ""
+    # Rounded down: 100 % is said of nothing that is not done. What is over is not on its way.
+    over = job.state in ("done", "cancelled")
+    share = f", {int(job.share * 100)} %" if job.share is not None and not over else ""
     rate = f", {job.rate:.0f}/s" if job.rate is not None else ""
     eta = f", about {shown_span(timedelta(seconds=job.eta_seconds))} left" if job.eta_seconds is not None else ""
     failed = f", {job.items_failed} failed" if job.items_failed else ""

@@ -19,6 +19,8 @@ TREATMENTS: Final = ("absent", "stale", "turned_stale", "mirrored", "closed", "r
 STATES: Final = ("absent", "mirrored", "stale", "frozen", "closed")
 JOB_KINDS: Final = ("backfill", "verify", "freeze", "unfreeze", "reconcile", "snapshot take")
 LINE_STOPPED: Final = 2
+VOIDED: Final = 1.0
+"""As a time it is 1970: older than any limit, and not the 0 of what was never verified, which may be no fault yet."""
 
 # The last reconciliation of each mapping, of legacy with the ledger only where no verification came after it.
 _REPORTED: Final = """
@@ -52,8 +54,9 @@ class JobFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """What one look at the ledger's schema saw. Amounts are in major units, by currency; ``last_success``
-    is Unix time, 0 if a mapping never had a clean full verification, or a later one of any form was not clean.
+    """What one look at the ledger's schema saw. Amounts are in major units, by currency; ``last_success`` is Unix time:
+    `VOIDED` if a mapping's clean full verification was followed by one of any form that was not clean, else 0 if a
+    mapping never had any.
     """
 
     phase: str
@@ -71,7 +74,7 @@ class Facts:
 def read_facts(connection: sa.Connection, schema: str, scope: Collection[tuple[str, str]] = ()) -> Facts:
     """Read the facts of the ledger in ``schema``, as of the connection's snapshot.
 
-    ``scope`` are the configured (mapping, currency) pairs: only their verifications count, and their
+    ``scope`` are the configured (mapping, currency) pairs: only their verifications and jobs count, and their
     currencies are there before they have a row; without it everything in the database counts. Raises
     SQLAlchemy's errors, also when no ledger is installed.
     """
@@ -86,7 +89,7 @@ def read_facts(connection: sa.Connection, schema: str, scope: Collection[tuple[s
         line_stopped=connection.scalar(sa.select(line.c.last_value)) == LINE_STOPPED,
         # Counting the absent means reading the legacy table; the last verification has done that.
         accounts={**dict.fromkeys(STATES, 0), **states, "absent": sum(int(row.missing) for row in drift)},
-        jobs=_jobs(connection, schema),
+        jobs=_jobs(connection, schema, scope),
         imbalance=dict.fromkeys(currencies, Decimal(0)) | imbalance,
         drift_accounts=dict.fromkeys(currencies, 0) | {name: found[0] for name, found in differences.items()},
         drift_amount=dict.fromkeys(currencies, Decimal(0)) | {name: found[1] for name, found in differences.items()},
@@ -216,7 +219,7 @@ def _differences(
 
 def _last_success(connection: sa.Connection, schema: str, scope: Collection[tuple[str, str]]) -> float:
     """The oldest of the mappings' last clean full runs: one that is verified daily must not hide another. A run of any
-    form that was not clean voids those that began before it.
+    form that was not clean voids those that began before it; that is told before what was never verified.
     """
     runs, counts = _full_runs(schema, scope)
     later = runs.alias("later")
@@ -224,14 +227,16 @@ def _last_success(connection: sa.Connection, schema: str, scope: Collection[tupl
         *(later.c.mapping == runs.c.mapping, later.c.currency == runs.c.currency),
         *(~later.c.clean, later.c.started_at >= runs.c.started_at),
     )
-    when = sa.extract("epoch", sa.func.max(runs.c.finished_at))
-    clean = sa.select(runs.c.mapping, runs.c.currency, when).where(counts, runs.c.clean, ~voided)
+    when = sa.extract("epoch", sa.func.max(runs.c.finished_at).filter(~voided))
+    clean = sa.select(runs.c.mapping, runs.c.currency, when).where(counts, runs.c.clean)
     rows = connection.execute(clean.group_by(runs.c.mapping, runs.c.currency))
-    times = {(mapping, currency): float(at) for mapping, currency, at in rows}
+    times = {(mapping, currency): VOIDED if at is None else float(at) for mapping, currency, at in rows}
+    if VOIDED in times.values():
+        return VOIDED
     return min((times.get(pair, 0.0) for pair in scope or times), default=0.0)
 
 
-def _jobs(connection: sa.Connection, schema: str) -> dict[str, JobFacts]:
+def _jobs(connection: sa.Connection, schema: str, scope: Collection[tuple[str, str]]) -> dict[str, JobFacts]:
     columns = (
         "id",
         "kind",
@@ -241,22 +246,31 @@ def _jobs(connection: sa.Connection, schema: str) -> dict[str, JobFacts]:
         "items_done",
         "items_failed",
         "last_batch_seconds",
-        "held",
+        *("held", "updated_at"),
     )
     jobs = _table(schema, "jobs", *columns)
     newest = sa.select(sa.func.max(jobs.c.id)).group_by(jobs.c.kind, jobs.c.mapping)
+    if scope:  # nobody finishes the jobs of a mapping that is no longer configured; some jobs are of no mapping
+        newest = newest.where(sa.or_(jobs.c.mapping.is_(None), jobs.c.mapping.in_({mapping for mapping, _ in scope})))
     facts = {kind: JobFacts() for kind in JOB_KINDS}
-    for job in connection.execute(sa.select(jobs).where(jobs.c.id.in_(newest))):
+    # One that waits says so every few seconds; one that was held when its process died says nothing.
+    alive = (sa.func.extract("epoch", sa.func.clock_timestamp() - jobs.c.updated_at) < LIVE_SECONDS).label("alive")
+    for job in connection.execute(sa.select(jobs, alive).where(jobs.c.id.in_(newest))):
         before = facts.get(job.kind, JobFacts())
         facts[job.kind] = JobFacts(
             items=before.items + job.items_done,
-            # A job can fail before any of its items did; it must show all the same.
-            failed=before.failed + max(job.items_failed, job.state == "failed"),
-            paused=before.paused + (job.state == "paused" or (job.state == "running" and job.held is not None)),
+            failed=before.failed + _failed(job),
+            paused=before.paused
+            + (job.state == "paused" or (job.state == "running" and job.held is not None and job.alive)),
             remaining=before.remaining + _remaining(job),
             batch_seconds=max(before.batch_seconds, float(job.last_batch_seconds or 0)),
         )
     return facts
+
+
+def _failed(job: sa.Row[Any]) -> int:
+    """A job can fail before any of its items did, and must show all the same; one that was given up is dealt with."""
+    return 0 if job.state == "cancelled" else max(int(job.items_failed), int(job.state == "failed"))
 
 
 def _remaining(job: sa.Row[Any]) -> float:

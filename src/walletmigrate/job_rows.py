@@ -29,6 +29,8 @@ _OWN_COMMAND: Final = {
     "snapshot take": "snapshot take",
 }
 """Who goes on with jobs of these kinds: `jobs resume` runs the others."""
+HOLD_SECONDS: Final = 10
+"""How often a job that is held says that it is still there; well below the 60 s after which it counts as gone."""
 _LOST: Final = ("08", "57P")  # connection exceptions; the server is shutting down or starting
 
 
@@ -200,14 +202,18 @@ def configure(connection: Connection, settings: Settings, job_id: int, options: 
 
 
 def hold(connection: Connection, settings: Settings, job_id: int, reason: str | None) -> None:
-    """Write down why a running job stands still, or that it goes on (None); nothing where that is known."""
+    """Write down why a running job stands still, or that it goes on (None); nothing where that is known. While it is
+    held ``updated_at`` goes on, so that a job whose process died then is not taken for one that waits.
+    """
     connection.execute(
         text(
             f"update {table(settings)} set held = :reason, "
-            "held_at = case when cast(:reason as text) is not null then coalesce(held_at, clock_timestamp()) end "
-            "where id = :id and state = 'running' and held is distinct from :reason"
+            "held_at = case when cast(:reason as text) is not null then coalesce(held_at, clock_timestamp()) end, "
+            "updated_at = case when cast(:reason as text) is not null then clock_timestamp() else updated_at end "
+            "where id = :id and state = 'running' and (held is distinct from :reason or "
+            "held is not null and updated_at < clock_timestamp() - make_interval(secs => :seconds))"
         ),
-        {"id": job_id, "reason": reason},
+        {"id": job_id, "reason": reason, "seconds": HOLD_SECONDS},
     )
 
 

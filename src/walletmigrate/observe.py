@@ -113,21 +113,33 @@ METRICS: Final = _catalogue(
     Metric("phase", "gauge", "1 for the phase in force, 0 for the others.", ("phase",)),
     Metric("line_stopped", "gauge", "1 while the line is stopped, else 0."),
     Metric("accounts", "gauge", "Accounts by state; absent is as of the last full verification.", ("state",)),
-    Metric("drift_accounts", "gauge", "Accounts that differed in the last full verification.", ("currency",)),
+    Metric(
+        "drift_accounts",
+        "gauge",
+        "Accounts that differed in the last full verification, or, if that is more, in a later verification or "
+        "reconciliation.",
+        ("currency",),
+    ),
     Metric(
         "drift_amount",
         "gauge",
-        "Sum of absolute differences in the last full verification, in major units.",
+        "Sum of absolute differences in the same, in major units.",
         ("currency",),
     ),
     Metric(
         "verification_last_success_timestamp_seconds",
         "gauge",
-        "Unix time of the last clean full verification, the oldest of all mappings; 0 if one never had any.",
+        "Unix time of the last clean full verification, the oldest of all mappings; 1 if a later one of any form was "
+        "not clean, 0 if a mapping never had any.",
     ),
     Metric("job_items", "gauge", "Items done by the newest job of each mapping.", ("kind",)),
-    Metric("job_failed", "gauge", "Items that failed; at least 1 if the job itself failed.", ("kind",)),
-    Metric("job_paused", "gauge", "Newest jobs that are paused.", ("kind",)),
+    Metric(
+        "job_failed",
+        "gauge",
+        "Items that failed; at least 1 if the job itself failed, 0 if it was cancelled.",
+        ("kind",),
+    ),
+    Metric("job_paused", "gauge", "Newest jobs that are paused, or held by a throttle.", ("kind",)),
     Metric("job_remaining", "gauge", "Items left to do; NaN while the total is not known.", ("kind",)),
     Metric("job_batch_seconds", "gauge", "Seconds of the last batch of the newest jobs, the slowest.", ("kind",)),
     Metric("ledger_imbalance", "gauge", "Sum of all balances, in major units; must be 0.", ("currency",)),
@@ -137,11 +149,11 @@ METRICS: Final = _catalogue(
 
 @dataclass(frozen=True, slots=True)
 class Posted:
-    """One movement that the adapter carried out or refused.
+    """One movement that the adapter carried out or refused, or that the ledger broke (ledger_failed, not committed).
 
-    ``seconds`` is the call's duration; None for the second and later movements of one call, so that a batch
-    is measured once. ``committed`` is False on a bare Connection and for what was refused. ``error`` is an
-    error code or SQLSTATE, never a message. ``amount`` is what moved, in major units and without a sign; None where
+    ``seconds`` is the call's duration; None for a refusal, and for the second and later movements of one call, so
+    that a batch is measured once. ``committed`` is False on a bare Connection and for what failed. ``error`` is a
+    code or SQLSTATE, never a message. ``amount`` is what moved, in major units and without a sign; None where
     nothing did (a replay, a refusal) or where it is not known.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
@@ -53,6 +54,9 @@ _LABEL = (
 _GONE = frozenset({"42883", "3F000", "42P01"})  # no such function, schema, table
 
 _UNFIT = _GONE | {"42703", "42804", "42704"}  # and no such column, another type, no such type
+_NOT_THE_LEDGERS = ("40", "WM03")
+"""What can be tried again; and what the fence refuses because something else than the adapter writes."""
+
 _OURS = ("plain", "move", "side", "lock", "fence")
 
 
@@ -327,18 +331,24 @@ def posted(mapping: str, result: Posting, seconds: float | None, committed: bool
 
 
 def failed(
-    mapping: str, movements: Sequence[Movement], correlation_id: str, error: WalletMigrateError | DBAPIError
+    mapping: str,
+    movements: Sequence[Movement],
+    correlation_id: str,
+    error: WalletMigrateError | DBAPIError,
+    seconds: float,
 ) -> list[observe.Event]:
-    """What observers are told of a call that raised; a batch is told as one, because it failed as one."""
+    """What observers are told of a call that raised after ``seconds``; a batch is told as one, because it failed as
+    one.
+    """
     first, alone = movements[0], len(movements) == 1
-    differs = isinstance(error, LedgerMismatch)
+    broke = _ledger_broke(mapping, error)
     correlation_id = first.correlation_id or correlation_id
     events: list[observe.Event] = [
         observe.Posted(
             operation=first.operation if alone else "apply",
-            mode="dual_write" if differs else "legacy",
-            outcome="ledger_failed" if differs else "refused",
-            seconds=None,
+            mode="dual_write" if broke else "legacy",
+            outcome="ledger_failed" if broke else "refused",
+            seconds=seconds if broke else None,
             mapping=mapping,
             bucket=first.bucket,
             currency=first.currency,
@@ -349,8 +359,25 @@ def failed(
             error=error.code if isinstance(error, WalletMigrateError) else sqlstate(error),
         )
     ]
-    if differs:
+    if isinstance(error, LedgerMismatch):
         events.append(
             observe.Mismatch("write", mapping, first.bucket or "", first.currency or "", correlation_id, key=first.key)
         )
     return events
+
+
+def _ledger_broke(mapping: str, error: WalletMigrateError | DBAPIError) -> bool:
+    """Whether the call failed by the ledger's doing, so that it counts against the error budget.
+
+    It did not where the legacy table refused the write (a constraint, a trigger, a row that another session has
+    locked), where the connection was lost, and where the same transaction succeeds when it is tried again (class 40).
+    A time-out (55P03, 57014) is the ledger's when it was reached in the ledger's part of the call.
+    """
+    if isinstance(error, WalletMigrateError):
+        # Without a cause the adapter itself said so: a reversal where no ledger was ever installed.
+        raised = error.__cause__ is not None
+        return raised and isinstance(error, (LedgerMismatch, LedgerNotInstalled, LegacyTableAltered))
+    if sqlstate(error).startswith(_NOT_THE_LEDGERS):
+        return False
+    context = str(getattr(getattr(error.orig, "diag", None), "context", None) or "")
+    return re.search(rf"\b((leg|settle|fence)_{mapping}|enter_batch)\(", context) is not None

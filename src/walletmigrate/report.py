@@ -27,9 +27,9 @@ STATES = ("absent", "mirrored", "stale", "frozen", "closed")
 class JobStatus:
     """The newest job of a kind on a mapping. Items are accounts; ``share`` of them is done, 0 to 1.
 
-    ``stalled``: it counts as running, and no batch was committed for a minute. ``rate`` is items per second over the
-    batches of the last minute: since the start would count pauses. ``rate`` and ``eta_seconds`` are None unless it
-    really runs, and ``share`` and ``eta_seconds`` while the total is not known.
+    ``stalled``: it counts as running, and for a minute no batch was committed, and nobody said that it is ``held``.
+    ``rate`` is items per second over the batches of the last minute: since the start would count pauses. ``rate`` and
+    ``eta_seconds`` are None unless it really runs, and ``share`` and ``eta_seconds`` while the total is not known.
     """
 
     id: int
@@ -170,7 +170,8 @@ _JOBS = """
 select distinct on (j.kind, j.mapping)
     j.id, j.kind, j.mapping, j.state, j.items_total, j.items_done, j.items_failed, j.updated_at, j.actor, j.reason,
     j.updated_at < clock_timestamp() - make_interval(secs => :stalled) as old,
-    case when j.state = 'running' then j.held end as held,
+    case when j.state = 'running' and j.updated_at >= clock_timestamp() - make_interval(secs => :stalled) then j.held
+    end as held,
     extract(epoch from j.updated_at - j.started_at)::float8 as seconds,
     b.items as recent_items, b.seconds as recent_seconds
 from {schema}.jobs as j
@@ -181,13 +182,15 @@ left join lateral (
     from {schema}.job_batches as x
     where x.job_id = j.id and x.state = 'done' and x.at > clock_timestamp() - make_interval(secs => :stalled)
 ) as b on j.state = 'running'
+where j.mapping is null or j.mapping = any(:mappings)
 order by j.kind, j.mapping, j.id desc
 """
 
 
 def _jobs(connection: Connection, settings: Settings) -> Iterator[JobStatus]:
     query = text(_JOBS.replace("{schema}", quoted(settings.ledger_schema)))
-    for row in sorted(connection.execute(query, {"stalled": STALLED_SECONDS}), key=lambda row: row.id):
+    values = {"stalled": STALLED_SECONDS, "mappings": [mapping.name for mapping in settings.mappings]}
+    for row in sorted(connection.execute(query, values), key=lambda row: row.id):
         rate, eta = _speed(row)
         done = row.items_done + row.items_failed
         yield JobStatus(
@@ -195,7 +198,7 @@ def _jobs(connection: Connection, settings: Settings) -> Iterator[JobStatus]:
             row.kind,
             row.mapping,
             row.state,
-            row.state == "running" and row.old and row.held is None,
+            row.state == "running" and row.old,
             row.items_total,
             row.items_done,
             row.items_failed,
