@@ -87,12 +87,16 @@ def test_what_was_committed_before_the_crash_is_there_the_stopped_line_included(
 
 
 def test_a_step_of_the_phase_that_the_crash_cut_in_two_is_found_and_its_command_mends_it(synchronous: Story) -> None:
-    assert [one.what for one in synchronous.findings] == ["postings take the phase for legacy; it is dual_write"]
+    assert [one.what for one in synchronous.findings] == [
+        "postings take the phase for legacy; it is dual_write",
+        "the line is stopped: accounts turn stale at their next write",
+    ]
     owner, _, statement = synchronous.findings[0].mend.partition(": ")
     assert owner == "as the ledger's owner"
     ledger.execute(synchronous.stage.engine, statement)
     with synchronous.stage.engine.connect() as connection:
-        assert doctor.examine(connection, synchronous.stage.settings) == ()
+        (stopped,) = doctor.examine(connection, synchronous.stage.settings)
+        assert stopped == synchronous.findings[1]
         assert phases.show(connection, synchronous.stage.settings).phase == "dual_write"
 
 
