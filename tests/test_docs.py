@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import typer
 
+from commandline import parsed
 from walletmigrate.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -128,6 +129,12 @@ def test_every_python_block_of_the_readme_compiles() -> None:
     assert blocks
     for block in blocks:
         ast.parse(block)
+
+
+def test_what_the_readme_schedules_can_be_run_and_every_alert_on_its_absence_has_it() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for form in (r"^[\d*]+ [\d*]+ \* \* \* .*?(walletmigrate .+)$", r"^ExecStart=(walletmigrate .+)$"):
+        assert sorted(map(parsed, re.findall(form, text, re.MULTILINE))) == ["reconcile", "snapshot take", "verify"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "runbooks").glob("*.md")), ids=named)
