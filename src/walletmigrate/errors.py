@@ -135,7 +135,10 @@ class FlagsMissing(WalletMigrateError):
 
 @dataclass(eq=False)
 class FlagDocumentInvalid(UsageError):
-    """A flag document is not an environment document of Flagsmith's; the one in force stays."""
+    """A flag document is not an environment document of Flagsmith's; the one in force stays.
+
+    Where none was in force, everything is off.
+    """
 
     source: str
     detail: str
@@ -143,7 +146,8 @@ class FlagDocumentInvalid(UsageError):
     code = "flag_document"
 
     def __str__(self) -> str:
-        return f"{self.source} is not a flag document: {self.detail}. The last good document stays in force."
+        kept = "The last good document stays in force; where there was none, everything is off."
+        return f"{self.source} is not a flag document: {self.detail}. {kept}"
 
 
 @dataclass(eq=False)
