@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 
 from walletmigrate.checkup import DRIFT, LATENCY, Finding
 from walletmigrate.config import Settings
@@ -23,7 +23,7 @@ _RESUMABLE: Final = ("backfill", "freeze", "unfreeze")
 
 _JOBS: Final = """
 select distinct on (kind, mapping)
-    id, kind, mapping, state, items_failed, updated_at, held,
+    id, kind, mapping, state, items_failed, updated_at, held, details,
     updated_at < clock_timestamp() - make_interval(secs => :stalled) as old
 from {schema}.jobs order by kind, mapping, id desc
 """
@@ -55,8 +55,7 @@ def _jobs(connection: Connection, settings: Settings) -> Iterator[Finding]:
         name = f"{job.kind} job {job.id} of {job.mapping}"
         resume = f"walletmigrate jobs resume {job.id} {REASON}"
         if job.kind not in _RESUMABLE:
-            option = f" --mapping {shlex.quote(job.mapping)}" if job.mapping else ""
-            resume = f"walletmigrate {job.kind}{option}  # goes on where it stopped"
+            resume = f"walletmigrate {_again(job)} {REASON}  # and its options as before: goes on where it stopped"
         if job.state == "failed":
             mend = f"walletmigrate jobs show {job.id}  # says why; then: {resume}"
             yield Finding(f"{name} has failed", mend, "runbooks/job-failed.md")
@@ -72,6 +71,17 @@ def _jobs(connection: Connection, settings: Settings) -> Iterator[Finding]:
         elif job.items_failed and job.state in ("running", "done"):
             mend = f"walletmigrate jobs show {job.id}  # names the rows; mend them, then: {resume}"
             yield Finding(f"{name} has set {job.items_failed} accounts aside", mend, "runbooks/job-failed.md")
+
+
+def _again(job: Row[Any]) -> str:
+    """The command, with its options, that goes on with a job that `jobs resume` does not start."""
+    if job.kind == "snapshot take":
+        return "snapshot take"  # of all mappings, always
+    if job.kind == "backfill undo":
+        return f"backfill undo --job {job.details['of']}"
+    if job.kind == "reconcile undo":
+        return f"reconcile undo {job.details['undoes']}"
+    return f"reconcile --all --mapping {shlex.quote(job.mapping)}"
 
 
 def _verifications(connection: Connection, settings: Settings) -> Iterator[Finding]:
