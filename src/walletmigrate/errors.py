@@ -402,13 +402,13 @@ class LedgerNotInstalled(WalletMigrateError):
 
     mapping: str
     detail: str = "its functions are not in the database"
+    mend: str = "Retry the transaction; if it is refused again, run `walletmigrate install`."
 
     code = "not_installed"
     exit_code = 4
 
     def __str__(self) -> str:
-        mend = "Retry the transaction; if it is refused again, run `walletmigrate install`."
-        return f"mapping {self.mapping!r}: {self.detail}. {mend}"
+        return f"mapping {self.mapping!r}: {self.detail}. {self.mend}"
 
 
 @dataclass(eq=False)
