@@ -26,6 +26,7 @@ from walletmigrate.errors import UsageError
 from walletmigrate.exporter import serve
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.flags import DUAL_WRITE, READ_FROM_LEDGER
+from walletmigrate.heartbeat import Heartbeat
 from walletmigrate.install import install
 
 ROOT = Path(__file__).parents[1]
@@ -410,6 +411,9 @@ def test_the_command_looks_at_flags_logins_and_the_exporter(database_url: str, t
     project = Project(tmp_path, database_url)
     said = project.run("doctor")
     assert (said.exit_code, said.stdout) == (0, "everything is as it should be\n")
+    assert said.stderr.startswith("no process has a heartbeat, ")
+    Heartbeat(project.settings, FileSource(project.flag_path)).beat()
+    assert project.run("doctor").stderr == ""
     project.flags.set(READ_FROM_LEDGER, True, trait=("tenant", "acme"))
     said = project.run("doctor", "--exporter", "http://127.0.0.1:1", "--login", "nobody", "--json")
     assert said.exit_code == 3
