@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
 from sqlalchemy import Engine
 from typer.testing import CliRunner
 
@@ -40,6 +42,25 @@ traits = {{ tenant = "tenant", role = "role" }}
   currency = "EUR"
   scale = 2
 """
+
+
+def parsed(line: str) -> str:
+    """The name of the command in a line as it is shown; a comment after it is left out. Raises click's errors for an
+    option that is unknown or missing, and AssertionError where a change has no reason.
+    """
+    program, *words = shlex.split(line.replace("…", "x"), comments=True)
+    assert program == "walletmigrate", line
+    command, names = typer.main.get_command(app), []
+    while inner := getattr(command, "commands", None):
+        named = bool(words) and words[0] in inner
+        name = words.pop(0) if named else getattr(command, "default", None)
+        if name is None:
+            break
+        names += [name] if named else []
+        command = inner[name]
+    values = command.make_context(" ".join(names), words).params
+    assert values.get("reason", "none is asked for") or values["dry_run"] or names == ["verify"], f"no reason: {line}"
+    return " ".join(names)
 
 
 @dataclass(frozen=True)

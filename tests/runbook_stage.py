@@ -6,6 +6,7 @@ A shell acts as the operators' role, so that a command that asks for more rights
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -67,7 +68,10 @@ class Shell:
     environment: dict[str, str]
 
     def run(self, commands: str) -> Ran:
-        """Run one block as it would be pasted; it ends at the first command that fails."""
+        """Run one block as it would be pasted; it ends at the first command that fails.
+
+        A variable that a line of its own sets (``JOB=1``) is there in the next blocks, as at one terminal.
+        """
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", commands],
             cwd=self.folder,
@@ -79,6 +83,7 @@ class Shell:
             timeout=SECONDS,
             check=False,
         )
+        self.environment.update(re.findall(r"^([A-Z]+)=(\w+)$", commands, re.MULTILINE))
         return Ran(done.returncode, done.stdout)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 
 import flag_documents
 from capturing import Place
-from commandline import Project
+from commandline import Project, parsed
 from ledger import ACT, execute, install_users
 from servers import Postgres
 from walletmigrate import Settings, connect, doctor
@@ -26,6 +26,7 @@ from walletmigrate.errors import UsageError
 from walletmigrate.exporter import serve
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.flags import DUAL_WRITE, READ_FROM_LEDGER
+from walletmigrate.heartbeat import Heartbeat
 from walletmigrate.install import install
 
 ROOT = Path(__file__).parents[1]
@@ -155,6 +156,35 @@ def test_each_fault_is_found_with_its_runbook(connection: Connection, place: Pla
     assert [one for one in found if what in one.what and runbook in one.runbook and one.mend], found
     for one in found:
         assert (ROOT / one.runbook).is_file(), one
+    assert_it_can_be_run(found)
+
+
+def assert_it_can_be_run(found: Sequence[Finding]) -> None:
+    """Each command in what mends has its options, known and whole, and its reason."""
+    for one in found:
+        for command in re.findall(r"walletmigrate [a-z][^;#,]*", one.mend):
+            assert parsed(command), one
+
+
+@pytest.mark.parametrize("state", ["failed", "paused"])
+@pytest.mark.parametrize(
+    ("kind", "mapping", "details", "again"),
+    [
+        ("reconcile", "users", "{}", "reconcile --all --mapping users"),
+        ("reconcile undo", "users", '{"undoes": 7}', "reconcile undo 7"),
+        ("backfill undo", "users", '{"of": 7}', "backfill undo --job 7"),
+        ("snapshot take", "(all)", "{}", "snapshot take"),
+    ],
+)
+def test_what_goes_on_with_a_job_can_be_run_as_it_is_shown(
+    connection: Connection, place: Place, kind: str, mapping: str, details: str, again: str, state: str
+) -> None:
+    row = JOB.format(state, 0, "null", 0).replace("'backfill', 'users'", f"'{kind}', '{mapping}'")
+    run(connection, row)
+    run(connection, f"update wallet.jobs set details = details || '{details}'")
+    (found,) = doctor.examine(connection, place.settings)
+    assert f"walletmigrate {again} --reason '…'" in found.mend
+    assert_it_can_be_run([found])
 
 
 @pytest.mark.parametrize(
@@ -384,6 +414,9 @@ def test_the_command_looks_at_flags_logins_and_the_exporter(database_url: str, t
     project = Project(tmp_path, database_url)
     said = project.run("doctor")
     assert (said.exit_code, said.stdout) == (0, "everything is as it should be\n")
+    assert said.stderr.startswith("no process has a heartbeat, ")
+    Heartbeat(project.settings, FileSource(project.flag_path)).beat()
+    assert project.run("doctor").stderr == ""
     project.flags.set(READ_FROM_LEDGER, True, trait=("tenant", "acme"))
     said = project.run("doctor", "--exporter", "http://127.0.0.1:1", "--login", "nobody", "--json")
     assert said.exit_code == 3

@@ -414,6 +414,13 @@ def test_without_a_database_a_flag_is_set_only_if_no_audit_row_is_asked_for(bare
     assert bare.flags.list()[0].default
 
 
+def test_doctor_of_a_database_without_a_ledger_speaks_to_an_operator(database_url: str, tmp_path: Path) -> None:
+    said = Project(tmp_path, database_url).run("doctor")
+    assert said.exit_code == 4
+    assert "Retry the transaction" not in said.stderr
+    assert "Is it the right database? Then, as the owner of the tables: walletmigrate install --reason" in said.stderr
+
+
 def test_without_a_ledger_a_flag_is_set_only_if_no_audit_row_is_asked_for(database_url: str, tmp_path: Path) -> None:
     project = Project(tmp_path, database_url)
     said = project.run("flags", "set", "wallet.dualWrite", "on", "--everyone", "--json", *REASON)

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.pool import NullPool
 
 import ledger
 from flag_documents import document
@@ -20,6 +22,7 @@ from walletmigrate.errors import ConfigError
 from walletmigrate.facts import read_facts
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.heartbeat import Heartbeat
+from walletmigrate.observe import Event, PrometheusObserver
 
 
 def until(holds: Callable[[], bool]) -> bool:
@@ -94,6 +97,36 @@ def test_it_beats_by_itself_and_tells_of_a_new_document(place: tuple[Engine, Set
     ledger.execute(engine, "delete from wallet.processes")
     assert beating.start() is beating
     assert processes(engine) == []
+
+
+def test_each_beat_tells_the_observers_how_old_the_flags_are_though_nothing_calls_and_the_database_is_away(
+    place: tuple[Engine, Settings], tmp_path: Path
+) -> None:
+    engine, settings = place
+    file, now, registry = tmp_path / "environment.json", 0.0, CollectorRegistry()
+    file.write_text(json.dumps(document()), encoding="utf-8")
+    source = FileSource(file, clock=lambda: now)
+
+    def fails(_: Event) -> None:
+        raise RuntimeError("an observer is broken")
+
+    def age() -> float | None:
+        return registry.get_sample_value("walletmigrate_flag_age_seconds", {"flag": "wallet.dualWrite"})
+
+    beating = Heartbeat(settings, source, observers=(fails, PrometheusObserver(registry)))
+    beating.beat()
+    assert age() == 0
+    file.write_text("broken", encoding="utf-8")
+    now = 400.0
+    away = engine.url.set(database="nowhere")
+    beating._engine = connect.engine(away, application_name="walletmigrate-test", poolclass=NullPool)
+    with pytest.raises(OperationalError):
+        beating.beat()
+    assert age() == 400
+    file.write_text(json.dumps(document()), encoding="utf-8")
+    now = 402.0
+    beating._beat_somehow()
+    assert age() == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

@@ -78,9 +78,9 @@ class Screen:
 
 
 @contextmanager
-def watching(project: Project, *words: str) -> Iterator[Screen]:
+def watching(project: Project, *words: str, rows: int = 50) -> Iterator[Screen]:
     main, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 120, 0, 0))
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 120, 0, 0))
     process = project.start("watch", "--interval", "0.5", *words, stdin=terminal, stdout=terminal)
     os.close(terminal)
     try:
@@ -101,6 +101,15 @@ def test_watch_follows_what_changes_and_ends_with_130(project: Project) -> None:
         assert screen.process.wait(timeout=30) == INTERRUPTED
         assert screen.process.stderr is not None
         assert screen.process.stderr.read() == ""
+
+
+def test_watch_shows_the_next_command_on_a_terminal_of_twelve_lines(project: Project) -> None:
+    for state in ("paused", "failed"):
+        run_a_job(project, state)
+    assert len(project.run("status").stdout.splitlines()) > 12
+    with watching(project, rows=12) as screen:
+        screen.until("phase: dual_write")
+        assert "next: walletmigrate " in screen.shown
 
 
 def test_watch_says_that_the_database_is_away_shows_what_it_saw_last_and_goes_on_when_it_is_back(

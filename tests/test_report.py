@@ -274,3 +274,20 @@ def test_an_auditor_may_ask_for_the_status(made: tuple[Engine, Settings]) -> Non
     with auditor.connect() as connection:
         assert connection.exec_driver_sql("select current_user").scalar() == "wallet_auditor"
     assert status(auditor, settings, KNOWN) == status(engine, settings, KNOWN)
+
+
+def test_with_broken_flags_the_next_command_is_to_look_at_them_and_not_to_switch_one(
+    made: tuple[Engine, Settings], tmp_path: Path
+) -> None:
+    engine, settings = made
+    file = tmp_path / "environment.json"
+    file.write_bytes(flag_documents.body(flag_documents.document()))
+    source = FileSource(file)
+    ledger.set_phase(engine, "dual_write")
+    assert status(engine, settings, source).next_command != "walletmigrate flags check"
+    file.write_text("broken", encoding="utf-8")
+    source.refresh()
+    seen = status(engine, settings, source)
+    assert seen.flags.problem is not None
+    assert "where there was none, everything is off" in seen.flags.problem
+    assert seen.next_command == "walletmigrate flags check"

@@ -256,6 +256,21 @@ def test_three_dots_stand_for_what_differs_and_for_nothing_else(shown: str, seen
     assert matches(shown, seen) is same
 
 
+def test_a_shell_knows_in_the_next_block_what_a_line_of_one_before_set(tmp_path: Path) -> None:
+    shell = Shell(tmp_path, {"PATH": os.defpath})
+    assert shell.run("JOB=7\necho $JOB") == Ran(0, "7\n")
+    assert shell.run('echo "$JOB"') == Ran(0, "7\n")
+
+
+@pytest.mark.parametrize("path", RUNBOOKS, ids=lambda path: path.stem)
+def test_a_runbook_writes_the_number_of_a_job_once_and_waits_for_none_that_never_comes(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    shown = re.sub(r"^```output\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"(?:walletmigrate jobs \w+|--job) \d+", shown) == []
+    loops = [line for line in shown.splitlines() if line.startswith("until walletmigrate ")]
+    assert [line for line in loops if "|| ! kill -0 $!" not in line] == []
+
+
 def kind_of(path: Path) -> str:
     """What a runbook says that it is: an alert's, by its name, or a procedure."""
     found = re.search(r"^Kind: (alert `\w+`|procedure)", path.read_text(encoding="utf-8"), re.MULTILINE)

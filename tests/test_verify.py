@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -295,6 +297,10 @@ def test_a_forged_balance_of_a_system_account_is_found(made: Ledger) -> None:
     assert_only(result, "journal", "imbalance")
     (problem,) = result.journal
     assert (problem.key, problem.expected, problem.found) == ("opening", Decimal(-1000), Decimal(-999))
+    runbook = (Path(__file__).parents[1] / "runbooks" / "ledger-imbalance.md").read_text(encoding="utf-8")
+    (mend,) = re.findall(r"update wallet\.system_accounts set [^\"]+", runbook)
+    execute(made[0], mend.replace("'transit'", "'opening'"))
+    assert run(made).clean
 
 
 def test_a_balanced_forgery_of_ledger_and_legacy_is_found_in_the_journal(made: Ledger) -> None:

@@ -30,7 +30,7 @@ settings = Settings.load(os.environ["WALLETMIGRATE_CONFIG"])
 flags = source_of(settings)
 observers = (PrometheusObserver(CollectorRegistry()), LogObserver())
 adapter = LegacyBalanceAdapter(settings, flags, observers=observers)
-heartbeat = Heartbeat(settings, flags, name="shop").start()
+heartbeat = Heartbeat(settings, flags, name="shop", observers=observers).start()
 
 
 @app.before_request

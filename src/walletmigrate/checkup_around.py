@@ -28,7 +28,7 @@ from walletmigrate.flag_sources import DocumentSnapshot, check
 from walletmigrate.flags import FlagSource
 from walletmigrate.heartbeat import LIVE_SECONDS
 from walletmigrate.schema import quoted
-from walletmigrate.standing import show
+from walletmigrate.standing import reached, show
 from walletmigrate.throttle import BEHIND, replica_engines
 
 CLOCK_SECONDS: Final = 5.0
@@ -86,6 +86,24 @@ def processes(connection: Connection, settings: Settings) -> Iterator[Finding]:
         elif row.age > FLAGS_SECONDS:
             what = f"the flags of {who} were last confirmed {row.age:.0f} s ago"
             yield Finding(what, "see that it reaches its flag source, or restart it", FLAGS)
+
+
+def unheard(connection: Connection, settings: Settings) -> str | None:
+    """What to say from phase dual_write on if no process has a heartbeat: its flags and its release are then not
+    looked at. Not a finding: an application that stands still, as before a restore, has none either.
+    """
+    if not reached(show(connection, settings).phase, "dual_write"):
+        return None
+    alive = text(
+        f"select exists (select from {quoted(settings.ledger_schema)}.processes "
+        "where seen_at > clock_timestamp() - make_interval(secs => :live))"
+    )
+    if connection.scalar(alive, {"live": LIVE_SECONDS}):
+        return None
+    return (
+        "no process has a heartbeat, so the flags and the releases of the application were not looked at: "
+        f"start a Heartbeat in each process, see {DEPLOYS}"
+    )
 
 
 def _apart(rows: Sequence[Row[Any]]) -> Iterator[Finding]:

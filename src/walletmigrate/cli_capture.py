@@ -110,10 +110,12 @@ def check(
     with run.engine.connect() as plain_connection:
         connection = plain_connection.execution_options(postgresql_readonly=True)
         found = doctor.examine(connection, run.settings, source, exporter=exporter, logins=login or ())
+        unheard = doctor.unheard(connection, run.settings)
     lines = [f"{one.what}\n  mend: {one.mend}\n  runbook: {one.runbook}" for one in found]
     return Answer(
         {"findings": [plain(one) for one in found]},
         tuple(lines) or ("everything is as it should be",),
+        (unheard,) if unheard else (),
         exit_code=DIFFERENCE if found else OK,
     )
 

@@ -58,7 +58,7 @@ def watch(
     if run.as_json or not sys.stdout.isatty():
         raise UsageError("watch shows a live view and needs a terminal: walletmigrate status prints once, also --json")
     engine, settings, source = run.engine, run.settings, run.source
-    views = _views(lambda: _lines(look(engine, settings, source)), run)
+    views = _views(lambda: _next_first(_lines(look(engine, settings, source))), run)
     console = Console()
     try:
         with Live(console=console, auto_refresh=False) as live:
@@ -69,6 +69,11 @@ def watch(
     except KeyboardInterrupt:
         return Answer({}, exit_code=INTERRUPTED, printed=True)
     raise AssertionError("unreachable: the views do not end")
+
+
+def _next_first(lines: list[str]) -> list[str]:
+    """The last line, which names the next command, before the others: a small terminal cuts off what is below."""
+    return [lines[-1], *lines[:-1]]
 
 
 def _views(seen: Callable[[], list[str]], run: Run) -> Iterator[list[str]]:

@@ -13,7 +13,7 @@ from walletmigrate.config import Settings
 from walletmigrate.flags import FlagSource
 from walletmigrate.standing import require_installed
 
-__all__ = ["Finding", "examine"]
+__all__ = ["Finding", "examine", "unheard"]
 
 
 def examine(
@@ -34,6 +34,11 @@ def examine(
     require_installed(connection, settings)
     found = _all(connection, settings, source, exporter, logins, now)
     return tuple(dict.fromkeys(found))
+
+
+def unheard(connection: Connection, settings: Settings) -> str | None:
+    """A sentence if the ledger is in use and no process of the application tells of itself; else None."""
+    return None if checkup_ledger.missing(connection, settings) else checkup_around.unheard(connection, settings)
 
 
 def _all(

@@ -135,7 +135,10 @@ class FlagsMissing(WalletMigrateError):
 
 @dataclass(eq=False)
 class FlagDocumentInvalid(UsageError):
-    """A flag document is not an environment document of Flagsmith's; the one in force stays."""
+    """A flag document is not an environment document of Flagsmith's; the one in force stays.
+
+    Where none was in force, everything is off.
+    """
 
     source: str
     detail: str
@@ -143,7 +146,8 @@ class FlagDocumentInvalid(UsageError):
     code = "flag_document"
 
     def __str__(self) -> str:
-        return f"{self.source} is not a flag document: {self.detail}. The last good document stays in force."
+        kept = "The last good document stays in force; where there was none, everything is off."
+        return f"{self.source} is not a flag document: {self.detail}. {kept}"
 
 
 @dataclass(eq=False)
@@ -398,13 +402,13 @@ class LedgerNotInstalled(WalletMigrateError):
 
     mapping: str
     detail: str = "its functions are not in the database"
+    mend: str = "Retry the transaction; if it is refused again, run `walletmigrate install`."
 
     code = "not_installed"
     exit_code = 4
 
     def __str__(self) -> str:
-        mend = "Retry the transaction; if it is refused again, run `walletmigrate install`."
-        return f"mapping {self.mapping!r}: {self.detail}. {mend}"
+        return f"mapping {self.mapping!r}: {self.detail}. {self.mend}"
 
 
 @dataclass(eq=False)

@@ -13,6 +13,7 @@ import os
 import threading
 import uuid
 import weakref
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Final
 
@@ -20,7 +21,7 @@ from sqlalchemy import Engine, TextClause, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from walletmigrate import connect, forks
+from walletmigrate import connect, forks, observe
 from walletmigrate.config import Settings
 from walletmigrate.errors import ConfigError
 from walletmigrate.flag_sources import DocumentSource
@@ -37,13 +38,20 @@ _log = logging.getLogger("walletmigrate")
 class Heartbeat:
     """Beats from a thread of its own, on connections of its own, in this process and in each that is forked from it.
 
-    ``name`` says which program this is, for people. What
+    ``name`` says which program this is, for people. ``observers`` are told the age of the flags at each beat
+    (`observe.FlagsSeen`): give it those of the adapter, else the age stands still in a process without work. What
     fails is logged once and tried again at the next beat: a process never fails for it. Raises ConfigError without a
     database URL.
     """
 
     def __init__(
-        self, settings: Settings, source: FlagSource, *, name: str = "application", seconds: float = 10.0
+        self,
+        settings: Settings,
+        source: FlagSource,
+        *,
+        name: str = "application",
+        seconds: float = 10.0,
+        observers: Iterable[observe.Observer] = (),
     ) -> None:
         if settings.database_url is None:
             raise ConfigError("a heartbeat needs a database URL", fix="set WALLETMIGRATE_DATABASE_URL")
@@ -53,6 +61,7 @@ class Heartbeat:
         )
         self._statements = _statements(settings.ledger_schema)
         self._source = source
+        self._observers = observe.Observers(observers)
         self._name = name
         self._seconds = seconds
         self._thread: threading.Thread | None = None
@@ -74,6 +83,8 @@ class Heartbeat:
     def beat(self) -> None:
         """Beat once, now. Raises SQLAlchemy's errors."""
         snapshot = self._source.snapshot()
+        # Before the database is asked, which may be away while the flags are not.
+        self._observers.tell(observe.FlagsSeen(snapshot.age_seconds(), snapshot.source, snapshot.document_id))
         facts = {
             "id": self.id,
             "name": self._name,

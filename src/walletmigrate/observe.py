@@ -207,8 +207,8 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True)
 class FlagsSeen:
-    """The flag document that a call decided by, and its age then. A process that decides nothing tells
-    nothing: its age does not matter until its next call.
+    """The flag document in force, and its age then. Told by each call that decides by it, and by each beat of a
+    `Heartbeat` that has observers, so that the age goes on in a process without work.
     """
 
     age_seconds: float
@@ -380,7 +380,7 @@ class LogObserver:
             case Unrouted():
                 self._log.warning("wallet.unrouted", **self._fields(event, ("key",)))
             case FlagsSeen():
-                pass  # told with every call; the metric has it
+                pass  # told with every call and beat; the metric has it
 
     def _fields(self, event: Event, values: tuple[str, ...]) -> dict[str, object]:
         hidden = () if self._log_values else values

@@ -131,7 +131,7 @@ def status(engine: Engine, settings: Settings, source: FlagSource) -> Status:
             verifications=tuple(_verifications(connection, settings)),
             next_phase=state.next,
             refused=wanted,
-            next_command=_unless_it_runs(_next(settings, state.phase, wanted, counted), jobs),
+            next_command=_unless_it_runs(_next(settings, state.phase, wanted, counted, source), jobs),
         )
 
 
@@ -241,8 +241,12 @@ def _next(
     phase: str,
     refused: Sequence[Reason],
     counted: Sequence[Census],
+    source: FlagSource,
 ) -> str:
     """The one command that an operator would run now."""
+    if isinstance(source, DocumentSource) and source.failure is not None:
+        # What flags seem to lack is then not known, and a switch could not be written.
+        return "walletmigrate flags check"
     confirm = f"--confirm {confirmation(settings)} {REASON}"
     if phase in ("frozen", "retired"):
         waiting = [one for one in counted if one.frozen < one.rows]

@@ -73,7 +73,8 @@ def require_installed(connection: Connection, settings: Settings) -> None:
     """Raises LedgerNotInstalled before an install."""
     if not schema.installed(connection, settings.ledger_schema):
         names = ", ".join(mapping.name for mapping in settings.mappings)
-        raise LedgerNotInstalled(names, "the ledger is not installed in this database")
+        mend = f"Is it the right database? Then, as the owner of the tables: walletmigrate install {REASON}"
+        raise LedgerNotInstalled(names, "the ledger is not installed in this database", mend)
 
 
 def flag_states(source: FlagSource) -> tuple[FlagState, ...]:
