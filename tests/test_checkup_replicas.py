@@ -76,7 +76,8 @@ def until(holds: Callable[[], bool], seen: Callable[[], object]) -> None:
 
 def test_a_replica_that_keeps_up_is_no_finding_and_one_that_does_not_is(pair: Pair) -> None:
     alone = pair.settings.model_copy(update={"replica_urls": None})
-    with pair.primary.connect() as connection:
+    # Each look in a transaction of its own: within one, who is connected stays as it was at the first look.
+    with pair.primary.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         query = "select count(*) from pg_stat_replication where state = 'streaming' and replay_lsn is not null"
         until(lambda: connection.exec_driver_sql(query).scalar() == 1, pair.found)
     pair.write()

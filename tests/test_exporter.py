@@ -301,7 +301,8 @@ def test_jobs_show_the_newest_of_each_mapping_added_up_by_kind(ledger: str, engi
     execute(job("backfill", "shops", "paused", "10", 4))
     execute(job("backfill", "gone", "failed", "1000", 500, 500))  # no longer configured
     execute(
-        job("snapshot take", "users", "done", "6", 6) + ";update jobs set mapping = null where kind = 'snapshot take'"
+        job("snapshot take", "users", "done", "6", 6)
+        + ";update jobs set mapping = '(all)' where kind = 'snapshot take'"
     )
     execute(job("freeze", "users", "failed", "10", 0))  # failed before any item did
     execute(job("unfreeze", "users", "done", "7", 5))  # two rows went away meanwhile

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, text
 
 from walletmigrate.checkup import DRIFT, LATENCY, Finding
 from walletmigrate.config import Settings
+from walletmigrate.job_options import EVERYTHING
 from walletmigrate.job_rows import resuming
 from walletmigrate.schema import quoted
 from walletmigrate.standing import REASON, in_force_since, reached, show, shown_span, shown_time
@@ -24,7 +25,7 @@ _JOBS: Final = """
 select distinct on (kind, mapping)
     id, kind, mapping, state, items_failed, updated_at, held, details,
     updated_at < clock_timestamp() - make_interval(secs => :stalled) as old
-from {schema}.jobs where mapping is null or mapping = any(:mappings) order by kind, mapping, id desc
+from {schema}.jobs where mapping = any(:mappings) order by kind, mapping, id desc
 """
 
 _STATISTICS: Final = """
@@ -50,7 +51,7 @@ def examine(connection: Connection, settings: Settings) -> Iterator[Finding]:
 
 def _jobs(connection: Connection, settings: Settings) -> Iterator[Finding]:
     query = text(_JOBS.replace("{schema}", quoted(settings.ledger_schema)))
-    values = {"stalled": STALLED_SECONDS, "mappings": [mapping.name for mapping in settings.mappings]}
+    values = {"stalled": STALLED_SECONDS, "mappings": [EVERYTHING, *(mapping.name for mapping in settings.mappings)]}
     for job in sorted(connection.execute(query, values), key=lambda row: row.id):
         name = f"{job.kind} job {job.id} of {job.mapping}"
         resume = resuming(job)

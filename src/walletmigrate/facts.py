@@ -11,6 +11,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from walletmigrate.heartbeat import LIVE_SECONDS
+from walletmigrate.job_options import EVERYTHING
 from walletmigrate.schema import quoted
 from walletmigrate.sums import by_name, total
 
@@ -251,7 +252,7 @@ def _jobs(connection: sa.Connection, schema: str, scope: Collection[tuple[str, s
     jobs = _table(schema, "jobs", *columns)
     newest = sa.select(sa.func.max(jobs.c.id)).group_by(jobs.c.kind, jobs.c.mapping)
     if scope:  # nobody finishes the jobs of a mapping that is no longer configured; some jobs are of no mapping
-        newest = newest.where(sa.or_(jobs.c.mapping.is_(None), jobs.c.mapping.in_({mapping for mapping, _ in scope})))
+        newest = newest.where(jobs.c.mapping.in_({EVERYTHING, *(mapping for mapping, _ in scope)}))
     facts = {kind: JobFacts() for kind in JOB_KINDS}
     # One that waits says so every few seconds; one that was held when its process died says nothing.
     alive = (sa.func.extract("epoch", sa.func.clock_timestamp() - jobs.c.updated_at) < LIVE_SECONDS).label("alive")

@@ -14,6 +14,9 @@ from typing import Any, Final
 
 from walletmigrate.errors import UsageError
 
+EVERYTHING: Final = "(all)"
+"""The mapping of a job that works on the whole ledger, as a snapshot does."""
+
 FIRST_SIZE: Final = 1000
 """Keys of the first batches of a job that tunes itself."""
 

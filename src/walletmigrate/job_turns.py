@@ -24,9 +24,6 @@ from walletmigrate.errors import Retryable
 from walletmigrate.job_rows import Job, begin, said
 from walletmigrate.job_work import ATTEMPTS, Progress, Stop, Work
 
-EVERYTHING: Final = "(all)"
-"""The mapping of a job that works on the whole ledger."""
-
 Turn = Callable[[Connection, int], int]
 """``turn(connection, size)``: do the next ``size`` items in the caller's transaction; how many there were, 0: none.
 

@@ -16,6 +16,7 @@ from walletmigrate.flag_edits import FlagState
 from walletmigrate.flag_sources import DocumentSource
 from walletmigrate.flags import FlagSource
 from walletmigrate.gates import census_of_all, reasons
+from walletmigrate.job_options import EVERYTHING
 from walletmigrate.schema import quoted
 from walletmigrate.standing import REASON, Reason, confirmation, flag_states, of_mapping, show
 
@@ -182,14 +183,15 @@ left join lateral (
     from {schema}.job_batches as x
     where x.job_id = j.id and x.state = 'done' and x.at > clock_timestamp() - make_interval(secs => :stalled)
 ) as b on j.state = 'running'
-where j.mapping is null or j.mapping = any(:mappings)
+where j.mapping = any(:mappings)
 order by j.kind, j.mapping, j.id desc
 """
 
 
 def _jobs(connection: Connection, settings: Settings) -> Iterator[JobStatus]:
     query = text(_JOBS.replace("{schema}", quoted(settings.ledger_schema)))
-    values = {"stalled": STALLED_SECONDS, "mappings": [mapping.name for mapping in settings.mappings]}
+    names = [EVERYTHING, *(mapping.name for mapping in settings.mappings)]
+    values = {"stalled": STALLED_SECONDS, "mappings": names}
     for row in sorted(connection.execute(query, values), key=lambda row: row.id):
         rate, eta = _speed(row)
         done = row.items_done + row.items_failed

@@ -23,6 +23,7 @@ from walletmigrate.audit import Act, record
 from walletmigrate.capture import with_short_locks
 from walletmigrate.config import Settings
 from walletmigrate.errors import Retryable, UnknownRun, UsageError
+from walletmigrate.job_options import EVERYTHING
 from walletmigrate.job_rows import Job
 from walletmigrate.schema import quoted, statements
 from walletmigrate.standing import require_installed
@@ -193,7 +194,7 @@ def _started(engine: Engine, settings: Settings, act: Act) -> tuple[Job, int]:
     name = quoted(settings.ledger_schema)
     with jobs.begin(engine) as connection:
         # A point in time does not grow old: a snapshot that was begun long ago is finished like any other.
-        job = jobs.started(connection, settings, TAKE, job_turns.EVERYTHING, act, force=True)
+        job = jobs.started(connection, settings, TAKE, EVERYTHING, act, force=True)
         snapshot_id = connection.scalar(text(f"select {name}.begin_snapshot(:actor, :reason)"), vars_of(act))
         note = "details = details || jsonb_build_object('snapshot', cast(:snapshot as bigint))"
         job_rows.change(connection, settings, job.id, note, snapshot=snapshot_id)
