@@ -24,6 +24,7 @@ WORDS = {
     "jobs_state_check": ("running", "paused", "done", "failed", "cancelled"),
     "mappings_capture_mode_check": ("stale", "mirror", "reject"),
     "snapshots_state_check": ("running", "complete", "pruned"),
+    "verifications_form_check": ("full", "incremental", "sample"),
 }
 ONCE = {
     "transactions_reversed_once": "reverses IS NOT NULL",

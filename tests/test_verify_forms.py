@@ -18,7 +18,7 @@ from walletmigrate import verify as verifying
 from walletmigrate.backfill import backfill
 from walletmigrate.comparison import Comparison, snapshot
 from walletmigrate.errors import PreconditionRefused, UnknownRun, UsageError
-from walletmigrate.facts import read_facts
+from walletmigrate.facts import VOIDED, read_facts
 from walletmigrate.observation import verified
 from walletmigrate.report import status
 from walletmigrate.sources import source_of
@@ -450,11 +450,11 @@ def test_a_run_that_finds_something_voids_what_stood_until_a_full_clean_one(
     run(made, **options)
     (said,) = gates(made)
     assert words in said
-    assert (last_success(made), metric(made)) == (0, (1, 1))
+    assert (last_success(made), metric(made)) == (VOIDED, (1, 1))
     execute(engine, "update wallet.accounts set balance = balance - 1 where key = '4'")
     assert run(made, sample=100).clean
     assert run(made, since_last=True).clean
-    assert (len(gates(made)), last_success(made), metric(made)) == (1, 0, (1, 1))
+    assert (len(gates(made)), last_success(made), metric(made)) == (1, VOIDED, (1, 1))
     (shown,) = status(engine, settings, source_of(settings)).verifications
     assert (shown.clean, shown.voided is not None) == (bool(options), bool(options))
     assert run(made).clean
@@ -473,7 +473,7 @@ def test_a_clean_full_run_that_began_before_the_finding_does_not_lift_it(made: L
         "from wallet.verifications group by mapping, currency",
     )
     assert len(gates(made)) == 1
-    assert last_success(made) == 0
+    assert last_success(made) == VOIDED
 
 
 # The log
