@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from pydantic import SecretStr
@@ -14,6 +13,7 @@ from sqlalchemy import make_url
 from sqlalchemy.pool import NullPool
 
 from ledger import execute, install_users
+from monitoring import until
 from servers import Postgres
 from walletmigrate import Settings, connect, doctor, embedded
 from walletmigrate.config import ThrottleSettings
@@ -67,13 +67,6 @@ def pair(server: Postgres) -> Iterator[Pair]:
         shutil.rmtree(home)
 
 
-def until(holds: Callable[[], bool], seen: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline, seen()
-        time.sleep(0.05)
-
-
 def test_a_replica_that_keeps_up_is_no_finding_and_one_that_does_not_is(pair: Pair) -> None:
     alone = pair.settings.model_copy(update={"replica_urls": None})
     # Each look in a transaction of its own: within one, who is connected stays as it was at the first look.
@@ -99,7 +92,7 @@ def test_a_replica_that_keeps_up_is_no_finding_and_one_that_does_not_is(pair: Pa
         name = connect.masked(pair.standby_url)
         assert f"replica {name} was told to pause its replay" in pair.found()
         state = "select pg_get_wal_replay_pause_state()"  # what it is told it does when it is about to replay next
-        until(lambda: pair.found_after_a_write() != [] and connection.exec_driver_sql(state).scalar() == "paused", str)
+        until(lambda: pair.found_after_a_write() != [] and connection.exec_driver_sql(state).scalar() == "paused")
         until(
             lambda: any(one.startswith(f"replica {name} is ") for one in pair.found_after_a_write()),
             pair.found,

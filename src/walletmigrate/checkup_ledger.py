@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from sqlalchemy import Connection, text
@@ -85,7 +86,7 @@ def of_mapping(connection: Connection, settings: Settings, mapping: Mapping) -> 
     if stands is None:
         yield Finding(f"mapping {mapping.name!r} is not installed", INSTALL, DRIFT)
         return
-    look = lambda: retired.legacy_table(connection, settings.ledger_schema, mapping)  # noqa: E731
+    look = partial(retired.legacy_table, connection, settings.ledger_schema, mapping)
     altered = functions.alteration(connection, mapping, stands, look)
     if altered:
         yield Finding(*altered, CHANGED)
