@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from decimal import Decimal
 from pathlib import Path
 from types import ModuleType
@@ -119,7 +120,8 @@ def test_the_recipe_for_flask(project: Project, engine: Engine, monkeypatch: pyt
 
     def call(method: str, path: str, body: Any = None, key: str = "", request: str = "") -> tuple[int, Any]:
         headers = {"Idempotency-Key": key, "X-Request-Id": request}
-        answer = client.open(path, method=method, json=body, headers=headers)
+        # A context of its own, as a server's thread has: what the recipe binds is not left to the next test.
+        answer = copy_context().run(client.open, path, method=method, json=body, headers=headers)
         return answer.status_code, answer.get_json()
 
     shop_behaves(call, engine)
