@@ -78,10 +78,16 @@ def test_a_label_that_does_not_ask_for_dual_write_does_not_leave_a_mirrored_acco
     assert world.state() == ("stale", 100, 101)
 
 
-def test_a_label_that_is_no_array_fails_the_write(world: Place) -> None:
+@pytest.mark.parametrize("label", ['("users', '("users/cash/EUR/1","x",t,,,,,,,,)'])
+def test_a_label_that_cannot_be_read_fails_the_write(world: Place, label: str) -> None:
     with pytest.raises(DBAPIError):
-        write(world, '{"users', ADD_ONE)
+        write(world, label, ADD_ONE)
     assert world.state() == ("mirrored", 100, 100)
+
+
+def test_what_is_no_label_is_met_as_any_other_write(world: Place) -> None:
+    write(world, '{"users/cash/EUR/1","1",t}', ADD_ONE)
+    assert world.state() == ("stale", 100, 101)
 
 
 def test_a_label_for_another_row_does_not_hide_a_raw_write(world: Place) -> None:

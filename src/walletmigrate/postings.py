@@ -147,7 +147,7 @@ class Calls:
         key, change = (request["creditor"], amount) if debtor is None else (debtor, f"-{amount}")
         column = (str(request["bucket"]), str(request["currency"]))
         place = "/".join((self._mapping, *column, str(key)))
-        label = _array((place, change, "t" if request["dual"] else "f", *(request.get(name) for name in _LABEL)))
+        label = _record((place, change, "t" if request["dual"] else "f", *(request.get(name) for name in _LABEL)))
         return (self._fingerprint, self._policy, str(key), *column, change, label)
 
     def request(self, prepared: Sequence[Prepared]) -> str:
@@ -157,13 +157,13 @@ class Calls:
         return json.dumps(document, separators=(",", ":"))
 
 
-def _array(values: Iterable[object]) -> str:
-    """The values as PostgreSQL writes an array of text."""
-    return "{" + ",".join("NULL" if v is None else '"' + _escaped(str(v)) + '"' for v in values) + "}"
+def _record(values: Iterable[object]) -> str:
+    """The values as PostgreSQL writes a row."""
+    return "(" + ",".join("" if v is None else '"' + _escaped(str(v)) + '"' for v in values) + ")"
 
 
 def _escaped(value: str) -> str:
-    return value.replace("\\", "\\\\").replace('"', '\\"')
+    return value.replace("\\", "\\\\").replace('"', '""')
 
 
 def _plain_row(answer: str, request: Request) -> Row:

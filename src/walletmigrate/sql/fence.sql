@@ -26,7 +26,7 @@ perform nextval('rejected_{{ mapping }}') {{ counted() }};
 {# What the label says and the row then did are one movement, and one that the ledger can take. A credit that stays
    below the floor is left to the long way. #}
 {% macro fits(c) %}
-v_after - {{ c.before }} = v_label[2]::numeric
+v_after - {{ c.before }} = v_label.change
                 and v_after = round(v_after, {{ c.scale }})
                 {% if c.floor != "null::numeric" %}
                 and v_after >= {{ c.floor }}
@@ -61,7 +61,7 @@ declare
     v_written boolean;
     v_treatment text;
     v_setting text := current_setting('walletmigrate.posting', true);
-    v_label text[];
+    v_label label;
     v_after numeric;
     v_id bigint;
     v_transaction bigint;
@@ -69,31 +69,31 @@ declare
 begin
     -- The setting is anybody's. It is heard from a session whose user may post; the user of this function is the owner.
     -- By to_regrole, which fails no write where a role was renamed: the long way does without the setting.
-    if v_setting like '{"%' and pg_has_role(session_user, to_regrole('{{ app }}')::oid, 'member') then
-        v_label := v_setting;
+    if v_setting like '("%' and pg_has_role(session_user, to_regrole('{{ app }}')::oid, 'member') then
+        v_label := v_setting::label;
     elsif v_setting <> '' then
         if
             pg_has_role(session_user, to_regrole('{{ app }}')::oid, 'member') is not true
             and pg_has_role(session_user, to_regrole('{{ operator }}')::oid, 'member') is not true
         then
             v_setting := null;
-        elsif v_setting like '{"%' then
-            v_label := v_setting;
+        elsif v_setting like '("%' then
+            v_label := v_setting::label;
         end if;
     end if;
-    if v_label is not null then
+    if v_label.place is not null then
         <<short>>
         begin
         {% for c in columns %}
         {{ "if" if loop.first else "elsif" }}
-            v_label[1] = '{{ mapping }}/{{ c.bucket }}/{{ c.currency }}/' || new.{{ key }}::text collate "C"
+            v_label.place = '{{ mapping }}/{{ c.bucket }}/{{ c.currency }}/' || new.{{ key }}::text collate "C"
             and old.{{ key }} = new.{{ key }}
         then
             v_after := {{ c.after }};
             -- One condition for all that is mostly so: the first look at an expression costs more than its answer.
             if
                 {{ fits(c) }}
-                and v_label[3] = 't' and {{ open }}
+                and v_label.dual and {{ open }}
             then
                 -- The update is the lock of the account, and asks under it for all that has to hold.
                 update accounts as a set balance = v_after
@@ -103,27 +103,27 @@ begin
                     and a.state = 'mirrored' and a.balance = {{ c.before }}
                 returning a.id, nextval('transaction_ids') into v_id, v_transaction;
                 exit short when v_id is null;
-                if v_label[7] is not null then
+                if v_label.idempotency_key is not null then
                     -- Not `on conflict`, which looks twice: a key that was used goes the long way like all else.
-                    insert into idempotency_keys (key, transaction_id, request, mode)
-                    values (v_label[7], v_transaction, v_label[8]::uuid, 'dual_write');
+                    insert into idempotency_keys (key, transaction_id, created_at, request, mode)
+                    values (v_label.idempotency_key, v_transaction, null, v_label.request, 'dual_write');
                 end if;
                 {% for debit, credit in (("v_id", c.external), (c.external, "v_id")) %}
-                {{ "if v_label[2] like '-%' then" if loop.first else "else" }}
+                {{ "if v_label.change < 0 then" if loop.first else "else" }}
                     insert into transactions (
                         id, debit_account, credit_account, kind, type, amount,
                         {{ "debit_balance" if loop.first else "credit_balance" }}, currency,
                         reference_type, reference_id, correlation_id, actor, reason
                     )
                     values (
-                        v_transaction, {{ debit }}, {{ credit }}, 'posting', v_label[4],
-                        round({{ "-" if loop.first }}v_label[2]::numeric, {{ c.scale }}), v_after, '{{ c.currency }}',
-                        v_label[5], v_label[6], v_label[9], v_label[10], v_label[11]
+                        v_transaction, {{ debit }}, {{ credit }}, 'posting', v_label.type,
+                        round({{ "-" if loop.first }}v_label.change, {{ c.scale }}), v_after, '{{ c.currency }}',
+                        v_label.reference_type, v_label.reference_id, v_label.correlation_id, v_label.actor, v_label.reason
                     );
                 {% endfor %}
                 end if;
                 v_setting := set_config(
-                    'walletmigrate.posting', 'dual_write ' || v_transaction || ' ' || v_after, true
+                    'walletmigrate.posting', concat_ws(' ', 'dual_write', v_transaction, v_after), true
                 );
                 return null;
             end if;
@@ -135,11 +135,11 @@ begin
             for no key update;
             -- Above READ COMMITTED an account may be there unseen: the long way probes for it.
             exit short when v_state <> 'stale' or current_setting('transaction_isolation') <> 'read committed';
-            if v_label[7] is not null then
+            if v_label.idempotency_key is not null then
                 insert into idempotency_keys (key, request, mode, balances)
                 values (
-                    v_label[7], v_label[8]::uuid, 'legacy',
-                    case when v_label[2] like '-%' then array[v_after, null, null, null]
+                    v_label.idempotency_key, v_label.request, 'legacy',
+                    case when v_label.change < 0 then array[v_after, null, null, null]
                     else array[null, null, v_after, null] end
                 );
             end if;
@@ -150,7 +150,7 @@ begin
             v_label := null; -- of another row, whose posting is not touched by this write
         end if;
         end short;
-        if v_label is not null then
+        if v_label.place is not null then
             -- It does not fit. Not raised: a trigger of the application that catches errors would lose its write. So it is
             -- met as any other write, and plain_, which finds no result, takes all back and goes the long way.
             v_setting := set_config('walletmigrate.posting', 'spoilt', true);

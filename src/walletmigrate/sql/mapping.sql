@@ -206,7 +206,7 @@ $$;
 -- The adapter's one round trip for a credit or a debit, and nearly always three statements: the legacy row is updated
 -- under a label, and the fence, which fires on it, writes the ledger from the row itself (see fence.sql). What does
 -- not fit takes itself back and goes the long way, which decides, with the same results, and meets the same failures.
--- p_label: the array that the fence reads. Returns "<mode> [<transaction> ]<balance>", or the long way's row as JSON.
+-- p_label: the row of type label that the fence reads, as text. Returns "<mode> [<transaction> ]<balance>", or the long way's row as JSON.
 create or replace function {{ schema }}.plain_{{ mapping }}(
     p_fingerprint text, p_policy text, p_key {{ key_type }}, p_bucket text, p_currency text, p_change numeric,
     p_label text
@@ -223,12 +223,15 @@ begin
     end if;
     begin
         v_done := set_config('walletmigrate.posting', p_label, true);
+        {# Of a single column it need not be asked: the fence holds the label against it. #}
         {% for c in columns %}
+        {% if columns | length > 1 %}
         {{ "if" if loop.first else "elsif" }} p_bucket = '{{ c.bucket }}' and p_currency = '{{ c.currency }}' then
+        {% endif %}
             update {{ relation }} as l set {{ c.column }} = {{ c.changed | replace("<change>", "p_change") }}
             where l.{{ key }} = p_key;
         {% endfor %}
-        end if;
+        {{ "end if;" if columns | length > 1 }}
         -- What the fence has left there; looked at and taken away in one go.
         v_done := current_setting('walletmigrate.posting') || set_config('walletmigrate.posting', '', true);
         if v_done like 'dual\_write %' or v_done like 'legacy %' then
@@ -243,7 +246,7 @@ begin
             null; -- all taken back, the label too
     end;
     return to_jsonb({{ schema }}.move_{{ mapping }}(
-        {{ schema }}.labelled(p_label::text[], p_key::text, p_bucket, p_currency), p_policy, false
+        {{ schema }}.labelled(p_label::{{ schema }}.label, p_key::text, p_bucket, p_currency), p_policy, false
     ))::text;
 end
 $$;

@@ -65,7 +65,7 @@ end
 $$;
 
 -- The movement that a label stands for: a credit or a debit of one side.
-create or replace function {{ schema }}.labelled(p_label text[], p_key text, p_bucket text, p_currency text)
+create or replace function {{ schema }}.labelled(p_label {{ schema }}.label, p_key text, p_bucket text, p_currency text)
 returns {{ schema }}.movement
 language plpgsql
 stable
@@ -73,8 +73,8 @@ as $$
 declare
     m {{ schema }}.movement;
 begin
-    m.amount := abs(p_label[2]::numeric);
-    if p_label[2]::numeric < 0 then
+    m.amount := abs(p_label.change);
+    if p_label.change < 0 then
         m.operation := 'debit';
         m.debtor := p_key;
     else
@@ -83,15 +83,15 @@ begin
     end if;
     m.bucket := p_bucket;
     m.currency := p_currency;
-    m.dual := p_label[3]::boolean;
-    m.type := p_label[4];
-    m.reference_type := p_label[5];
-    m.reference_id := p_label[6];
-    m.idempotency_key := p_label[7];
-    m.request := p_label[8];
-    m.correlation_id := p_label[9];
-    m.actor := p_label[10];
-    m.reason := p_label[11];
+    m.dual := p_label.dual;
+    m.type := p_label.type;
+    m.reference_type := p_label.reference_type;
+    m.reference_id := p_label.reference_id;
+    m.idempotency_key := p_label.idempotency_key;
+    m.request := p_label.request;
+    m.correlation_id := p_label.correlation_id;
+    m.actor := p_label.actor;
+    m.reason := p_label.reason;
     return m;
 end
 $$;

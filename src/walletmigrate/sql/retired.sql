@@ -123,7 +123,7 @@ begin
             using errcode = 'WM010', hint = 'Run: walletmigrate install';
     end if;
     return to_jsonb({{ schema }}.move_{{ mapping }}(
-        {{ schema }}.labelled(p_label::text[], p_key::text, p_bucket, p_currency), p_policy, false
+        {{ schema }}.labelled(p_label::{{ schema }}.label, p_key::text, p_bucket, p_currency), p_policy, false
     ))::text;
 end
 $$;
