@@ -310,7 +310,7 @@ def test_the_short_way_fires_the_application_s_trigger_once_whatever_the_column(
     )
     town.sql("create trigger count_up after update on users for each row execute function count_up()")
     for bucket, currency in COLUMNS:
-        fields = {"key": 1, "amount": 5, "bucket": bucket, "currency": currency, "type": "test"}
+        fields: dict[str, Any] = {"key": 1, "amount": 5, "bucket": bucket, "currency": currency, "type": "test"}
         assert town.post(Movement(operation="credit", **fields))
         assert town.post(Movement(operation="debit", **fields))
     town.sql(RAW)
