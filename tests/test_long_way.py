@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 
 from adapting import DUAL, OFF, Place, bring_into, place, seal
 from ledger import execute, rows, scalar, set_phase
-from walletmigrate import LegacyBalanceAdapter, Movement
+from walletmigrate import LegacyBalanceAdapter, Movement, Posting
 from walletmigrate.errors import (
     AmountOverflow,
     IdempotencyKeyReused,
@@ -20,14 +20,15 @@ from walletmigrate.errors import (
 )
 
 D = Decimal
-Call = Callable[[LegacyBalanceAdapter, Connection], object]
+Call = Callable[[LegacyBalanceAdapter, Connection, int, int], Posting]
 
-CALLS: dict[str, Call] = {
-    "a credit": lambda adapter, on: adapter.credit(on, 1, 5, type="test", description="the long way"),
-    "a debit": lambda adapter, on: adapter.debit(on, 1, 5, type="test", description="the long way"),
-    "a transfer from it": lambda adapter, on: adapter.transfer(on, 1, 2, 5, type="test"),
-    "a transfer to it": lambda adapter, on: adapter.transfer(on, 2, 1, 5, type="test"),
-}
+CALLS: tuple[Call, ...] = (
+    lambda adapter, on, key, _: adapter.credit(on, key, 5, type="test", description="the long way"),
+    lambda adapter, on, key, _: adapter.debit(on, key, 5, type="test", description="the long way"),
+    lambda adapter, on, key, other: adapter.transfer(on, key, other, 5, type="test"),
+    lambda adapter, on, key, other: adapter.transfer(on, other, key, 5, type="test"),
+)
+"""What can be done with an account, and, in a transfer, with another."""
 
 
 def why(at: Place, key: int) -> tuple[str, str]:
@@ -39,14 +40,15 @@ def why(at: Place, key: int) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("state", ["mirrored", "closed, live"])
-@pytest.mark.parametrize("call", list(CALLS.values()), ids=list(CALLS))
-def test_an_account_that_was_passed_by_says_that_dual_write_was_off(database_url: str, call: Call, state: str) -> None:
+def test_an_account_that_was_passed_by_says_that_dual_write_was_off(database_url: str, state: str) -> None:
     at = place(database_url, rows=0, flags=OFF)
-    bring_into(at, 1, state)
-    bring_into(at, 2, "absent")
-    with at.engine.begin() as connection:
-        call(at.adapter, connection)
-    assert why(at, 1) == ("stale", "written while dual-write was off or the line stopped")
+    for number, call in enumerate(CALLS):
+        key, other = 10 * number, 10 * number + 1
+        bring_into(at, key, state)
+        bring_into(at, other, "absent")
+        with at.engine.begin() as connection:
+            call(at.adapter, connection, key, other)
+        assert why(at, key) == ("stale", "written while dual-write was off or the line stopped")
     at.check()
 
 
@@ -106,8 +108,8 @@ def test_with_the_flag_off_an_account_is_not_opened_in_phase_frozen_either(datab
 def test_a_posting_is_no_write_past_the_adapter(database_url: str, flags: dict[str, bool]) -> None:
     at = place(database_url, rows=2, flags=flags)
     with at.engine.begin() as connection:
-        for call in CALLS.values():
-            call(at.adapter, connection)
+        for call in CALLS:
+            call(at.adapter, connection, 1, 2)
     assert rows(at.engine, "select key, treatment from wallet.bypasses") == []
     at.check()
 
@@ -132,16 +134,19 @@ def test_a_replay_gives_the_balances_of_its_own_transaction(database_url: str) -
 
 def test_what_was_done_once_stays_done_when_the_row_is_gone(database_url: str) -> None:
     at = place(database_url, rows=2)
-    calls: list[Call] = [
-        lambda adapter, on: adapter.credit(on, 1, 5, type="deposit", idempotency_key="one"),
-        lambda adapter, on: adapter.transfer(on, 1, 2, 5, type="gift", idempotency_key="two"),
-    ]
     with at.engine.begin() as connection:
-        done = [call(at.adapter, connection) for call in calls]
+
+        def both() -> list[Posting]:
+            return [
+                at.adapter.credit(connection, 1, 5, type="deposit", idempotency_key="one"),
+                at.adapter.transfer(connection, 1, 2, 5, type="gift", idempotency_key="two"),
+            ]
+
+        done = both()
         connection.exec_driver_sql("delete from users where id = 1")
-        again = [call(at.adapter, connection) for call in calls]
-    assert [one.replayed for one in again] == [True, True]  # type: ignore[attr-defined]
-    assert [one.transaction_id for one in again] == [one.transaction_id for one in done]  # type: ignore[attr-defined]
+        again = both()
+    assert [one.replayed for one in again] == [True, True]
+    assert [one.transaction_id for one in again] == [one.transaction_id for one in done]
     at.check()
 
 
@@ -161,38 +166,38 @@ def test_of_two_requests_under_one_key_in_a_large_batch_the_first_holds_it(datab
 # A legacy value that is no exact amount
 
 
-@pytest.mark.parametrize("call", list(CALLS.values()), ids=list(CALLS))
 @pytest.mark.parametrize("policy", ["shadow", "strict"])
-def test_a_side_that_holds_no_exact_amount_is_refused_or_recorded(database_url: str, policy: str, call: Call) -> None:
+def test_a_side_that_holds_no_exact_amount_is_refused_or_recorded(database_url: str, policy: str) -> None:
     at = place(database_url, rows=2, coins_type="numeric(20, 4)", policy=policy)
     execute(at.engine, "update users set total_coins = 100.0005 where id = 1")
-    with at.engine.begin() as connection:
-        if policy == "strict":
-            with pytest.raises(LegacyValueInvalid) as refused:
-                call(at.adapter, connection)
-            assert refused.value.key == 1
-        else:
-            assert call(at.adapter, connection).outcome == "ledger_failed"  # type: ignore[attr-defined]
+    for call in CALLS:
+        with at.engine.begin() as connection:
+            if policy == "strict":
+                with pytest.raises(LegacyValueInvalid) as refused:
+                    call(at.adapter, connection, 1, 2)
+                assert refused.value.key == 1
+            else:
+                assert call(at.adapter, connection, 1, 2).outcome == "ledger_failed"
     recorded = rows(at.engine, "select key, sqlstate from wallet.failures")
-    assert recorded == ([] if policy == "strict" else [("1", "WM023")])
+    assert recorded == ([] if policy == "strict" else [("1", "WM023")] * len(CALLS))
     at.check()
 
 
 # Rows that the owner of the ledger cannot see
 
 
-@pytest.mark.parametrize("call", list(CALLS.values()), ids=list(CALLS))
-def test_a_side_that_row_level_security_hides_from_the_owner_is_never_left_out(database_url: str, call: Call) -> None:
+def test_a_side_that_row_level_security_hides_from_the_owner_is_never_left_out(database_url: str) -> None:
     at = place(database_url, rows=2)
     with at.engine.begin() as connection:
         at.adapter.open_account(connection, 1)
         at.adapter.open_account(connection, 2)
     execute(at.engine, "create policy but_one on users using (id <> 1)")
     execute(at.engine, "alter table users enable row level security")
-    with at.engine.connect() as connection:
-        with pytest.raises(WalletMigrateError, match="row-level security hides"):
-            call(at.adapter, connection)
-        connection.rollback()
+    for call in CALLS:
+        with at.engine.connect() as connection:
+            with pytest.raises(WalletMigrateError, match="row-level security hides"):
+                call(at.adapter, connection, 1, 2)
+            connection.rollback()
     assert (at.coins(1), at.coins(2)) == (100, 100)
     at.check()
 
