@@ -389,6 +389,7 @@ def test_without_dual_write_the_result_is_what_the_trigger_left(database_url: st
     assert (again.replayed, again.legacy_balance) == (True, D(106))
     assert (at.coins(1), at.account(1)) == (106, ("stale", D(100)))
     assert at.metric("mismatch_total", where="write") == 0
+    assert rows(at.engine, "select * from wallet.failures") == []
     at.check()
 
 

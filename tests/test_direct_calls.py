@@ -112,6 +112,40 @@ def test_a_caller_of_another_configuration_is_refused(opened: tuple[Engine, Sett
         execute(opened[0], f"select wallet.{call}".replace(":", r"\:"))
 
 
+def test_a_transaction_that_is_none_is_unknown_to_a_reversal(opened: tuple[Engine, Settings]) -> None:
+    assert refusal(opened, "reverse", "5", reverses=10**9) == "unknown_transaction"
+
+
+def test_a_key_whose_result_is_not_known_moves_nothing(opened: tuple[Engine, Settings]) -> None:
+    """Somebody has removed what stood there, or put it there by hand."""
+    engine, settings = opened
+    execute(engine, "insert into wallet.idempotency_keys (key, request) values ('k', gen_random_uuid())")
+    before = journal(engine), rows(engine, LEGACY)
+    with engine.connect() as connection:
+        with pytest.raises(DBAPIError) as raised:
+            post(connection, settings, "credit", 1, 5, idempotency_key="k")
+        connection.rollback()
+    assert getattr(raised.value.orig, "sqlstate", None) == "40001"
+    assert (journal(engine), rows(engine, LEGACY)) == before
+
+
+def test_the_balances_of_a_key_are_changed_by_its_own_request_alone(opened: tuple[Engine, Settings]) -> None:
+    engine, settings = opened
+    with engine.begin() as connection:
+        post(connection, settings, "credit", 1, 5, idempotency_key="k")
+    own, other = scalar(engine, "select request from wallet.idempotency_keys"), "00000000-0000-4000-8000-000000000002"
+    balances = "select balances from wallet.idempotency_keys"
+    for request, expected in ((other, [None, None, 105, 105]), (own, [None, None, 77, None])):
+        execute(
+            engine,
+            "select wallet.diverged(m, p, 'users') from "
+            "jsonb_populate_record(null::wallet.movement, cast(:m as jsonb)) as m, "
+            'jsonb_populate_record(null::wallet.posting, \'{"mode"\\: "legacy", "creditor_legacy"\\: 77}\') as p',
+            m=json.dumps({"idempotency_key": "k", "request": str(request)}),
+        )
+        assert scalar(engine, balances) == expected
+
+
 def test_an_account_that_is_frozen_is_turned_stale_by_nobody(opened: tuple[Engine, Settings]) -> None:
     engine, _ = opened
     set_phase(engine, "frozen")

@@ -102,6 +102,9 @@ def test_half_a_transfer_in_a_batch_is_of_the_batchs_group(database_url: str) ->
     )
     assert groups(at) == shared(made)
     assert ("posting", "1", "transit", D(1)) in at.legs()
+    with at.engine.begin() as connection:
+        alone = at.adapter.transfer(connection, 1, 3, 1, type="b").transaction_id or 0
+    assert groups(at) == {**shared(made), **shared([alone])}, "half a transfer says by its group that it is half"
 
 
 def test_a_refused_batch_leaves_no_group(at: Place) -> None:

@@ -163,6 +163,26 @@ def test_an_error_of_an_application_s_trigger_reaches_the_caller_and_nothing_is_
     assert rows(world.engine, "select key from wallet.idempotency_keys") == []
 
 
+@pytest.mark.parametrize("state", ["40001", "40P01", "55P03"])
+def test_what_can_be_retried_in_the_short_way_reaches_the_caller_and_is_not_tried_the_long_way(
+    world: Place, state: str
+) -> None:
+    """The trigger fails once: a second try within the call would hide it."""
+    execute(world.engine, "create sequence fired")
+    execute(
+        world.engine,
+        "create function busy() returns trigger language plpgsql as $$ begin if nextval('fired') = 1 then "
+        f"raise exception 'busy' using errcode = '{state}'; end if; return null; end $$",
+    )
+    execute(world.engine, "create trigger busy after update on users for each row execute function busy()")
+    with world.engine.connect() as connection:
+        with pytest.raises(DBAPIError) as raised:
+            world.adapter.credit(connection, 1, 5, type="test")
+        connection.rollback()
+    assert getattr(raised.value.orig, "sqlstate", "") == state
+    assert world.state() == ("mirrored", 100, 100)
+
+
 @pytest.mark.parametrize("name", ["a_first", "z_last"])
 @pytest.mark.parametrize("dual", [True, False])
 def test_a_trigger_that_takes_the_label_away_by_posting_itself_makes_no_key_move_money_twice(

@@ -28,6 +28,11 @@ def batch(connection: Connection, settings: Settings) -> None:
     adapter.apply(connection, [Movement.credit(key, 5, type="test") for key in (1, 2)])
 
 
+def batch_of_the_second_first(connection: Connection, settings: Settings) -> None:
+    adapter = LegacyBalanceAdapter(settings, StaticSource({"wallet.dualWrite": True}))
+    adapter.apply(connection, [Movement.credit(key, 5, type="test") for key in (2, 1)])
+
+
 def truncate(connection: Connection, _: Settings) -> None:
     connection.exec_driver_sql("truncate users")
 
@@ -44,6 +49,7 @@ WORKS: dict[str, tuple[str, Work]] = {
     "a transfer": ("mirrored", transfer),
     "a transfer of frozen accounts": ("frozen", transfer),
     "a batch": ("mirrored", batch),
+    "a batch of the second first": ("mirrored", batch_of_the_second_first),
     "a batch of frozen accounts": ("frozen", batch),
     "a backfill": ("stale", BACKFILL),
     "a freeze": ("mirrored", FREEZE),
@@ -85,6 +91,10 @@ def staged(database_url: str, what: str) -> Iterator[tuple[Place, Stage]]:
 def waits_for_the_first_alone(place: Place, stage: Stage, work: Work, first: str, second: str) -> None:
     holder, worker, other = stage.session(), stage.session(), stage.session()
     holder.sql(first)
+    # An index of the keys would give them in order by itself.
+    worker.sql(
+        "set local enable_indexscan = off; set local enable_bitmapscan = off; set local enable_indexonlyscan = off"
+    )
     waiting = worker.waiting(lambda connection: work(connection, place.settings), on=holder)
     other.sql("set local lock_timeout = '2s'")
     other.sql(second)

@@ -18,7 +18,7 @@ from walletmigrate.errors import PreconditionRefused, UnreadableInput, UsageErro
 from walletmigrate.facts import read_facts
 from walletmigrate.flags import DUAL_WRITE, StaticSource
 from walletmigrate.freeze import freeze, unfreeze
-from walletmigrate.reconcile import Limits
+from walletmigrate.reconcile import Limits, Reconciliation
 from walletmigrate.survey import inspect_mapping
 from walletmigrate.truths import LEDGER, LEGACY, Truth, asked
 from walletmigrate.verify import verify
@@ -33,6 +33,21 @@ BACK = Act("user:ben", "CHG-8: the file was of another day")
 def undo(world: World, run: int | None, **options: Any) -> reconciliations.Undo:
     assert run is not None
     return reconciliations.undo(world.engine, world.settings, run, BACK, **options)
+
+
+def balances_told(world: World, made: Reconciliation, key: str) -> tuple[D | None, D | None]:
+    """Legacy and ledger, as a reversal of the account's correction is told that they are after the undo."""
+    adapter = LegacyBalanceAdapter(world.settings, StaticSource({DUAL_WRITE: True}))
+    (number,) = [one.transaction_id or 0 for one in made.items if one.key == key]
+    with world.engine.begin() as connection:
+        replay = adapter.reverse(connection, number, reason="by hand")
+    assert replay.replayed
+    kept = (
+        "select balances[1], balances[2] from wallet.idempotency_keys where key = 'walletmigrate:reversal:' || :number"
+    )
+    # As of the one who pays back what the correction brought.
+    assert rows(world.engine, kept, number=number) == [(replay.legacy_balance, replay.ledger_balance)]
+    return replay.legacy_balance, replay.ledger_balance
 
 
 def read(world: World, folder: Path, content: str) -> Truth:
@@ -150,6 +165,8 @@ def test_what_was_spent_closed_or_frozen_since_is_told(world: World) -> None:
     done = undo(world, made.run)
     assert [(one.key, one.refusal) for one in done.left] == [("2", "no_row")]
     assert world.account(4) == ("stale", D(100), D(59))
+    assert balances_told(world, made, "4") == (D(59), D(100))
+    assert balances_told(world, made, "5") == (D(100), D(100))
 
 
 def test_what_was_frozen_since_is_undone_in_the_ledger_alone(world: World) -> None:
@@ -158,6 +175,7 @@ def test_what_was_frozen_since_is_undone_in_the_ledger_alone(world: World) -> No
     freeze(world.engine, world.settings, world.settings.mappings[0], ACT)
     assert undo(world, made.run).undone == 10
     assert world.account(3) == ("frozen", D(100), D(101))
+    assert balances_told(world, made, "3") == (None, D(100))
 
 
 def test_an_account_that_was_opened_and_corrected_is_undone_on_both_sides(world: World) -> None:

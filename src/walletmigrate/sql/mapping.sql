@@ -29,9 +29,6 @@ begin
         where l.{{ key }} = p_key::{{ key_type }};
     {% endfor %}
     end if;
-    if s.key is null then
-        return s;
-    end if;
     select a.id, a.state, a.balance into s.account, s.state, s.balance
     from accounts as a
     where a.mapping = '{{ mapping }}' and a.key = p_key and a.bucket = p_bucket and a.currency = p_currency
@@ -172,10 +169,8 @@ begin
             return p;
         end if;
     end if;
+    -- A refusal, like a replay, changes neither side, and so writes nothing here.
     p := {{ schema }}.leg_{{ mapping }}(m, p_policy, p_reserved);
-    if p.refusal is not null then
-        return p;
-    end if;
     {{ write_legacy("debtor") }}
     {{ write_legacy("creditor") }}
     if p.mismatch then

@@ -226,8 +226,8 @@ declare
     k idempotency_keys;
 begin
     select * into k from idempotency_keys where key = m.idempotency_key;
-    if not found or k.mode is null then
-        return;
+    if k.mode is null then
+        return; -- no such key, or one that this batch has reserved
     end if;
     p.debtor_change := null;
     p.creditor_change := null;
@@ -303,10 +303,7 @@ begin
         p.debtor_legacy := case d.mode when 'ledger' then coalesce(d.balance, d.legacy) else d.legacy end;
         p.creditor_legacy := case c.mode when 'ledger' then coalesce(c.balance, c.legacy) else c.legacy end;
         -- A key that moved money before is a replay, whatever the balance is today.
-        if m.idempotency_key is not null and not p_reserved then
-            p := replay(m, p);
-        end if;
-        return p;
+        return replay(m, p);
     end if;
 
     v_plain := coalesce(d.mode <> 'legacy' and d.state in ('mirrored', 'frozen'), d.key is null)
@@ -336,7 +333,7 @@ begin
         case when v_amount > 0 and (d.mode <> 'legacy' or c.mode <> 'legacy') then nextval('transaction_ids') end,
         round(v_amount, r.scale),
         d.key,
-        case when d.mode <> 'ledger' and v_amount > 0 then -v_amount end,
+        case when d.mode <> 'ledger' then -v_amount end, -- who pays, pays something
         case when d.mode <> 'ledger' then d.legacy - v_amount end,
         case when d.mode <> 'legacy'
             then case when d.state in ('mirrored', 'frozen') then d.balance else d.legacy end - v_amount
@@ -385,8 +382,8 @@ begin
     end if;
     if not v_plain and v_amount > 0 then
         perform turn_stale(x.account, 'written while dual-write was off or the line stopped')
-        from (values (d.account, d.mode, d.state), (c.account, c.mode, c.state)) as x (account, mode, state)
-        where x.mode = 'legacy' and x.state = 'mirrored';
+        from (values (d.account, d.mode), (c.account, c.mode)) as x (account, mode)
+        where x.mode = 'legacy';
     end if;
     if d.unfit or c.unfit then
         insert into failures (mapping, key, bucket, currency, operation, sqlstate, message, correlation_id)

@@ -160,6 +160,7 @@ declare
     t transactions;
     v_moved numeric := 0;
     v_own_key text;
+    v_told numeric[];
 begin
     select * into v_done from audit_log where id = (q ->> 'audit')::bigint;
     select * into t from transactions where id = (v_done.details ->> 'transaction_id')::bigint;
@@ -208,11 +209,13 @@ begin
     end if;
     if t.id is not null then
         k.transaction_id := nextval('transaction_ids');
-        -- The key of every reversal: the adapter's finds this one, and replays it.
-        insert into idempotency_keys (key, transaction_id, request, mode)
+        -- The key of every reversal: the adapter's finds this one, and replays it, with the balances as they are now.
+        v_told := array[case when s.mode = 'dual_write' then k.legacy_after end, k.ledger_after];
+        insert into idempotency_keys (key, transaction_id, request, mode, balances)
         values (
             v_own_key, k.transaction_id, (q ->> 'request')::uuid,
-            (case s.mode when 'ledger' then 'ledger' else 'dual_write' end)::posting_mode
+            (case s.mode when 'ledger' then 'ledger' else 'dual_write' end)::posting_mode,
+            case when v_moved > 0 then v_told else array[null, null]::numeric[] || v_told end
         );
         update accounts set balance = k.ledger_after where id = s.account;
         insert into transactions (
