@@ -124,6 +124,10 @@ def mirror(town: Town) -> None:
     town.mode("mirror")
 
 
+def reject(town: Town) -> None:
+    town.mode("reject")
+
+
 CASES: dict[str, tuple[tuple[str | Doing, ...], Doing, set[Account]]] = {
     "a credit": ((), lambda t: t.post(movement("credit", 1, 5)), ONE),
     "a debit": ((), lambda t: t.post(movement("debit", 1, 1)), ONE),
@@ -174,6 +178,22 @@ CASES: dict[str, tuple[tuple[str | Doing, ...], Doing, set[Account]]] = {
         ALL_OF_ONE,
     ),
     "a truncate": ((), lambda t: t.sql("truncate users"), USERS),
+    "a raw update of another mapping": ((), lambda t: t.sql(RAW.replace("users", "clubs")), {("clubs", "1", *CASH)}),
+    "a truncate where one was closed before": (
+        ("delete from users where id = 1",),
+        lambda t: t.sql("truncate users"),
+        USERS - ALL_OF_ONE,
+    ),
+    "a truncate while another mapping is frozen": (
+        ("update wallet.control set phase = 'frozen'", "select wallet.freeze_clubs(null, null)"),
+        lambda t: t.sql("truncate users"),
+        USERS,
+    ),
+    "a truncate, past which the adapter alone may write, of what is stale": (
+        ("update users set coins = 0, dollars = 0, promo = 0", reject),
+        lambda t: t.sql("truncate users"),
+        USERS,
+    ),
     "a backfill of one that is stale": (STALE, lambda t: t.sql("select wallet.backfill_users(null, null, null)"), ONE),
     "a last pass over one that is stale": (
         STALE,
@@ -226,6 +246,14 @@ def test_it_happens_to_the_accounts_it_is_meant_for_and_to_no_other(town: Town, 
     assert {account for account, found in before.items() if after.get(account) != found} == meant
     assert after.keys() == before.keys()
     assert_sound(town.engine, town.settings)
+
+
+def test_a_truncate_waits_for_no_account_of_another_mapping(town: Town) -> None:
+    with town.engine.begin() as other, town.engine.begin() as connection:
+        other.exec_driver_sql("select from wallet.accounts where mapping = 'clubs' for update")
+        connection.exec_driver_sql("set local lock_timeout = '5s'")
+        connection.exec_driver_sql("truncate users")
+    assert {account[0] for account, found in town.accounts().items() if found[0] == "closed"} == {"users"}
 
 
 def test_a_shadow_leg_that_fails_turns_its_own_account_stale_and_is_recorded_once(town: Town) -> None:

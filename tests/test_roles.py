@@ -309,6 +309,32 @@ def test_row_level_security_hides_accounts_from_the_adapter_as_from_the_applicat
     assert (admin.coins(1), admin.coins(2)) == (105, 100)
 
 
+OWNER_S_POLICY = "create policy walletmigrate_owner on {} for select to wallet_owner using (true)"
+
+
+def test_a_fence_from_which_rows_are_hidden_closes_no_account(admin: Place) -> None:
+    """Another policy, or another table's, does not let it see."""
+    with admin.engine.begin() as connection:
+        admin.adapter.open_account(connection, 1)
+    execute(admin.engine, "create table other (id bigint)")
+    execute(admin.engine, OWNER_S_POLICY.format("other"))
+    execute(admin.engine, "alter table users enable row level security")
+    execute(admin.engine, "create policy own on users using (true)")
+    with pytest.raises(DBAPIError) as raised:
+        execute(admin.engine, "delete from users where id = 1")
+    assert getattr(raised.value.orig, "sqlstate", "") == "WM022"
+    assert admin.account(1) == ("mirrored", D(100))
+
+
+def test_a_fence_that_a_policy_lets_see_all_rows_closes_as_without_row_level_security(admin: Place) -> None:
+    with admin.engine.begin() as connection:
+        admin.adapter.open_account(connection, 1)
+    execute(admin.engine, OWNER_S_POLICY.format("users"))
+    execute(admin.engine, "alter table users enable row level security")
+    execute(admin.engine, "delete from users where id = 1")
+    assert admin.account(1) == ("closed", D(100))
+
+
 def test_an_object_of_the_same_name_on_the_caller_s_search_path_is_not_used(app: Login, admin: Place) -> None:
     execute(admin.engine, f"create schema trap authorization {app.name}")
     with app.engine.begin() as connection:
