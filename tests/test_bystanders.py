@@ -248,6 +248,44 @@ def test_it_happens_to_the_accounts_it_is_meant_for_and_to_no_other(town: Town, 
     assert_sound(town.engine, town.settings)
 
 
+EQUAL = (
+    "update users set coins = 50, dollars = 55, promo = 55 where id = 1",
+    "update users set coins = 55 where id = 2",
+    "update clubs set coins = 55 where id = 1",
+    "select wallet.backfill_users(null, null, null)",
+    "select wallet.backfill_clubs(null, null, null)",
+    RAW,
+)
+"""The first account is stale, its row holds 55; four others, each alike in all but one thing, are mirrored at 55."""
+
+
+def test_a_posting_to_a_stale_account_takes_no_other_of_the_same_balance_for_it(town: Town) -> None:
+    for step in EQUAL:
+        town.sql(step)
+    before = town.accounts()
+    town.post(movement("credit", 1, 5))
+    after = town.accounts()
+    assert {account for account, found in before.items() if after[account] != found} == ONE
+    assert after["users", "1", *CASH][:2] == ("mirrored", 60)
+    assert_sound(town.engine, town.settings)
+
+
+@pytest.mark.parametrize(("bucket", "currency"), [DOLLARS, PROMO])
+def test_a_posting_with_the_flag_off_turns_its_own_account_stale_however_stale_the_others_are(
+    town: Town, bucket: str, currency: str
+) -> None:
+    for table in TABLES:
+        town.sql(f"update {table} set coins = coins + 1, dollars = dollars + 1, promo = promo + 1")
+    fields = {"operation": "credit", "key": 3, "amount": Decimal(5), "bucket": bucket, "currency": currency}
+    town.post(Movement(**fields, type="test"))
+    before = town.accounts()
+    town.post(Movement(**fields, type="test"), source=OFF)
+    after = town.accounts()
+    own = ("users", "3", bucket, currency)
+    assert {account for account, found in before.items() if after[account] != found} == {own}
+    assert (before[own][0], after[own][0]) == ("mirrored", "stale")
+
+
 def test_a_truncate_waits_for_no_account_of_another_mapping(town: Town) -> None:
     with town.engine.begin() as other, town.engine.begin() as connection:
         other.exec_driver_sql("select from wallet.accounts where mapping = 'clubs' for update")

@@ -639,6 +639,11 @@ def test_a_fence_that_is_not_as_it_was_made_is_found_and_mended_by_install(
     assert world.state() == "stale"
 
 
+def test_the_type_of_a_balance_column_is_not_altered_unseen_while_the_fence_stands(world: World) -> None:
+    for column in ("total_coins", "promo", "id"):
+        assert world.write(f"alter table users alter column {column} type text") == "0A000"
+
+
 def test_a_fence_that_was_never_made_is_a_problem(world: World) -> None:
     execute(world.engine, "update wallet.mappings set fence = '{}'")
     assert list(found_by(world).values()) == ["was never installed"]

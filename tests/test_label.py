@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from invariants import assert_sound
-from ledger import ACT, execute, install_users, post, rows, scalar
+from ledger import ACT, execute, install_users, post, rows, scalar, unguarded
 from walletmigrate import LegacyBalanceAdapter, StaticSource, functions
 from walletmigrate.errors import AmountOverflow
 from walletmigrate.fences import Mode, set_mode
@@ -28,8 +29,8 @@ def world(database_url: str) -> Place:
 class Place:
     """Ten users, the first with an account, and an adapter that asks for dual-write."""
 
-    def __init__(self, url: str) -> None:
-        self.engine, self.settings = install_users(url, phase="dual_write", floor=Decimal(0))
+    def __init__(self, url: str, **table: Any) -> None:
+        self.engine, self.settings = install_users(url, phase="dual_write", floor=Decimal(0), **table)
         self.adapter = LegacyBalanceAdapter(self.settings, StaticSource({DUAL_WRITE: True}))
         with self.engine.begin() as connection:
             post(connection, self.settings, "open_account", 1, 0)
@@ -69,6 +70,52 @@ def test_a_forged_label_that_does_not_fit_is_met_as_any_other_write(world: Place
     write(world, world.label(2, dual=dual), ADD_ONE)
     assert world.state() == ("stale", 100, 101)
     assert_sound(world.engine, world.settings)
+
+
+@pytest.mark.parametrize("dual", [True, False])
+def test_a_label_that_does_not_fit_a_stale_account_uses_no_key_and_hides_no_write(world: Place, dual: bool) -> None:
+    execute(world.engine, ADD_ONE)
+    write(world, world.label(2, dual=dual, idempotency_key="k"), ADD_ONE)
+    assert world.state() == ("stale", 100, 102)
+    assert rows(world.engine, "select key from wallet.idempotency_keys") == []
+    assert rows(world.engine, "select key, treatment from wallet.bypasses") == [("1", "turned_stale")]
+
+
+def test_a_label_for_dual_write_on_a_stale_account_fails_no_write(world: Place) -> None:
+    execute(world.engine, ADD_ONE)
+    write(world, world.label(1), ADD_ONE)
+    assert world.state() == ("stale", 100, 102)
+
+
+def test_a_label_with_more_decimals_than_the_ledger_is_no_posting(database_url: str) -> None:
+    world = Place(database_url, coins_type="numeric")
+    write(world, world.label(1).replace('"1"', '"1.005"'), ADD_ONE.replace("+ 1", "+ 1.005"))
+    assert world.state() == ("stale", 100, Decimal("101.005"))
+    assert_sound(world.engine, world.settings)
+
+
+def test_a_label_for_one_column_hides_no_write_of_another(database_url: str) -> None:
+    world = Place(database_url, with_promo=True)
+    with world.engine.begin() as connection:
+        post(connection, world.settings, "open_account", 1, 0, bucket="promo")
+    write(world, world.label(1), ADD_ONE.replace("+ 1", "+ 1, promo = promo + 1"))
+    assert rows(world.engine, "select bucket, state::text from wallet.accounts") == [
+        ("cash", "stale"),
+        ("promo", "stale"),
+    ]
+    assert_sound(world.engine, world.settings)
+
+
+def test_a_label_for_a_key_that_the_row_takes_only_now_hides_no_row_that_goes(world: Place) -> None:
+    with world.engine.begin() as connection:
+        post(connection, world.settings, "open_account", 2, 0)
+    with unguarded(world.engine, "users") as connection:
+        connection.exec_driver_sql("delete from users where id = 2")
+    write(world, world.label(1, key=2), ADD_ONE.replace("where", ", id = 2 where"))
+    assert rows(world.engine, "select key, state::text from wallet.accounts order by key") == [
+        ("1", "closed"),
+        ("2", "stale"),
+    ]
 
 
 @pytest.mark.parametrize("dual", [False, None])

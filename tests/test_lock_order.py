@@ -115,6 +115,15 @@ def test_no_account_is_locked_before_the_legacy_rows(staged: tuple[Place, Stage]
     waits_for_the_first_alone(place, stage, WORKS[what][1], first, "select from wallet.accounts for update")
 
 
+def test_a_truncate_locks_all_accounts_in_order_before_it_closes_any(database_url: str) -> None:
+    place = Place(database_url, "mirrored")
+    execute(place.engine, "insert into users select g, 'acme', 'member', 100 from generate_series(3, 40) as g")
+    execute(place.engine, "select wallet.backfill_users(null, null, null)")
+    first, rest = ("select from wallet.accounts where id {} for update".format(which) for which in ("= 1", "> 1"))
+    with interleaving.stage(database_url) as stage:
+        waits_for_the_first_alone(place, stage, truncate, first, rest)
+
+
 def test_a_truncate_locks_accounts_by_id(database_url: str) -> None:
     place = Place(database_url, "mirrored")
     lock = "select from wallet.accounts where key = '{}' for update"
