@@ -30,6 +30,8 @@ ONCE = {
     "transactions_reversed_once": "reverses IS NOT NULL",
     "audit_log_corrected": "action = 'reconcile corrected'::text",
     "audit_log_undone": "action = 'reconcile undone'::text",
+    "jobs_unfinished": "state = ANY (ARRAY['running'::text, 'paused'::text]",
+    "snapshots_running": "state = 'running'::text",
 }
 
 
