@@ -85,9 +85,7 @@ def test_a_fold_that_is_ahead_of_the_counter_is_made_anew(place: Place) -> None:
     assert place.folded() == [("external", -2), ("opening", -105)]
 
 
-def test_folds_come_one_after_the_other_though_one_stands_still_in_the_middle(
-    place: Place, database_url: str
-) -> None:
+def test_folds_come_one_after_the_other_though_one_stands_still_in_the_middle(place: Place, database_url: str) -> None:
     """Else the one that went on first is taken back to where the other began, and counted twice."""
     execute(
         place.engine,

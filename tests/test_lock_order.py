@@ -101,6 +101,21 @@ def test_legacy_rows_are_locked_by_key(staged: tuple[Place, Stage], what: str) -
     waits_for_the_first_alone(place, stage, WORKS[what][1], lock.format(1), lock.format(2))
 
 
+@pytest.mark.parametrize("what", [what for what in WORKS if not what.startswith(("a batch", "a transfer"))])
+def test_a_job_locks_rows_by_key_also_where_no_index_brings_them_in_that_order(
+    staged: tuple[Place, Stage], what: str
+) -> None:
+    place, stage = staged
+    lock = "select from users where id = {} for update"
+
+    def work(connection: Connection, settings: Settings) -> object:
+        connection.exec_driver_sql("set local enable_indexscan = off")
+        connection.exec_driver_sql("set local enable_bitmapscan = off")
+        return WORKS[what][1](connection, settings)
+
+    waits_for_the_first_alone(place, stage, work, lock.format(1), lock.format(2))
+
+
 @pytest.mark.parametrize("what", WORKS)
 def test_accounts_are_locked_by_id(staged: tuple[Place, Stage], what: str) -> None:
     place, stage = staged
