@@ -156,6 +156,13 @@ begin
             v_setting := set_config('walletmigrate.posting', 'spoilt', true);
         end if;
     end if;
+    {% if capture_mode == "reject" %}
+    -- What plain_ has not yet taken: a trigger of the application writes behind the fence. Refused here, its write would
+    -- be lost where it catches errors; so plain_ takes all back, and the long way lets it through, or refuses it.
+    if v_setting like 'dual\_write %' or v_setting like 'legacy %' then
+        v_setting := set_config('walletmigrate.posting', 'spoilt', true);
+    end if;
+    {% endif %}
     v_spoilt := v_setting = 'spoilt';
     v_key := case when tg_op = 'DELETE' then old.{{ key }} else new.{{ key }} end;
     -- Of an insert OLD is null, of a delete NEW: no key of theirs equals or differs.
