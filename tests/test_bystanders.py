@@ -194,10 +194,10 @@ def test_a_posting_with_the_flag_off_turns_its_own_account_stale_however_stale_t
 ) -> None:
     for table in TABLES:
         town.sql(f"update {table} set coins = coins + 1, dollars = dollars + 1, promo = promo + 1")
-    fields = {"operation": "credit", "key": 3, "amount": Decimal(5), "bucket": bucket, "currency": currency}
-    town.post(Movement(**fields, type="test"))
+    credit = Movement(operation="credit", key=3, amount=Decimal(5), bucket=bucket, currency=currency, type="test")
+    town.post(credit)
     before = town.accounts()
-    town.post(Movement(**fields, type="test"), source=OFF)
+    town.post(credit, source=OFF)
     after = town.accounts()
     own = ("users", "3", bucket, currency)
     assert {account for account, found in before.items() if after[account] != found} == {own}

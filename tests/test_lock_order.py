@@ -134,7 +134,7 @@ def test_a_truncate_locks_all_accounts_in_order_before_it_closes_any(database_ur
     place = Place(database_url, "mirrored")
     execute(place.engine, "insert into users select g, 'acme', 'member', 100 from generate_series(3, 40) as g")
     execute(place.engine, "select wallet.backfill_users(null, null, null)")
-    first, rest = ("select from wallet.accounts where id {} for update".format(which) for which in ("= 1", "> 1"))
+    first, rest = (f"select from wallet.accounts where id {which} for update" for which in ("= 1", "> 1"))
     with interleaving.stage(database_url) as stage:
         waits_for_the_first_alone(place, stage, truncate, first, rest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import interleaving
 from invariants import assert_sound
 from ledger import execute, install_users, rows
 from town import ALL_OF_ONE, CASH, DOLLARS, FIRST, FROZEN, ONE, PROMO, RAW, Account, Town
+from walletmigrate import Movement
 
 NEW = "insert into {} select g, 'acme', g, 100 + g, 200 + g from generate_series({}, {}) as g"
 
@@ -160,6 +162,7 @@ def test_a_last_pass_goes_by_when_its_own_job_began(town: Town) -> None:
         town.sql(NEW.format(table, 11, 11))
         later = f"update wallet.jobs set row_xid = row_xid {{}} 1000000 where id = {town.jobs[other]}"
         town.sql(later.format("+"))
+        town.sql(f"update wallet.jobs set actor = actor where id = {town.jobs[own]}")  # to the end of the table
         assert committed(town, f"select opened from wallet.late_{table}(null, null, {town.jobs[own]})") == [(3,)]
         town.sql(later.format("-"))
 
@@ -235,6 +238,17 @@ def test_a_freeze_takes_what_is_mirrored_and_equals_its_own_row_and_refuses_the_
     frozen = ONE | {("users", key, *column) for key in ("2", "3") for column in (DOLLARS, PROMO)}
     assert {a for a, found in before.items() if after[a] != found and a[0] == "users"} == frozen
     assert {after[account][0] for account in frozen} == {"frozen"}
+
+
+def test_an_unfreeze_writes_to_each_column_the_balance_of_its_own_account(town: Town) -> None:
+    for step in FROZEN:
+        town.sql(step)
+    for amount, (bucket, currency) in enumerate((CASH, DOLLARS, PROMO), start=5):
+        fields: dict[str, Any] = {"amount": Decimal(amount), "bucket": bucket, "currency": currency, "type": "test"}
+        town.post(Movement(operation="credit", key=1, **fields))
+    assert committed(town, "select * from wallet.unfreeze_users(null, '1')") == [(1, 3)]
+    assert rows(town.engine, "select coins, dollars, promo from users where id = 1") == [(6, 107, 208)]
+    assert {town.accounts()[account][0] for account in ALL_OF_ONE} == {"mirrored"}
 
 
 def test_an_unfreeze_leaves_what_is_not_frozen_and_its_row_alone(town: Town) -> None:
