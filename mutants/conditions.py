@@ -122,7 +122,11 @@ def _head(group: Group, index: int) -> str:
     before = nodes[index - 1].text if index else ""
     if text == "if" and before in ("end", "sequence", "table", "schema"):
         return ""
-    if text == "when" and group.text != "case" and before != "exit":
+    if (
+        text == "when"
+        and group.text != "case"
+        and "exit" not in (node.text for node in nodes[max(0, index - 2) : index])
+    ):
         return "handler"
     if text == "on" and "join" not in (node.text for node in nodes[max(0, index - 8) : index]):
         return ""

@@ -30,10 +30,12 @@ from mutants.clones import Clones
 from mutants.guards import TEMPLATES, Guard, template
 from mutants.reach import PREPARE, digest, instrumented
 from mutants.record import known
-from walletmigrate import schema
+from walletmigrate import connect, schema
 
 PATIENCE_SECONDS = 10.0
 """How long a test waits for a lock that, without the guard, may never be asked for."""
+STATEMENT_TIMEOUT_MS = 15_000
+"""How long a statement may take: without a guard a loop may have no end, and that is missed by its test."""
 CLONES = Clones()
 
 _BROKEN = re.compile(
@@ -95,6 +97,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--mutants"):
         interleaving.PATIENCE_SECONDS = PATIENCE_SECONDS
         ledger.PATIENCE_SECONDS = PATIENCE_SECONDS
+        limits = {**(connect.engine.__kwdefaults__ or {}), "statement_timeout_ms": STATEMENT_TIMEOUT_MS}
+        connect.engine.__kwdefaults__ = limits
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -7,121 +7,46 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from pydantic import SecretStr
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.pool import NullPool
 
 from invariants import assert_sound
-from ledger import ACT, execute, post, rows, scalar, set_phase, unguarded
-from walletmigrate import LegacyBalanceAdapter, Mapping, Movement, Settings, StaticSource, connect
-from walletmigrate.backfill import backfill
+from ledger import ACT, post, rows, scalar
+from town import (
+    ALL_OF_ONE,
+    CASH,
+    COLUMNS,
+    DOLLARS,
+    DUAL,
+    FIRST,
+    FROZEN,
+    OFF,
+    ONE,
+    ONE_AND_TWO,
+    PROMO,
+    RAW,
+    TABLES,
+    USERS,
+    Account,
+    Town,
+    movement,
+)
+from walletmigrate import LegacyBalanceAdapter, Movement
 from walletmigrate.corrections import adjust
-from walletmigrate.fences import Mode, set_mode
-from walletmigrate.install import install
 from walletmigrate.recalculate import recalculate
 from walletmigrate.reconcile import reconcile
 from walletmigrate.undo import undo
 
-DUAL = StaticSource({"wallet.dualWrite": True})
-OFF = StaticSource({})
-CASH, DOLLARS, PROMO = ("cash", "EUR"), ("cash", "USD"), ("promo", "EUR")
-COLUMNS = {CASH: "coins", DOLLARS: "dollars", PROMO: "promo"}
-TABLES = ("users", "clubs")
-
-Account = tuple[str, ...]
-
-ONE: set[Account] = {("users", "1", *CASH)}
-ONE_AND_TWO: set[Account] = {*ONE, ("users", "2", *CASH)}
-ALL_OF_ONE: set[Account] = {("users", "1", *column) for column in COLUMNS}
-USERS: set[Account] = {("users", str(key), *column) for key in (1, 2, 3) for column in COLUMNS}
-
-
-class Town:
-    """Users and clubs, three each with the same keys; each has two buckets, one of them in two currencies."""
-
-    def __init__(self, url: str) -> None:
-        self.engine = connect.engine(url, application_name="walletmigrate-test", poolclass=NullPool)
-        for number, table in enumerate(TABLES):
-            execute(
-                self.engine,
-                f"create table {table} (id bigint primary key, tenant text, coins numeric(20, 2), "
-                "dollars numeric(20, 2), promo numeric(20, 2))",
-            )
-            execute(
-                self.engine,
-                f"insert into {table} select g, 'acme', {number}000 + g, {number}100 + g, {number}200 + g "
-                "from generate_series(1, 3) as g",
-            )
-        self.settings = Settings(database_url=SecretStr(url), mappings=tuple(map(mapping, TABLES)))
-        install(self.engine, self.settings, ACT)
-        set_phase(self.engine, "dual_write")
-        jobs = [backfill(self.engine, self.settings, m, ACT).job_id for m in self.settings.mappings]
-        self.job = jobs[0] or 0
-        self.users = self.settings.mapping("users")
-
-    def accounts(self) -> dict[Account, tuple[Any, ...]]:
-        """Everything that is known of each account, with its legacy balance, and how many transactions it has."""
-        found: dict[Account, tuple[Any, ...]] = {}
-        for table in TABLES:
-            for (bucket, currency), column in COLUMNS.items():
-                query = (
-                    "select a.key, a.state::text, a.balance, a.state_at, a.state_reason, a.job_id, "
-                    f"(select l.{column} from {table} as l where l.id::text = a.key), "
-                    "(select count(*) from wallet.wallet_entries as e where e.account_id = a.id) "
-                    "from wallet.accounts as a where a.mapping = :m and a.bucket = :b and a.currency = :c"
-                )
-                for key, *rest in rows(self.engine, query, m=table, b=bucket, c=currency):
-                    found[table, key, bucket, currency] = tuple(rest)
-        return found
-
-    def post(self, *movements: Movement, source: StaticSource = DUAL) -> int:
-        adapter = LegacyBalanceAdapter(self.settings, source, mapping="users")
-        with self.engine.begin() as connection:
-            return adapter.apply(connection, movements)[0].transaction_id or 0
-
-    def sql(self, statement: str) -> None:
-        execute(self.engine, statement)
-
-    def mode(self, mode: Mode) -> None:
-        set_mode(self.engine, self.settings, self.users, mode, ACT)
-
-    def past_the_fence(self, statement: str) -> None:
-        with unguarded(self.engine, "users") as connection:
-            connection.exec_driver_sql(statement)
-        install(self.engine, self.settings, ACT)
-
-
-def mapping(name: str) -> Mapping:
-    columns = [
-        {"bucket": bucket, "currency": currency, "column": column, "scale": 2}
-        for (bucket, currency), column in COLUMNS.items()
-    ]
-    fields = {"name": name, "table": f"public.{name}", "key": "id", "traits": {"tenant": "tenant"}, "columns": columns}
-    return Mapping.model_validate(fields)
-
-
-def movement(operation: Any, key: int, amount: int, **fields: Any) -> Movement:
-    if operation == "set_balance":
-        fields = {"actor": ACT.actor, "reason": ACT.reason, **fields}
-    else:
-        fields["type"] = "test"
-    return Movement(operation=operation, key=key, amount=Decimal(amount), bucket="cash", currency="EUR", **fields)
-
-
-RAW = "update users set coins = coins + 5 where id = 1"
-FIRST = "mapping = 'users' and key = '1' and bucket = 'cash' and currency = 'EUR'"
 STALE = (RAW,)
-FROZEN = (
-    "update wallet.control set phase = 'frozen'",
-    "select wallet.freeze_users(null, null)",
-    "select wallet.freeze_clubs(null, null)",
-)
 
 Doing = Callable[[Town], object]
 
 
 def mirror(town: Town) -> None:
     town.mode("mirror")
+
+
+def reject(town: Town) -> None:
+    town.mode("reject")
 
 
 CASES: dict[str, tuple[tuple[str | Doing, ...], Doing, set[Account]]] = {
@@ -174,6 +99,22 @@ CASES: dict[str, tuple[tuple[str | Doing, ...], Doing, set[Account]]] = {
         ALL_OF_ONE,
     ),
     "a truncate": ((), lambda t: t.sql("truncate users"), USERS),
+    "a raw update of another mapping": ((), lambda t: t.sql(RAW.replace("users", "clubs")), {("clubs", "1", *CASH)}),
+    "a truncate where one was closed before": (
+        ("delete from users where id = 1",),
+        lambda t: t.sql("truncate users"),
+        USERS - ALL_OF_ONE,
+    ),
+    "a truncate while another mapping is frozen": (
+        ("update wallet.control set phase = 'frozen'", "select wallet.freeze_clubs(null, null)"),
+        lambda t: t.sql("truncate users"),
+        USERS,
+    ),
+    "a truncate, past which the adapter alone may write, of what is stale": (
+        ("update users set coins = 0, dollars = 0, promo = 0", reject),
+        lambda t: t.sql("truncate users"),
+        USERS,
+    ),
     "a backfill of one that is stale": (STALE, lambda t: t.sql("select wallet.backfill_users(null, null, null)"), ONE),
     "a last pass over one that is stale": (
         STALE,
@@ -226,6 +167,52 @@ def test_it_happens_to_the_accounts_it_is_meant_for_and_to_no_other(town: Town, 
     assert {account for account, found in before.items() if after.get(account) != found} == meant
     assert after.keys() == before.keys()
     assert_sound(town.engine, town.settings)
+
+
+EQUAL = (
+    "update users set coins = 50, dollars = 55, promo = 55 where id = 1",
+    "update users set coins = 55 where id = 2",
+    "update clubs set coins = 55 where id = 1",
+    "select wallet.backfill_users(null, null, null)",
+    "select wallet.backfill_clubs(null, null, null)",
+    RAW,
+)
+"""The first account is stale, its row holds 55; four others, each alike in all but one thing, are mirrored at 55."""
+
+
+def test_a_posting_to_a_stale_account_takes_no_other_of_the_same_balance_for_it(town: Town) -> None:
+    for step in EQUAL:
+        town.sql(step)
+    before = town.accounts()
+    town.post(movement("credit", 1, 5))
+    after = town.accounts()
+    assert {account for account, found in before.items() if after[account] != found} == ONE
+    assert after["users", "1", *CASH][:2] == ("mirrored", 60)
+    assert_sound(town.engine, town.settings)
+
+
+@pytest.mark.parametrize(("bucket", "currency"), [DOLLARS, PROMO])
+def test_a_posting_with_the_flag_off_turns_its_own_account_stale_however_stale_the_others_are(
+    town: Town, bucket: str, currency: str
+) -> None:
+    for table in TABLES:
+        town.sql(f"update {table} set coins = coins + 1, dollars = dollars + 1, promo = promo + 1")
+    credit = Movement(operation="credit", key=3, amount=Decimal(5), bucket=bucket, currency=currency, type="test")
+    town.post(credit)
+    before = town.accounts()
+    town.post(credit, source=OFF)
+    after = town.accounts()
+    own = ("users", "3", bucket, currency)
+    assert {account for account, found in before.items() if after[account] != found} == {own}
+    assert (before[own][0], after[own][0]) == ("mirrored", "stale")
+
+
+def test_a_truncate_waits_for_no_account_of_another_mapping(town: Town) -> None:
+    with town.engine.begin() as other, town.engine.begin() as connection:
+        other.exec_driver_sql("select from wallet.accounts where mapping = 'clubs' for update")
+        connection.exec_driver_sql("set local lock_timeout = '5s'")
+        connection.exec_driver_sql("truncate users")
+    assert {account[0] for account, found in town.accounts().items() if found[0] == "closed"} == {"users"}
 
 
 def test_a_shadow_leg_that_fails_turns_its_own_account_stale_and_is_recorded_once(town: Town) -> None:

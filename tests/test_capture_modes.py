@@ -96,6 +96,18 @@ def test_mirror_does_not_revive_what_is_stale_or_closed(place: Place) -> None:
     insert = "insert into users (id, tenant, role, total_coins) values (1, 'acme', 'member', 7)"
     assert place.write("delete from users where id = 1", insert) == ""
     assert place.state(1) == ("stale", 0, 7)
+    assert place.write("delete from users where id = 2") == ""
+    assert place.state(2) == ("closed", 100, None)
+
+
+def test_mirror_closes_an_account_without_money_by_no_transaction_and_no_failure(place: Place) -> None:
+    place.mode("mirror")
+    assert place.write("update users set total_coins = 0 where id = 1") == ""
+    newest = scalar(place.engine, "select max(id) from wallet.transactions")
+    assert place.write("delete from users where id = 1") == ""
+    assert place.state() == ("closed", 0, None)
+    assert scalar(place.engine, "select max(id) from wallet.transactions") == newest
+    assert rows(place.engine, "select message from wallet.failures") == []
 
 
 @pytest.mark.parametrize(
@@ -126,6 +138,8 @@ def test_reject_lets_through_what_concerns_no_mirrored_account(place: Place) -> 
     for key in (2, 3):
         assert place.write(f"update users set total_coins = total_coins + 5 where id = {key}") == ""
     assert place.write("update users set role = 'vip' where id = 1") == ""
+    assert place.write("delete from users where id = 2") == ""
+    assert place.state(2) == ("closed", 100, None)
     adapter = LegacyBalanceAdapter(place.settings, StaticSource({DUAL_WRITE: True}))
     with place.engine.begin() as connection:
         adapter.credit(connection, 1, 5, type="test")
@@ -158,6 +172,8 @@ def test_a_frozen_account_is_refused_in_every_mode_and_counted(place: Place, mod
     execute(place.engine, "select * from wallet.freeze_users(null, '1')")
     assert place.write(ADD) == "WM030"
     assert place.rejected() == 1
+    assert place.write("truncate users") == "WM030"
+    assert place.rejected() == 2
 
 
 def test_a_mode_holds_from_the_next_statement_of_a_session_that_was_there_before(place: Place) -> None:

@@ -7,6 +7,8 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from ledger import execute, install_users, rows
+from walletmigrate import LegacyBalanceAdapter, StaticSource
+from walletmigrate.flags import DUAL_WRITE
 
 CHECKS = {
     "accounts_mapping_key_bucket_currency_key": "UNIQUE (mapping, key, bucket, currency)",
@@ -30,6 +32,8 @@ ONCE = {
     "transactions_reversed_once": "reverses IS NOT NULL",
     "audit_log_corrected": "action = 'reconcile corrected'::text",
     "audit_log_undone": "action = 'reconcile undone'::text",
+    "jobs_unfinished": "state = ANY (ARRAY['running'::text, 'paused'::text]",
+    "snapshots_running": "state = 'running'::text",
 }
 
 
@@ -58,6 +62,22 @@ def test_what_may_happen_once_is_a_unique_index_over_what_happened(engine: Engin
     )
     found = {name: (unique, str(predicate).strip("()")) for name, unique, predicate in rows(engine, query)}
     assert {name: found[name] for name in ONCE} == {name: (True, predicate) for name, predicate in ONCE.items()}
+
+
+def test_the_view_of_entries_shows_two_legs_of_each_transaction_and_what_reversed_it(database_url: str) -> None:
+    engine, settings = install_users(database_url, rows=2, phase="dual_write")
+    adapter = LegacyBalanceAdapter(settings, StaticSource({DUAL_WRITE: True}))
+    with engine.begin() as connection:
+        one, two = (adapter.credit(connection, key, 5, type="test").transaction_id or 0 for key in (1, 2))
+        back = adapter.reverse(connection, one, reason="refund").transaction_id or 0
+    query = (
+        "select transaction_id, direction, reversed_by from wallet.wallet_entries where transaction_id = any(:ids) "
+        "order by transaction_id, direction"
+    )
+    by = {one: back, two: None, back: None}
+    assert rows(engine, query, ids=list(by)) == [
+        (which, direction, by[which]) for which in sorted(by) for direction in ("credit", "debit")
+    ]
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "NaN", "Infinity"])

@@ -21,6 +21,7 @@ from walletmigrate.adapter import LegacyBalanceAdapter
 from walletmigrate.capture import fence_problems
 from walletmigrate.config import Settings
 from walletmigrate.errors import LedgerMismatch, LegacyUpdateSuppressed
+from walletmigrate.fences import set_mode
 from walletmigrate.flags import DUAL_WRITE, StaticSource
 from walletmigrate.install import install
 
@@ -157,6 +158,26 @@ def test_a_row_that_takes_a_key_over_is_an_insert_of_that_key(world: World, befo
     world.bring(before, key=1)
     assert world.write(DELETE, "update users set id = 1 where id = 2") == ""
     assert (world.state(1), world.state(2)) == (after, "closed")
+
+
+def test_a_row_that_takes_over_a_key_whose_account_is_stale_leaves_it_stale(world: World) -> None:
+    """The first key of the two has no row any more: that says nothing of the second."""
+    world.bring("stale", key=2)
+    with unguarded(world.engine, "users") as connection:
+        connection.exec_driver_sql("delete from users where id = 2")
+    world.bring("mirrored", key=1)
+    assert world.write("update users set id = 2 where id = 1") == ""
+    assert (world.state(1), world.state(2)) == ("closed", "stale")
+
+
+@pytest.mark.parametrize("statement", [DELETE, TRUNCATE])
+def test_an_account_that_was_closed_stays_as_it_was_when_a_row_goes_again(world: World, statement: str) -> None:
+    world.bring("closed")
+    with unguarded(world.engine, "users") as connection:
+        connection.exec_driver_sql(INSERT)
+    closed = rows(world.engine, "select * from wallet.accounts")
+    assert world.write(statement) == ""
+    assert rows(world.engine, "select * from wallet.accounts") == closed
 
 
 def test_a_row_that_would_take_a_frozen_key_over_is_refused(world: World) -> None:
@@ -474,6 +495,22 @@ def test_an_insert_whose_snapshot_is_older_than_the_closing_leaves_no_closed_acc
     assert world.state() == "closed"
 
 
+def test_a_row_that_comes_again_holds_its_account_until_it_is_there(world: World, database_url: str) -> None:
+    """Else a closing, which finds no row yet, would close an account whose row then comes."""
+    world.bring("stale")
+    with unguarded(world.engine, "users") as connection:
+        connection.exec_driver_sql(DELETE)
+    close = "select wallet.close_users(id, 'gone') from wallet.accounts where key = '1' and bucket = 'cash'"
+    with interleaving.stage(database_url) as stage:
+        raw, closing_one = stage.session(), stage.session()
+        raw.sql(INSERT)
+        waiting = closing_one.waiting(lambda connection: connection.exec_driver_sql(close).scalar_one(), on=raw)
+        raw.commit()
+        assert waiting.result(interleaving.PATIENCE_SECONDS) is False
+        closing_one.commit()
+    assert world.state() == "stale"
+
+
 # Partitions
 
 
@@ -523,6 +560,16 @@ def test_the_truncation_of_a_partition_closes_only_its_own_accounts(partitioned:
     partitioned.freeze()
     assert partitioned.write("truncate users_high") == FROZEN
     assert partitioned.write(TRUNCATE) == FROZEN
+
+
+def test_reject_asks_of_a_truncated_partition_s_money_alone(partitioned: World) -> None:
+    partitioned.bring("mirrored", key=8)
+    set_mode(partitioned.engine, partitioned.settings, partitioned.settings.mapping(None), "reject", ACT)
+    assert partitioned.write("truncate users_low") == ""
+    assert partitioned.write("truncate users_high") == "WM031"
+    assert partitioned.write("insert into users (id, total_coins) values (1, 100)") == ""
+    assert partitioned.write("truncate users_high") == "WM031", "of rows in the other partition nothing is asked"
+    assert partitioned.state(8) == "mirrored"
 
 
 def test_a_partition_made_later_is_fenced_for_rows_at_once_and_reported_until_install_runs(partitioned: World) -> None:
@@ -590,6 +637,11 @@ def test_a_fence_that_is_not_as_it_was_made_is_found_and_mended_by_install(
     world.bring("mirrored")
     assert world.write(UPDATE) == ""
     assert world.state() == "stale"
+
+
+def test_the_type_of_a_balance_column_is_not_altered_unseen_while_the_fence_stands(world: World) -> None:
+    for column in ("total_coins", "promo", "id"):
+        assert world.write(f"alter table users alter column {column} type text") == "0A000"
 
 
 def test_a_fence_that_was_never_made_is_a_problem(world: World) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from invariants import assert_sound
-from ledger import execute, install_users, post, rows, scalar
+from ledger import ACT, execute, install_users, post, rows, scalar, unguarded
 from walletmigrate import LegacyBalanceAdapter, StaticSource, functions
 from walletmigrate.errors import AmountOverflow
+from walletmigrate.fences import Mode, set_mode
 from walletmigrate.flags import DUAL_WRITE
 from walletmigrate.movements import Movement, prepare
 from walletmigrate.postings import Calls
@@ -27,17 +29,20 @@ def world(database_url: str) -> Place:
 class Place:
     """Ten users, the first with an account, and an adapter that asks for dual-write."""
 
-    def __init__(self, url: str) -> None:
-        self.engine, self.settings = install_users(url, phase="dual_write", floor=Decimal(0))
+    def __init__(self, url: str, **table: Any) -> None:
+        self.engine, self.settings = install_users(url, phase="dual_write", floor=Decimal(0), **table)
         self.adapter = LegacyBalanceAdapter(self.settings, StaticSource({DUAL_WRITE: True}))
         with self.engine.begin() as connection:
             post(connection, self.settings, "open_account", 1, 0)
 
-    def label(self, amount: int, *, key: int = 1, dual: bool | None = True, idempotency_key: str | None = None) -> str:
+    def label(
+        self, amount: int | str, *, key: int = 1, dual: bool | None = True, idempotency_key: str | None = None
+    ) -> str:
+        """Of a credit; with an amount as text, what no adapter would say."""
         mapping = self.settings.mapping(None)
-        movement = Movement.credit(key, amount, type="forged", idempotency_key=idempotency_key)
+        movement = Movement.credit(key, 1, type="forged", idempotency_key=idempotency_key)
         request = prepare(movement, mapping, "integer", "of nobody").request
-        return Calls("wallet", mapping).plain({**request, "dual": dual})[-1]
+        return Calls("wallet", mapping).plain({**request, "dual": dual, "amount": amount})[-1]
 
     def state(self) -> tuple[object, ...]:
         query = (
@@ -68,6 +73,52 @@ def test_a_forged_label_that_does_not_fit_is_met_as_any_other_write(world: Place
     write(world, world.label(2, dual=dual), ADD_ONE)
     assert world.state() == ("stale", 100, 101)
     assert_sound(world.engine, world.settings)
+
+
+@pytest.mark.parametrize("dual", [True, False])
+def test_a_label_that_does_not_fit_a_stale_account_uses_no_key_and_hides_no_write(world: Place, dual: bool) -> None:
+    execute(world.engine, ADD_ONE)
+    write(world, world.label(2, dual=dual, idempotency_key="k"), ADD_ONE)
+    assert world.state() == ("stale", 100, 102)
+    assert rows(world.engine, "select key from wallet.idempotency_keys") == []
+    assert rows(world.engine, "select key, treatment from wallet.bypasses") == [("1", "turned_stale")]
+
+
+def test_a_label_for_dual_write_on_a_stale_account_fails_no_write(world: Place) -> None:
+    execute(world.engine, ADD_ONE)
+    write(world, world.label(1), ADD_ONE)
+    assert world.state() == ("stale", 100, 102)
+
+
+def test_a_label_with_more_decimals_than_the_ledger_is_no_posting(database_url: str) -> None:
+    world = Place(database_url, coins_type="numeric")
+    write(world, world.label("1.005"), ADD_ONE.replace("+ 1", "+ 1.005"))
+    assert world.state() == ("stale", 100, Decimal("101.005"))
+    assert_sound(world.engine, world.settings)
+
+
+def test_a_label_for_one_column_hides_no_write_of_another(database_url: str) -> None:
+    world = Place(database_url, with_promo=True)
+    with world.engine.begin() as connection:
+        post(connection, world.settings, "open_account", 1, 0, bucket="promo")
+    write(world, world.label(1), ADD_ONE.replace("+ 1", "+ 1, promo = promo + 1"))
+    assert rows(world.engine, "select bucket, state::text from wallet.accounts") == [
+        ("cash", "stale"),
+        ("promo", "stale"),
+    ]
+    assert_sound(world.engine, world.settings)
+
+
+def test_a_label_for_a_key_that_the_row_takes_only_now_hides_no_row_that_goes(world: Place) -> None:
+    with world.engine.begin() as connection:
+        post(connection, world.settings, "open_account", 2, 0)
+    with unguarded(world.engine, "users") as connection:
+        connection.exec_driver_sql("delete from users where id = 2")
+    write(world, world.label(1, key=2), ADD_ONE.replace("where", ", id = 2 where"))
+    assert rows(world.engine, "select key, state::text from wallet.accounts order by key") == [
+        ("1", "closed"),
+        ("2", "stale"),
+    ]
 
 
 @pytest.mark.parametrize("dual", [False, None])
@@ -108,8 +159,7 @@ def test_a_label_does_not_move_money_twice_under_one_key(world: Place) -> None:
 
 
 def test_a_label_does_not_reach_below_the_floor(world: Place) -> None:
-    label = world.label(101).replace('"101"', '"-101"')
-    write(world, label, "update users set total_coins = total_coins - 101 where id = 1")
+    write(world, world.label("-101"), "update users set total_coins = total_coins - 101 where id = 1")
     assert world.state() == ("stale", 100, -1)  # as anybody's UPDATE, which no floor binds; the ledger has none of it
 
 
@@ -125,11 +175,13 @@ def test_no_label_is_left_behind_a_posting_that_went_either_way(world: Place) ->
 
 @pytest.mark.parametrize("name", ["a_first", "z_last"])
 @pytest.mark.parametrize("bonus", ["promo = promo + 1", "total_coins = total_coins - 2"])
+@pytest.mark.parametrize(("mode", "dual"), [("stale", True), ("reject", True), ("reject", False)])
 def test_a_trigger_that_catches_errors_loses_no_write_of_its_own_to_the_short_way(
-    database_url: str, bonus: str, name: str
+    database_url: str, bonus: str, name: str, mode: Mode, dual: bool
 ) -> None:
     """Whatever it writes under the label of the posting, it writes as it would without an adapter."""
     engine, settings = install_users(database_url, phase="dual_write", with_promo=True)
+    set_mode(engine, settings, settings.mapping(None), mode, ACT)
     execute(
         engine,
         "create function bonus() returns trigger language plpgsql as $$ begin "
@@ -139,12 +191,30 @@ def test_a_trigger_that_catches_errors_loses_no_write_of_its_own_to_the_short_wa
     execute(engine, f"create trigger {name} after update on users for each row execute function bonus()")
     execute(engine, "update users set total_coins = total_coins + 10 where id = 2")
     with engine.begin() as connection:
-        post(connection, settings, "open_account", 1, 0)
+        if dual:  # else absent: the short way writes legacy alone
+            post(connection, settings, "open_account", 1, 0)
         post(connection, settings, "open_account", 1, 0, bucket="promo")
-        LegacyBalanceAdapter(settings, StaticSource({DUAL_WRITE: True})).credit(connection, 1, 10, type="test")
+        LegacyBalanceAdapter(settings, StaticSource({DUAL_WRITE: dual})).credit(connection, 1, 10, type="test")
     bare, posted = rows(engine, "select total_coins, promo from users where id in (1, 2) order by id desc")
     assert posted == bare
     assert_sound(engine, settings)
+
+
+@pytest.mark.parametrize(
+    ("operation", "after", "kept"),
+    [("credit", 105, [None, None, 105, None]), ("debit", 95, [95, None, None, None])],
+)
+def test_a_posting_with_the_flag_off_moves_money_once_and_is_replayed_as_it_was(
+    world: Place, operation: str, after: int, kept: list[int | None]
+) -> None:
+    adapter = LegacyBalanceAdapter(world.settings, StaticSource({}))
+    for replayed in (False, True):
+        with world.engine.begin() as connection:
+            done = getattr(adapter, operation)(connection, 3, 5, type="test", idempotency_key="k")
+        assert (done.replayed, done.mode, done.legacy_balance, done.ledger_balance) == (replayed, "legacy", after, None)
+        execute(world.engine, "update users set total_coins = total_coins + 1 where id = 3")
+    assert scalar(world.engine, "select total_coins from users where id = 3") == after + 2
+    assert scalar(world.engine, "select balances from wallet.idempotency_keys") == kept
 
 
 def test_an_error_of_an_application_s_trigger_reaches_the_caller_and_nothing_is_written(world: Place) -> None:

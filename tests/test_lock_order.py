@@ -111,6 +111,21 @@ def test_legacy_rows_are_locked_by_key(staged: tuple[Place, Stage], what: str) -
     waits_for_the_first_alone(place, stage, WORKS[what][1], lock.format(1), lock.format(2))
 
 
+@pytest.mark.parametrize("what", [what for what in WORKS if not what.startswith(("a batch", "a transfer"))])
+def test_a_job_locks_rows_by_key_also_where_no_index_brings_them_in_that_order(
+    staged: tuple[Place, Stage], what: str
+) -> None:
+    place, stage = staged
+    lock = "select from users where id = {} for update"
+
+    def work(connection: Connection, settings: Settings) -> object:
+        connection.exec_driver_sql("set local enable_indexscan = off")
+        connection.exec_driver_sql("set local enable_bitmapscan = off")
+        return WORKS[what][1](connection, settings)
+
+    waits_for_the_first_alone(place, stage, work, lock.format(1), lock.format(2))
+
+
 @pytest.mark.parametrize("what", WORKS)
 def test_accounts_are_locked_by_id(staged: tuple[Place, Stage], what: str) -> None:
     place, stage = staged
@@ -123,6 +138,15 @@ def test_no_account_is_locked_before_the_legacy_rows(staged: tuple[Place, Stage]
     place, stage = staged
     first = "select from users where id = 2 for update"
     waits_for_the_first_alone(place, stage, WORKS[what][1], first, "select from wallet.accounts for update")
+
+
+def test_a_truncate_locks_all_accounts_in_order_before_it_closes_any(database_url: str) -> None:
+    place = Place(database_url, "mirrored")
+    execute(place.engine, "insert into users select g, 'acme', 'member', 100 from generate_series(3, 40) as g")
+    execute(place.engine, "select wallet.backfill_users(null, null, null)")
+    first, rest = (f"select from wallet.accounts where id {which} for update" for which in ("= 1", "> 1"))
+    with interleaving.stage(database_url) as stage:
+        waits_for_the_first_alone(place, stage, truncate, first, rest)
 
 
 def test_a_truncate_locks_accounts_by_id(database_url: str) -> None:

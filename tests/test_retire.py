@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 import ledger
 from retiring import ACT, SOURCE, End
 from walletmigrate import phases
+from walletmigrate.bypasses import rejected
 from walletmigrate.doctor import examine
 from walletmigrate.errors import InsufficientFunds, PreconditionRefused, UnknownAccount, UsageError
 from walletmigrate.explain import explain
@@ -166,6 +167,42 @@ def test_until_the_drop_nobody_writes_the_column_and_the_step_can_be_taken_back(
     with pytest.raises(DBAPIError, match="the phase is not retired"):
         end.migrate()
     assert end.columns() == {"total_coins", "promo"}
+
+
+def test_what_the_guard_of_retired_columns_refuses_is_counted_and_nothing_else_is_refused(end: End) -> None:
+    end.freeze().archive()
+    end.retire()
+    update = "update public.users set total_coins = 1 where id = 1"
+    insert = "insert into public.users values (60, 'acme', 'member', 50, 0)"
+    for refused in (update, insert):
+        for first in ("select 1", "set local session_replication_role = replica"):
+            with end.engine.connect() as connection:
+                connection.exec_driver_sql(first)
+                with pytest.raises(DBAPIError, match="are retired"):
+                    connection.exec_driver_sql(refused)
+    with end.engine.connect() as connection:
+        assert rejected(connection, end.settings) == {"users": 4}
+    ledger.execute(end.engine, "update public.users set role = 'vip', total_coins = total_coins where id = 1")
+    assert ledger.scalar(end.engine, "select role from public.users where id = 1") == "vip"
+
+
+def test_the_guard_of_retired_columns_sees_what_an_application_s_trigger_puts_there(end: End) -> None:
+    ledger.execute(
+        end.engine,
+        "create function bonus() returns trigger language plpgsql as $$ begin new.total_coins := 7; return new; end $$",
+    )
+    end.freeze().archive()
+    end.retire()
+    ledger.execute(
+        end.engine,
+        "create trigger zz_last before insert or update on public.users for each row execute function bonus()",
+    )
+    for statement in (
+        "update public.users set total_coins = total_coins, role = 'vip' where id = 1",
+        "insert into public.users values (60, 'acme', 'member', 0, 0)",
+    ):
+        with pytest.raises(DBAPIError, match="are retired"):
+            ledger.execute(end.engine, statement)
 
 
 def test_the_migration_follows_the_only_head_and_runs_on_a_database_without_a_ledger(
@@ -336,5 +373,6 @@ def test_a_retirement_that_was_killed_in_between_harms_no_unfreeze(end: End) -> 
     ledger.set_phase(end.engine, "wallet_only")
     assert unfreeze(end.engine, end.settings, end.mapping, ACT).changed == 20
     ledger.execute(end.engine, "insert into public.users values (60, 'acme', 'member', 50, 0)")
+    assert ledger.scalar(end.engine, "select total_coins from public.users where id = 60") == 50
     with end.engine.begin() as connection:
         assert end.adapter().credit(connection, 1, 5, type="deposit").mode == "dual_write"

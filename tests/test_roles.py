@@ -309,6 +309,59 @@ def test_row_level_security_hides_accounts_from_the_adapter_as_from_the_applicat
     assert (admin.coins(1), admin.coins(2)) == (105, 100)
 
 
+@pytest.mark.parametrize("grant", ["wallet_app", "wallet_operator", ""])
+def test_a_label_is_heard_of_who_may_post_and_of_nobody_else(admin: Place, grant: str) -> None:
+    with admin.engine.begin() as connection:
+        admin.adapter.open_account(connection, 1)
+    login = log_in(admin, *filter(None, (grant, RIGHTS[1])))
+    request = prepare(Movement.credit(1, 5, type="forged"), admin.mapping, "integer", "c").request | {"dual": True}
+    label = Calls("wallet", admin.mapping).plain(request)[-1]
+    for text_of_it, left in ((label, ("mirrored", D(105))), ("adapter:users:1", ("stale", D(105)))):
+        with login.engine.begin() as connection:
+            connection.execute(text("select set_config('walletmigrate.posting', :label, true)"), {"label": text_of_it})
+            connection.execute(text("update users set total_coins = total_coins + 5 where id = 1"))
+        assert admin.account(1) == (left if grant else ("stale", D(100)))
+        treatments = rows(admin.engine, "select treatment from wallet.bypasses order by id")
+        assert treatments == ([] if grant else [("turned_stale",), ("stale",)][: len(treatments)])
+        assert bool(treatments) is not bool(grant)
+
+
+def test_what_the_adapter_writes_the_long_way_as_that_role_is_not_on_record(app: Login, admin: Place) -> None:
+    with app.engine.begin() as connection:
+        app.at.adapter.credit(connection, 1, 5, type="deposit", description="said at length")
+        app.at.adapter.set_balance(connection, 2, 7, actor="admin:7", reason="case")
+    app.at.flags({})
+    with app.engine.begin() as connection:
+        app.at.adapter.set_balance(connection, 1, 9, actor="admin:7", reason="case")
+    assert rows(admin.engine, "select key from wallet.bypasses") == []
+
+
+OWNER_S_POLICY = "create policy walletmigrate_owner on {} for select to wallet_owner using (true)"
+
+
+def test_a_fence_from_which_rows_are_hidden_closes_no_account(admin: Place) -> None:
+    """Another policy, or another table's, does not let it see."""
+    with admin.engine.begin() as connection:
+        admin.adapter.open_account(connection, 1)
+    execute(admin.engine, "create table other (id bigint)")
+    execute(admin.engine, OWNER_S_POLICY.format("other"))
+    execute(admin.engine, "alter table users enable row level security")
+    execute(admin.engine, "create policy own on users using (true)")
+    with pytest.raises(DBAPIError) as raised:
+        execute(admin.engine, "delete from users where id = 1")
+    assert getattr(raised.value.orig, "sqlstate", "") == "WM022"
+    assert admin.account(1) == ("mirrored", D(100))
+
+
+def test_a_fence_that_a_policy_lets_see_all_rows_closes_as_without_row_level_security(admin: Place) -> None:
+    with admin.engine.begin() as connection:
+        admin.adapter.open_account(connection, 1)
+    execute(admin.engine, OWNER_S_POLICY.format("users"))
+    execute(admin.engine, "alter table users enable row level security")
+    execute(admin.engine, "delete from users where id = 1")
+    assert admin.account(1) == ("closed", D(100))
+
+
 def test_an_object_of_the_same_name_on_the_caller_s_search_path_is_not_used(app: Login, admin: Place) -> None:
     execute(admin.engine, f"create schema trap authorization {app.name}")
     with app.engine.begin() as connection:
