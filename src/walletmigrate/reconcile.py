@@ -9,7 +9,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from decimal import Context, Decimal
 from typing import Any, Final
 
@@ -214,21 +214,23 @@ class _Run:
         job = jobs.run_batches(
             self._engine, self._settings, job, step, batch_size=batch_size, progress=progress, stop=stop
         )
-        counts = Counter(job.counts)
         if job.state == "running":
             tally = _Tally()
             self._unknown(tally)
             self._set_aside(job.id, tally)
-            counts.update(tally.counts)
             items.extend(tally.items[: LISTED - len(items)])
-            with jobs.begin(self._engine) as connection:
+
+            def closing(connection: Connection, now: jobs.Job) -> Mapping[str, Any]:
+                # With the end of the job, in one transaction: cut short before it, nothing is counted twice.
+                counts = Counter(now.counts)
+                counts.update(tally.counts)
                 self._keep(connection, job.id, tally)
                 self._count_changed(connection, job.id, counts)
                 self._conclude(connection, job.id, counts)
-            details = self._facts(counts)["details"]
-            finished = jobs.finish(self._engine, self._settings, self._mapping, job, self._act, details=details)
-            job = replace(finished, resumed=job.resumed)
-        return self._result(job.id, counts, items, job.state, resumed=job.resumed)
+                return dict(self._facts(counts)["details"])
+
+            job = jobs.finish(self._engine, self._settings, self._mapping, job, self._act, closing=closing)
+        return self._result(job.id, job.counts, items, job.state, resumed=job.resumed)
 
     def _standing(
         self, connection: Connection, after: str | None, upto: str | None
@@ -335,17 +337,18 @@ class _Run:
         return {"truth": self._truth.name, "kind": self._truth.kind, "digest": self._truth.digest, **limits}
 
     def _start(self, connection: Connection, total: int) -> jobs.Job:
-        found = jobs.newest(connection, self._settings, KIND, self._mapping.name, lock=True)
-        if found is not None and found.details.get("options") != self._options():
-            if found.state == "running":
-                what = f"run {found.id} is at work with other options ({found.details.get('options', {}).get('truth')})"
+        options = self._options()
+
+        def of_same(found: jobs.Job) -> bool:
+            theirs = found.details.get("options", {})
+            if theirs != options and found.state == "running":
+                what = f"run {found.id} is at work with other options ({theirs.get('truth')})"
                 mend = f"wait for its end, or: walletmigrate jobs cancel {found.id} {REASON}"
                 raise PreconditionRefused("reconcile", [(what, mend)])
-            jobs.cancel(connection, self._settings, KIND, self._mapping.name, self._act)
-        details = {"options": self._options()}
-        return jobs.started(
-            connection, self._settings, KIND, self._mapping.name, self._act, total=total, details=details
-        )
+            return bool(theirs == options)
+
+        more: dict[str, Any] = {"total": total, "details": {"options": options}, "wanted": of_same}
+        return jobs.started(connection, self._settings, KIND, self._mapping.name, self._act, **more)
 
     def _insert_done(self, connection: Connection, key: str) -> int:
         details = json.dumps({"options": self._options(), "account": key})

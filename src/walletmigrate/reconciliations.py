@@ -158,14 +158,12 @@ def undo(
 
 
 def _start(connection: Connection, settings: Settings, facts: RunFacts, act: Act) -> jobs.Job:
-    found = jobs.newest(connection, settings, UNDO, facts.mapping, lock=True)
-    if found is not None and found.details.get("undoes") != facts.id:
-        # Each correction is undone at most once, whoever does it: nothing is lost with that job.
-        jobs.cancel(connection, settings, UNDO, facts.mapping, act)
-    details = {"undoes": facts.id}
-    return jobs.started(
-        connection, settings, UNDO, facts.mapping, act, total=facts.corrected - facts.undone, details=details
-    )
+    def of_same(found: jobs.Job) -> bool:
+        # Each correction is undone at most once, whoever does it: nothing is lost with the job of another undo.
+        return bool(found.details.get("undoes") == facts.id)
+
+    more: dict[str, Any] = {"total": facts.corrected - facts.undone, "details": {"undoes": facts.id}}
+    return jobs.started(connection, settings, UNDO, facts.mapping, act, wanted=of_same, **more)
 
 
 def _end(
