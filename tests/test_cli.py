@@ -673,3 +673,20 @@ def end(process: subprocess.Popen[str]) -> None:
     if process.poll() is None:
         process.kill()
     process.communicate()
+
+
+def test_the_version_is_that_of_the_release_and_of_what_it_installs(database_url: str, tmp_path: Path) -> None:
+    engine, _ = ledger.install_users(database_url, rows=1)
+    said = Project(tmp_path, "").run("--version", url="")
+    revision = ledger.scalar(engine, "select version_num from wallet.schema_version")
+    functions = ledger.scalar(engine, "select functions_version from wallet.mappings")
+    lines = [f"walletmigrate {__version__}", f"schema revision {revision}, functions version {functions}"]
+    assert (said.exit_code, said.stdout.splitlines(), said.stderr) == (0, lines, "")
+    for words in (("--version", "--json"), ("--json", "--version"), ("--json", "--version", "status")):
+        assert Project(tmp_path, "").run(*words, url="").document == {
+            "schema_version": 1,
+            "command": "version",
+            "walletmigrate": __version__,
+            "schema_revision": revision,
+            "functions_version": functions,
+        }

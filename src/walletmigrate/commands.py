@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -14,9 +15,10 @@ import typer
 from sqlalchemy.exc import DBAPIError
 from typer.core import TyperGroup
 
-from walletmigrate import console, rights
+from walletmigrate import console, rights, schema
 from walletmigrate.console import Answer
 from walletmigrate.errors import UsageError, WalletMigrateError
+from walletmigrate.functions import FUNCTIONS_VERSION
 from walletmigrate.invocation import Run
 
 Handler = TypeVar("Handler", bound=Callable[..., Answer])
@@ -36,6 +38,31 @@ DATABASE_URL = Annotated[
     ),
 ]
 JSON = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+def _tell_version(context: typer.Context, asked: bool) -> None:
+    if asked:
+        found = {
+            "walletmigrate": version_of("walletmigrate"),
+            "schema_revision": schema.head(),
+            "functions_version": FUNCTIONS_VERSION,
+        }
+        lines = (
+            f"walletmigrate {found['walletmigrate']}",
+            f"schema revision {found['schema_revision']}, functions version {found['functions_version']}",
+        )
+        raise typer.Exit(console.show("version", Answer(found, lines), as_json=bool(context.obj)))
+
+
+VERSION = Annotated[
+    bool,
+    typer.Option(
+        "--version",
+        is_eager=True,
+        callback=_tell_version,
+        help="Print this release, and the schema and functions that it installs. Asks no database.",
+    ),
+]
 _DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Check and tell, change nothing.")]
 _ACTOR = Annotated[
     str | None, typer.Option("--actor", help="Who does this. Default: WALLETMIGRATE_ACTOR, else user:NAME.")
@@ -124,7 +151,8 @@ class Group(TyperGroup):
         words = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in words
         try:
-            code = super().main(args=words, **{**extra, "standalone_mode": False})
+            # For what is printed before the options are read: --version.
+            code = super().main(args=words, **{**extra, "standalone_mode": False, "obj": as_json})
         except _ClickError as error:
             if type(error).__name__ == "NoArgsIsHelpError":
                 console.say(error.format_message())
