@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from interleaving import PATIENCE_SECONDS
 from ledger import ACT, add_users, engine_named, execute, rows, scalar, set_phase, until_blocked, users_settings
 from test_reconcile import BY, World, told, told_of, world
 from walletmigrate import audit, jobs, reconciliations, truths
@@ -144,6 +146,23 @@ def test_of_two_runs_with_other_options_begun_at_once_the_second_is_refused(worl
     worker.join()
     assert [f"run {job.id} is at work with other options" in one for one in refused] == [True]
     assert scalar(world.engine, "select state from wallet.jobs where kind = 'reconcile'") == "running"
+
+
+def test_two_workers_share_a_run_and_correct_each_account_once(world: World) -> None:
+    met, at_once = threading.local(), threading.Barrier(2)
+
+    def source(_key: str, _bucket: str, _currency: str) -> Decimal:
+        if not getattr(met, "before", False):
+            met.before = True
+            at_once.wait(PATIENCE_SECONDS)  # the first account of each: both are at work
+        return D(101)
+
+    with ThreadPoolExecutor(max_workers=2) as threads:
+        made = world.reconcile(asked(source, "a function"), batch_size=1, workers=2, executor=threads)
+    assert (made.state, made.counts["corrected"], made.counts["in_order"]) == ("done", 10, 0)
+    assert [(one.key, one.outcome) for one in made.items] == [(str(key), "corrected") for key in range(1, 11)]
+    assert {world.account(key) for key in range(1, 11)} == {("mirrored", D(101), D(101))}
+    assert len(world.audited()) == 10
 
 
 def test_a_paused_run_does_not_go_on_with_other_options(world: World) -> None:

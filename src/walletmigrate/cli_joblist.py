@@ -8,8 +8,8 @@ import typer
 
 from walletmigrate import job_control
 from walletmigrate.backfill import backfill
-from walletmigrate.cli_jobs import DASK, FORCE, WORKERS, JobCall, jobs_answer, run_over
-from walletmigrate.commands import command
+from walletmigrate.cli_jobs import FORCE, JobCall, jobs_answer, run_over
+from walletmigrate.commands import DASK, WORKERS, command
 from walletmigrate.console import OK, REFUSED, Answer, plain
 from walletmigrate.errors import UsageError
 from walletmigrate.freeze import freeze, unfreeze

@@ -38,6 +38,11 @@ DATABASE_URL = Annotated[
     ),
 ]
 JSON = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+WORKERS = Annotated[int | None, typer.Option("--workers", min=1, max=1000, help="Processes; with --dask, tasks.")]
+DASK = Annotated[
+    str | None,
+    typer.Option("--dask", metavar="tcp://HOST:PORT", help="Run on a Dask cluster; by default on all of it."),
+]
 
 
 def _tell_version(context: typer.Context, asked: bool) -> None:
