@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -45,18 +46,22 @@ DASK = Annotated[
 ]
 
 
+def versions() -> Answer:
+    """Of the package, of what it stands on, and of the schema and functions that its ``install`` makes."""
+    names = ("walletmigrate", "sqlalchemy", "psycopg", "flagsmith")
+    found = {name: version_of(name) for name in names} | {"python": platform.python_version()}
+    others = ", ".join(f"{name} {number}" for name, number in found.items() if name != "walletmigrate")
+    installs = {"schema_revision": schema.head(), "functions_version": FUNCTIONS_VERSION}
+    lines = (
+        f"walletmigrate {found['walletmigrate']} ({others})",
+        f"installs schema revision {installs['schema_revision']}, functions version {FUNCTIONS_VERSION}",
+    )
+    return Answer({"versions": found, **installs}, lines)
+
+
 def _tell_version(context: typer.Context, asked: bool) -> None:
     if asked:
-        found = {
-            "walletmigrate": version_of("walletmigrate"),
-            "schema_revision": schema.head(),
-            "functions_version": FUNCTIONS_VERSION,
-        }
-        lines = (
-            f"walletmigrate {found['walletmigrate']}",
-            f"schema revision {found['schema_revision']}, functions version {found['functions_version']}",
-        )
-        raise typer.Exit(console.show("version", Answer(found, lines), as_json=bool(context.obj)))
+        raise typer.Exit(console.show("version", versions(), as_json=bool(context.obj)))
 
 
 VERSION = Annotated[
@@ -65,7 +70,7 @@ VERSION = Annotated[
         "--version",
         is_eager=True,
         callback=_tell_version,
-        help="Print this release, and the schema and functions that it installs. Asks no database.",
+        help="The same as the command `version`.",
     ),
 ]
 _DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Check and tell, change nothing.")]
