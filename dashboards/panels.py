@@ -65,9 +65,9 @@ def counted(metric: str, by: str) -> str:
     return f"sum by ({by}) (increase({metric}[$__rate_interval]))"
 
 
-def by(label: str, metric: str) -> str:
+def by(labels: str, metric: str) -> str:
     """A gauge of the exporter. Of several exporters of one database the highest value is taken, not the sum."""
-    return f"max by ({label}) ({metric})"
+    return f"max by ({labels}) ({metric})"
 
 
 def _queries(targets: Targets, *, instant: bool) -> list[prometheus.Dataquery]:

@@ -198,20 +198,22 @@ def verifications() -> tuple[Case, ...]:
 
 
 def stalls() -> tuple[Case, ...]:
-    alert, firing = "BackfillStalled", (Firing({**EXPORTER, "kind": "backfill"}, "70"),)
+    alert, firing = "BackfillStalled", (Firing({**EXPORTER, "kind": "backfill", "mapping": "users"}, "70"),)
 
-    def job(items: str, remaining: str = "70x90", paused: str = "0x90") -> Series:
+    def job(items: str, remaining: str = "70x90", paused: str = "0x90", mapping: str = "users") -> Series:
         return {
-            **exporter("job_items", items, kind="backfill"),
-            **exporter("job_remaining", remaining, kind="backfill"),
-            **exporter("job_paused", paused, kind="backfill"),
+            **exporter("job_items", items, kind="backfill", mapping=mapping),
+            **exporter("job_remaining", remaining, kind="backfill", mapping=mapping),
+            **exporter("job_paused", paused, kind="backfill", mapping=mapping),
         }
 
     hangs = "0+10x10 100x80"
-    unknown = (Firing({**EXPORTER, "kind": "backfill"}, "NaN"),)
+    unknown = (Firing({**EXPORTER, "kind": "backfill", "mapping": "users"}, "NaN"),)
+    other = job("0+1x90", mapping="shops")
     return (
         Case(alert, "fires", "no item for long", job(hangs), {"41m": firing}),
         Case(alert, "fires", "it never counted its items", job(hangs, "NaN" + " NaN" * 90), {"41m": unknown}),
+        Case(alert, "fires", "no item for long, while another mapping's moves", job(hangs) | other, {"41m": firing}),
         Case(alert, "silent", "no item for a while", job(hangs), {"38m": ()}),
         Case(alert, "silent", "it moves", job("0+1x90"), {"60m": ()}),
         Case(alert, "silent", "paused, or held", job(hangs, paused="0x12 1x80"), {"60m": ()}),
@@ -322,12 +324,13 @@ CASES: Final[tuple[Case, ...]] = (
     *stalls(),
     *plain(
         "JobFailed",
-        Firing({**EXPORTER, "kind": "freeze"}, "2"),
+        Firing({**EXPORTER, "kind": "freeze", "mapping": "users"}, "2"),
         "job_failed",
         fires=("two items failed", "0x5 2x5", "6m"),
         silent=("none did", "0x20", "20m"),
         resolves=("the next run is whole", "2x5 0x5", "5m", "6m"),
         kind="freeze",
+        mapping="users",
     ),
     *latency(),
     *ages(),

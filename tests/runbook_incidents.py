@@ -14,8 +14,8 @@ import pytest
 from sqlalchemy import make_url
 
 import flagsmith_stub
-from ledger import ACT, engine_named, execute
-from runbook_stage import CONFIGURATION, Stage, backfilled, cut_over_from, drifted
+from ledger import ACT, engine_named, execute, unguarded
+from runbook_stage import CONFIGURATION, Stage, backfilled, cut_over, cut_over_from, drifted
 from servers import Postgres
 from standby import pair
 from walletmigrate import LegacyBalanceAdapter, Posting, Settings, line, snapshots
@@ -87,6 +87,23 @@ def restored(server: Postgres, url: str, folder: Path) -> Stage:
     with ExitStack() as cleanup:
         new = cleanup.enter_context(Server.start(server.binaries, settings=DURABILITY_OFF))
         return moved(stage, new.create_database("shop"), cleanup=cleanup.pop_all())
+
+
+def journal_edited(server: Postgres, url: str, folder: Path) -> Stage:
+    """As `cut_over`; user 7 was paid 20 and 5, and a backup was made, ``shop.dump``. Then a superuser switched the
+    triggers of the journal off, and made 25 of the 20; later user 7 was paid 1.
+    """
+    if server.binaries is None:
+        pytest.skip("a container's server has no programs here to make a backup with")
+    stage = cut_over(server, url, folder)
+    credit(stage, 7, 20, "deposit:41")
+    credit(stage, 7, 5, "deposit:42")
+    words = ["--format", "custom", "--file", str(folder / "shop.dump"), "--dbname", url]
+    subprocess.run([str(server.binaries / "pg_dump"), *words], check=True, capture_output=True)
+    with unguarded(stage.engine, "wallet.transactions") as connection:
+        connection.exec_driver_sql("update wallet.transactions set amount = 25.00 where amount = 20")
+    credit(stage, 7, 1, "deposit:43")
+    return stage
 
 
 FLAG_SERVER = """
@@ -207,6 +224,7 @@ INCIDENTS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
     "escalation": drifted,
     "failover": failed_over,
     "go-no-go": undecided,
+    "journal-edited": journal_edited,
     "restore": restored,
     "rotate-keys": rotating,
     "support-playbook": complaining,

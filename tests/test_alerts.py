@@ -220,7 +220,8 @@ def test_the_page_of_metrics_has_the_values_of_every_label() -> None:
         "`flag`": list(observe.FLAGS),
         "`phase`": list(facts.PHASES),
         "`state`": list(facts.STATES),
-        "`kind`": list(facts.JOB_KINDS),
+        "`kind`": [*facts.JOB_KINDS, *facts.WHOLE_KINDS],
+        "`mapping`": ["(all)"],
         "`treatment`": list(facts.TREATMENTS),
         "`currency`": [],
     }

@@ -413,10 +413,13 @@ def test_the_command_looks_at_flags_logins_and_the_exporter(database_url: str, t
     Place(database_url)
     project = Project(tmp_path, database_url)
     said = project.run("doctor")
-    assert (said.exit_code, said.stdout) == (0, "everything is as it should be\n")
-    assert said.stderr.startswith("no process has a heartbeat, ")
+    assert (said.exit_code, said.stderr) == (0, "")
+    assert said.stdout.startswith("note: no process has a heartbeat, ")
+    assert said.stdout.endswith("  runbook: docs/deploys.md\neverything else is as it should be\n")
+    (note,) = project.run("doctor", "--json").document["findings"]
+    assert (note["severity"], note["what"].partition(",")[0]) == ("note", "no process has a heartbeat")
     Heartbeat(project.settings, FileSource(project.flag_path)).beat()
-    assert project.run("doctor").stderr == ""
+    assert project.run("doctor").stdout == "everything is as it should be\n"
     project.flags.set(READ_FROM_LEDGER, True, trait=("tenant", "acme"))
     said = project.run("doctor", "--exporter", "http://127.0.0.1:1", "--login", "nobody", "--json")
     assert said.exit_code == 3
@@ -425,6 +428,6 @@ def test_the_command_looks_at_flags_logins_and_the_exporter(database_url: str, t
     assert [any(part in one for one in texts) for part in ("does not answer", "'nobody'", "counts as off")] == [
         True
     ] * 3
-    assert all(set(one) == {"what", "mend", "runbook"} for one in said.document["findings"])
+    assert all(set(one) == {"what", "mend", "runbook", "severity"} for one in said.document["findings"])
     assert project.run("doctor", "--exporter", "nowhere").exit_code == 2
     assert project.run("doctor", url="postgresql://nobody@127.0.0.1:1/nowhere").exit_code == 5

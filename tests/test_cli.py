@@ -673,3 +673,18 @@ def end(process: subprocess.Popen[str]) -> None:
     if process.poll() is None:
         process.kill()
     process.communicate()
+
+
+def test_the_version_is_that_of_the_release_and_of_what_it_installs(database_url: str, tmp_path: Path) -> None:
+    engine, _ = ledger.install_users(database_url, rows=1)
+    said = Project(tmp_path, "").run("--version", url="")
+    assert said == Project(tmp_path, "").run("version", url="")
+    revision = ledger.scalar(engine, "select version_num from wallet.schema_version")
+    functions = ledger.scalar(engine, "select functions_version from wallet.mappings")
+    first, second = said.stdout.splitlines()
+    assert (said.exit_code, first.startswith(f"walletmigrate {__version__} ("), said.stderr) == (0, True, "")
+    assert second == f"installs schema revision {revision}, functions version {functions}"
+    for words in (("--version", "--json"), ("--json", "--version"), ("--json", "--version", "status")):
+        found = Project(tmp_path, "").run(*words, url="").document
+        assert (found["command"], found["versions"]["walletmigrate"]) == ("version", __version__)
+        assert (found["schema_revision"], found["functions_version"]) == (revision, functions)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 import ledger
 from commandline import REASON, project_at
 from retiring import FIRST
+from walletmigrate import cli_archive, job_control, undo
 
 
 def test_the_whole_way_to_a_dropped_column_by_commands(database_url: str, tmp_path: Path) -> None:
@@ -76,3 +80,25 @@ def test_a_backfill_is_taken_back_by_its_number(database_url: str, tmp_path: Pat
     assert "resynced 9" in project.change("backfill").stdout
     assert "Usage: walletmigrate backfill" in project.run("backfill", "--help").stdout
     assert project.run("verify").exit_code == 0
+
+
+def test_an_undo_whose_job_is_cancelled_meanwhile_is_no_success(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, engine = project_at(tmp_path, database_url, "dual_write")
+    asked = iter([False, True, False])
+
+    def cancelled() -> bool:
+        if next(asked):
+            newest = ledger.scalar(engine, "select max(id) from wallet.jobs")
+            job_control.cancel(engine, project.settings, newest, ledger.ACT)
+        return False
+
+    def undone(*arguments: Any, **options: Any) -> undo.UndoResult:
+        return undo.undo(*arguments, **{**options, "stop": cancelled})
+
+    monkeypatch.setattr(cli_archive, "undo_backfill", undone)
+    said = project.run("backfill", "undo", "--job", "1", "--batch-size", "4", *REASON)
+    assert said.exit_code == 1
+    assert "4 openings of job 1 taken back, 0 left (job 2, cancelled)" in said.stdout
+    assert "taken out of work elsewhere" in said.stderr

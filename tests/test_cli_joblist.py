@@ -54,6 +54,24 @@ def test_jobs_are_listed_and_shown_with_progress_and_settings(made: tuple[Projec
     assert project.run("jobs", "show", "999").exit_code == 2
 
 
+def test_a_job_that_died_while_it_was_held_is_not_said_to_wait(made: tuple[Project, Engine]) -> None:
+    project, engine = made
+    job, _ = newest(engine)
+    held = "update wallet.jobs set state = 'running', held = 'replica lag', held_at = now(), updated_at = now() "
+    for ago, text, document in (
+        ("59 s", "running, waiting: replica lag, 14 of 30", (False, "replica lag")),
+        ("61 s", "running, but no batch for a minute, 14 of 30", (True, None)),
+    ):
+        ledger.execute(engine, f"{held} - cast(:ago as interval) where id = :id", id=job, ago=ago)
+        for words in (("jobs", "list"), ("jobs", "show", str(job))):
+            assert f"job {job}: backfill of users, {text} accounts" in project.run(*words).stdout
+        listed = project.run("jobs", "list", "--json").document["jobs"][0]
+        shown = project.run("jobs", "show", str(job), "--json").document["job"]
+        assert [(one["stalled"], one["held"]) for one in (listed, shown)] == [document] * 2
+    said = project.run("jobs", "show", str(job))
+    assert f"walletmigrate jobs resume {job} --reason" in said.stderr
+
+
 def test_a_job_is_resumed_here_with_the_settings_that_it_has(made: tuple[Project, Engine]) -> None:
     project, engine = made
     job, _ = newest(engine)

@@ -64,6 +64,23 @@ def test_a_reconciliation_is_run_listed_shown_and_undone(made: tuple[Project, En
     assert_sound(engine, project.settings)
 
 
+def test_all_accounts_are_held_against_a_file_by_two_processes(made: tuple[Project, Engine], tmp_path: Path) -> None:
+    project, engine = made
+    truth = tmp_path / "bank.csv"
+    truth.write_text("key,balance\n" + "".join(f"{key},100.50\n" for key in range(1, 10)) + "10,150\n77,1\n")
+    words = ("reconcile", "--all", "--truth", str(truth), "--batch-size", "2", "--workers", "2", "--json")
+    assert project.run(*words, "--dry-run").document["mappings"][0]["counts"]["corrected"] == 9
+    said = project.run(*words, *REASON)
+    found = said.document["mappings"][0]
+    assert {name: n for name, n in found["counts"].items() if n} == {"corrected": 9, "reported": 1, "refused": 1}
+    keys = [(one["key"], one["outcome"]) for one in found["items"]]
+    assert keys == [*((str(key), "corrected") for key in range(1, 10)), ("10", "reported"), ("77", "refused")]
+    assert (said.exit_code, account(engine, 9)) == (3, ("mirrored", D("100.50"), D("100.50")))
+    one = project.run("reconcile", "--account", "1", "--workers", "2", *REASON)
+    assert (one.exit_code, "go with --all" in one.stderr) == (2, True)
+    assert_sound(engine, project.settings)
+
+
 def test_a_key_that_was_set_aside_is_a_failure(made: tuple[Project, Engine]) -> None:
     project, engine = made
     # A row that the comparison itself breaks on: no batch with it can be looked at.

@@ -31,7 +31,7 @@ from walletmigrate import bypasses, connect
 from walletmigrate.config import CaptureSettings, Column, Mapping, Settings
 from walletmigrate.errors import ConfigError, UsageError
 from walletmigrate.exporter import DatabaseFacts, serve
-from walletmigrate.facts import JOB_KINDS, PHASES, STATES, TREATMENTS
+from walletmigrate.facts import JOB_KINDS, PHASES, STATES, TREATMENTS, WHOLE_KINDS
 from walletmigrate.flag_impact import rollout
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.observe import METRICS, PrometheusObserver
@@ -44,6 +44,9 @@ SCHEMA = "wallet"
 SCOPE = {("users", "EUR"), ("shops", "USD")}
 EXPORTED = {metric.full_name for metric in METRICS.values() if metric.served_by == "exporter"}
 ROLLOUT = "walletmigrate_flag_rollout_ratio"
+NO_JOBS = {kind + name: 0 for kind in JOB_KINDS for name in ("shops", "users")} | {
+    kind + "(all)": 0 for kind in WHOLE_KINDS
+}
 
 
 def install(url: str, schema: str = SCHEMA) -> None:
@@ -88,7 +91,7 @@ class Clock:
 
 
 def samples(collector: DatabaseFacts) -> Samples:
-    """(name, label value) → value; every exported metric has at most one label."""
+    """(name, label values) → value."""
     return {
         (sample.name, "".join(sample.labels.values())): sample.value
         for family in collector.collect()
@@ -148,7 +151,7 @@ def test_a_fresh_ledger_shows_every_label_set_at_zero_and_the_phase_legacy(ledge
     for name in ("drift_accounts", "drift_amount", "ledger_imbalance"):
         assert of(seen, name) == {"EUR": 0, "USD": 0}
     for name in ("job_items", "job_failed", "job_paused", "job_remaining", "job_batch_seconds"):
-        assert of(seen, name) == dict.fromkeys(JOB_KINDS, 0)
+        assert of(seen, name) == NO_JOBS
     for name in ("line_stopped", "flag_documents", "verification_last_success_timestamp_seconds"):
         assert of(seen, name) == {"": 0}
 
@@ -295,7 +298,7 @@ def job(kind: str, mapping: str, state: str, total: str, done: int, failed: int 
     )
 
 
-def test_jobs_show_the_newest_of_each_mapping_added_up_by_kind(ledger: str, engine: Engine, execute: Execute) -> None:
+def test_jobs_show_the_newest_of_each_kind_and_mapping(ledger: str, engine: Engine, execute: Execute) -> None:
     execute(job("backfill", "users", "failed", "999", 999, 999))  # superseded by the next
     execute(job("backfill", "users", "running", "100", 30, 2))
     execute(job("backfill", "shops", "paused", "10", 4))
@@ -308,21 +311,34 @@ def test_jobs_show_the_newest_of_each_mapping_added_up_by_kind(ledger: str, engi
     execute(job("unfreeze", "users", "done", "7", 5))  # two rows went away meanwhile
     execute(job("archive", "users", "running", "3", 1))
     seen = facts(engine)
-    zero = dict.fromkeys(JOB_KINDS, 0)
-    assert of(seen, "job_items") == zero | {"backfill": 34, "unfreeze": 5, "archive": 1, "snapshot take": 6}
-    assert of(seen, "job_failed") == zero | {"backfill": 2, "freeze": 1, "archive": 0}
-    assert of(seen, "job_paused") == zero | {"backfill": 1, "archive": 0}
-    assert of(seen, "job_remaining") == zero | {"backfill": 74, "freeze": 10, "archive": 2}
+    zero = NO_JOBS | {"archiveusers": 0}
+    items = {"backfillusers": 30, "backfillshops": 4, "unfreezeusers": 5, "archiveusers": 1, "snapshot take(all)": 6}
+    assert of(seen, "job_items") == zero | items
+    assert of(seen, "job_failed") == zero | {"backfillusers": 2, "freezeusers": 1}
+    assert of(seen, "job_paused") == zero | {"backfillshops": 1}
+    left = {"backfillusers": 68, "backfillshops": 6, "freezeusers": 10, "archiveusers": 2}
+    assert of(seen, "job_remaining") == zero | left
+
+
+def test_a_job_that_stands_still_is_told_apart_from_one_of_another_mapping_that_goes_on(
+    ledger: str, engine: Engine, execute: Execute
+) -> None:
+    execute(job("backfill", "users", "running", "100", 30))
+    execute(job("backfill", "shops", "running", "100", 30))
+    before = of(facts(engine), "job_items")
+    execute("update jobs set items_done = items_done + 5 where mapping = 'shops'")
+    moved = {name for name, items in of(facts(engine), "job_items").items() if items != before[name]}
+    assert moved == {"backfillshops"}
 
 
 def test_a_job_that_was_given_up_has_failed_no_more_and_leaves_nothing(
     ledger: str, engine: Engine, execute: Execute
 ) -> None:
     execute(job("backfill", "users", "failed", "100", 30, 2))
-    assert of(facts(engine), "job_failed")["backfill"] == 2
+    assert of(facts(engine), "job_failed")["backfillusers"] == 2
     execute("update jobs set state = 'cancelled'")
     seen = facts(engine)
-    assert (of(seen, "job_failed")["backfill"], of(seen, "job_remaining")["backfill"]) == (0, 0)
+    assert (of(seen, "job_failed")["backfillusers"], of(seen, "job_remaining")["backfillusers"]) == (0, 0)
 
 
 def test_a_job_that_is_held_is_paused_until_nobody_says_so_any_more(
@@ -330,14 +346,14 @@ def test_a_job_that_is_held_is_paused_until_nobody_says_so_any_more(
 ) -> None:
     execute(job("backfill", "users", "running", "100", 30))
     execute("update jobs set held = 'replica lag', held_at = clock_timestamp()")
-    assert of(facts(engine), "job_paused")["backfill"] == 1
+    assert of(facts(engine), "job_paused")["backfillusers"] == 1
     execute("update jobs set updated_at = clock_timestamp() - interval '61 s'")
-    assert of(facts(engine), "job_paused")["backfill"] == 0, "its process is gone: the alert must fire"
+    assert of(facts(engine), "job_paused")["backfillusers"] == 0, "its process is gone: the alert must fire"
 
 
 def test_what_remains_of_a_job_of_unknown_size_is_not_zero(ledger: str, engine: Engine, execute: Execute) -> None:
     execute(job("backfill", "users", "running", "null", 30))
-    assert math.isnan(of(facts(engine), "job_remaining")["backfill"])
+    assert math.isnan(of(facts(engine), "job_remaining")["backfillusers"])
 
 
 @pytest.mark.parametrize("schema", ["Wallet", "wallet 2", 'a"b'])

@@ -20,7 +20,7 @@ from flag_documents import body, document, tenant
 from walletmigrate.errors import ConfigError, FlagDocumentInvalid, FlagsMissing, FlagSourceUnreachable
 from walletmigrate.flag_file import FlagFile
 from walletmigrate.flag_server import FlagsmithSource
-from walletmigrate.flag_sources import DocumentSource, FileSource, check
+from walletmigrate.flag_sources import NOTHING_GOOD, DocumentSource, FileSource, check
 from walletmigrate.flags import (
     ALL_FLAGS,
     DUAL_WRITE,
@@ -127,6 +127,7 @@ def test_a_missing_file_means_everything_off_and_is_told_once(path: Path) -> Non
     assert source.snapshot().document_id == NO_DOCUMENT
     assert source.snapshot().age_seconds() == 30
     assert str(path) in problem(source)
+    assert problem(source).endswith(NOTHING_GOOD)
     assert [notice.kind for notice in notices] == ["source_problem"]
     with pytest.raises(FlagSourceUnreachable):
         check(source)
@@ -173,7 +174,10 @@ def test_a_broken_file_leaves_the_last_good_document_in_force(path: Path, broken
     assert source.snapshot().document_id == good.document_id
     assert source.snapshot().age_seconds() == 10
     assert problem(source)
+    assert NOTHING_GOOD not in problem(source)
     assert len(notices) == 1
+    fresh = FileSource(path, report=notices.append)
+    assert (wanted(fresh), problem(fresh).endswith(NOTHING_GOOD)) == (OFF, True), "it has no last good document"
     with pytest.raises((FlagDocumentInvalid, FlagsMissing)):
         check(source)
     write(path, body(document(DUAL_WRITE)))

@@ -154,6 +154,7 @@ def test_no_label_carries_a_user_an_account_or_an_amount() -> None:
         "state",
         "currency",
         "kind",
+        "mapping",
         "treatment",
     }
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ledger import ACT, add_users, execute, rows, scalar, set_phase, users_settings
+from interleaving import PATIENCE_SECONDS
+from ledger import ACT, add_users, engine_named, execute, rows, scalar, set_phase, until_blocked, users_settings
 from test_reconcile import BY, World, told, told_of, world
-from walletmigrate import reconciliations, truths
+from walletmigrate import audit, jobs, reconciliations, truths
+from walletmigrate import reconcile as reconcile_module
 from walletmigrate.adapter import LegacyBalanceAdapter
 from walletmigrate.audit import Act
 from walletmigrate.backfill import backfill
@@ -85,6 +89,94 @@ def test_a_run_that_is_cut_short_corrects_nothing_twice(world: World) -> None:
         ("mirrored", D("101.50"), D("101.50")),
         ("mirrored", D(101), D(101)),
     ]
+    assert len(world.audited()) == 10
+
+
+def test_a_run_that_is_killed_at_its_end_counts_nothing_twice(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = read(world, tmp_path, "key,balance\n1,101\n2,100\n3,150\n77,5\n")
+
+    def killed(*arguments: Any, **options: Any) -> None:
+        audit.record(*arguments, **options)
+        if arguments[2] == "reconcile done":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            world.reconcile(truth, Limits())
+    assert scalar(world.engine, "select state from wallet.jobs where kind = 'reconcile'") == "running"
+    made = world.reconcile(truth, Limits())
+    shown = {name: n for name, n in made.counts.items() if n}
+    assert (made.resumed, shown) == (True, {"in_order": 1, "corrected": 1, "reported": 1, "refused": 1, "unlisted": 7})
+    assert made.reported_amount == {"EUR": D(50)}
+    assert made.run is not None
+    with world.engine.connect() as connection:
+        found = reconciliations.show(connection, world.settings, made.run)
+    assert {name: n for name, n in found.run.counts.items() if n} == shown
+    assert sorted((one.key, one.outcome) for one in found.left) == [("3", "reported"), ("77", "refused")]
+
+
+def test_two_processes_that_come_to_the_end_of_one_run_count_it_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = read(world, tmp_path, "key,balance\n1,101\n77,5\n")
+    whole, others = reconcile_module._Run._unknown, iter([True, False])
+    results: list[reconcile_module.Reconciliation] = []
+
+    def second_first(run: reconcile_module._Run, tally: Any) -> None:
+        whole(run, tally)
+        if next(others):
+            results.append(world.reconcile(truth))
+
+    monkeypatch.setattr(reconcile_module._Run, "_unknown", second_first)
+    results.append(world.reconcile(truth))
+    assert [one.state for one in results] == ["done", "done"]
+    assert [{name: n for name, n in one.counts.items() if n} for one in results] == [
+        {"corrected": 1, "refused": 1, "unlisted": 9}
+    ] * 2
+    with world.engine.connect() as connection:
+        left = reconciliations.show(connection, world.settings, results[0].run or 0).left
+    assert [(one.key, one.outcome) for one in left] == [("77", "refused")]
+
+
+def test_of_two_runs_with_other_options_begun_at_once_the_second_is_refused(world: World) -> None:
+    refused: list[str] = []
+    mapping, engine = world.settings.mapping(), engine_named(world.url, "second")
+    run = reconcile_module._Run(world.engine, world.settings, mapping, BY, told(101), Limits(), dry_run=False)
+
+    def begin() -> None:
+        try:
+            reconcile_module.reconcile(engine, world.settings, mapping, BY, truth=LEGACY)
+        except PreconditionRefused as error:
+            refused.append(str(error))
+
+    with world.engine.connect() as connection:
+        job = run._start(connection, 10)
+        worker = threading.Thread(target=begin)
+        worker.start()
+        until_blocked(world.engine, "second")
+        connection.commit()
+    worker.join()
+    assert [f"run {job.id} is at work with other options" in one for one in refused] == [True]
+    assert scalar(world.engine, "select state from wallet.jobs where kind = 'reconcile'") == "running"
+
+
+def test_two_workers_share_a_run_and_correct_each_account_once(world: World) -> None:
+    met, at_once = threading.local(), threading.Barrier(2)
+
+    def source(_key: str, _bucket: str, _currency: str) -> Decimal:
+        if not getattr(met, "before", False):
+            met.before = True
+            at_once.wait(PATIENCE_SECONDS)  # the first account of each: both are at work
+        return D(101)
+
+    with ThreadPoolExecutor(max_workers=2) as threads:
+        made = world.reconcile(asked(source, "a function"), batch_size=1, workers=2, executor=threads)
+    assert (made.state, made.counts["corrected"], made.counts["in_order"]) == ("done", 10, 0)
+    assert [(one.key, one.outcome) for one in made.items] == [(str(key), "corrected") for key in range(1, 11)]
+    assert {world.account(key) for key in range(1, 11)} == {("mirrored", D(101), D(101))}
     assert len(world.audited()) == 10
 
 
@@ -259,7 +351,7 @@ def test_what_is_reported_is_in_the_metrics_until_a_later_run_finds_less(world: 
 
 def test_a_file_is_the_truth_of_the_accounts_that_it_names(world: World, tmp_path: Path) -> None:
     truth = read(world, tmp_path, "key,balance\n1,100.50\n2,99.25\n77,5\n3,+100\n")
-    made = world.reconcile(truth)
+    made = world.reconcile(truth, Limits())
     shown = {name: n for name, n in made.counts.items() if n}
     assert shown == {"corrected": 2, "in_order": 1, "unlisted": 7, "refused": 1}
     assert [(one.key, one.refusal) for one in made.items if one.refusal] == [("77", "no_row")]

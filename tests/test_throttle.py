@@ -223,7 +223,7 @@ def test_a_job_stands_still_with_a_named_reason_and_goes_on_by_itself(made: Ledg
             (job,) = _jobs(connection, settings)
             assert isinstance(job, JobStatus)
             assert (job.state, job.held, job.rate) == ("running", scalar(engine, held), None)
-            assert read_facts(connection, "wallet").jobs["backfill"].paused == 1
+            assert read_facts(connection, "wallet").jobs["backfill", "users"].paused == 1
         assert scalar(engine, "select count(*) from wallet.accounts") == 0
         ANSWER[0] = True
         assert running.result(30).opened == ROWS

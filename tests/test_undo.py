@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from decimal import Decimal
+from typing import Any
 
 import pytest
 
 import ledger
 from adapting import Place, place
+from walletmigrate import job_control, jobs
+from walletmigrate import undo as undo_module
 from walletmigrate.backfill import backfill
 from walletmigrate.errors import PreconditionRefused, UsageError
 from walletmigrate.freeze import freeze
-from walletmigrate.undo import undo
+from walletmigrate.undo import KIND, UndoResult, undo
 from walletmigrate.verify import verify
 
 D = Decimal
@@ -128,6 +132,74 @@ def test_the_unfinished_undo_of_another_backfill_is_not_taken_up_in_its_place(ma
     details = "select id, (details ->> 'of')::bigint from wallet.jobs where kind = 'backfill undo' order by id"
     assert ledger.rows(made.engine, details) == [(paused.job_id, first), (done.job_id, second)]
     made.check()
+
+
+def test_of_two_undos_begun_at_once_the_second_is_refused_and_names_the_first(made: Place) -> None:
+    first = filled(made)
+    ledger.add_users(made.engine, 11, 12)
+    second = filled(made)
+    engine = ledger.engine_named(made.settings.database_url.get_secret_value(), "undo")  # type: ignore[union-attr]
+    refused: list[Exception] = []
+
+    def begin() -> None:
+        try:
+            undo(engine, made.settings, second, ACT)
+        except PreconditionRefused as error:
+            refused.append(error)
+
+    with made.engine.connect() as connection:
+        job = jobs.started(connection, made.settings, KIND, "users", ACT, details={"of": first})
+        worker = threading.Thread(target=begin)
+        worker.start()
+        ledger.until_blocked(made.engine, "undo")
+        connection.commit()
+    worker.join()
+    assert [f"job {job.id}, the undo of backfill {first}, is running" in str(error) for error in refused] == [True]
+    details = "select id, details from wallet.jobs where kind = 'backfill undo'"
+    assert ledger.rows(made.engine, details) == [(job.id, {"of": first})]
+    assert undo(made.engine, made.settings, first, ACT).job_id == job.id
+    assert undo(made.engine, made.settings, second, ACT).undone == 4
+    made.check()
+
+
+@pytest.mark.parametrize(
+    ("hand", "state"), [(job_control.cancel, "cancelled"), (job_control.pause, "paused")], ids=["cancel", "pause"]
+)
+def test_once_another_process_took_the_job_out_of_work_nothing_more_is_undone_and_its_state_is_told(
+    made: Place, hand: Callable[..., object], state: str
+) -> None:
+    job = filled(made)
+    asked = iter([False, True])
+
+    def taken() -> bool:
+        if next(asked):
+            newest = ledger.scalar(made.engine, "select max(id) from wallet.jobs")
+            hand(made.engine, made.settings, newest, ACT)
+        return False
+
+    done = undo(made.engine, made.settings, job, ACT, batch_size=4, stop=taken)
+    assert (done.state, done.undone) == (state, 4)
+    stale = "select count(*) from wallet.accounts where state = 'stale'"
+    assert ledger.scalar(made.engine, stale) == 4
+    assert ledger.rows(made.engine, "select action from wallet.audit_log where action = 'backfill undo done'") == []
+    again = undo(made.engine, made.settings, job, ACT)
+    assert (again.state, again.undone, again.undone_before) == ("done", 16, 4)
+    assert (again.job_id == done.job_id) == (state == "paused")
+    made.check()
+
+
+def test_a_cancellation_after_the_last_batch_is_told_too(made: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = filled(made)
+    whole = undo_module._all
+
+    def cancelled_then(*arguments: Any) -> UndoResult:
+        result = whole(*arguments)
+        job_control.cancel(made.engine, made.settings, result.job_id or 0, ACT)
+        return result
+
+    monkeypatch.setattr(undo_module, "_all", cancelled_then)
+    done = undo(made.engine, made.settings, job, ACT)
+    assert (done.state, done.undone) == ("cancelled", 20)
 
 
 def test_a_dry_run_counts_and_changes_nothing(made: Place) -> None:

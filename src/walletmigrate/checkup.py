@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from walletmigrate.standing import REASON
 
@@ -19,8 +19,12 @@ ROLES: Final = "docs/roles.md"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is not as it should be, the command that mends it, and the runbook that explains it."""
+    """One thing that is not as it should be, the command that mends it, and the runbook that explains it.
+
+    ``severity`` is problem, or note for what may well be as it should be, and could not be looked at.
+    """
 
     what: str
     mend: str
     runbook: str
+    severity: Literal["problem", "note"] = "problem"

@@ -88,22 +88,20 @@ def processes(connection: Connection, settings: Settings) -> Iterator[Finding]:
             yield Finding(what, "see that it reaches its flag source, or restart it", FLAGS)
 
 
-def unheard(connection: Connection, settings: Settings) -> str | None:
-    """What to say from phase dual_write on if no process has a heartbeat: its flags and its release are then not
-    looked at. Not a finding: an application that stands still, as before a restore, has none either.
+def unheard(connection: Connection, settings: Settings) -> Iterator[Finding]:
+    """From phase dual_write on, if no process has a heartbeat: its flags and its release are then not looked at. A
+    note, not a problem: an application that has not started, or stands still as before a restore, has none either.
     """
     if not reached(show(connection, settings).phase, "dual_write"):
-        return None
+        return
     alive = text(
         f"select exists (select from {quoted(settings.ledger_schema)}.processes "
         "where seen_at > clock_timestamp() - make_interval(secs => :live))"
     )
-    if connection.scalar(alive, {"live": LIVE_SECONDS}):
-        return None
-    return (
-        "no process has a heartbeat, so the flags and the releases of the application were not looked at: "
-        f"start a Heartbeat in each process, see {DEPLOYS}"
-    )
+    if not connection.scalar(alive, {"live": LIVE_SECONDS}):
+        what = "no process has a heartbeat, so the flags and the releases of the application were not looked at"
+        mend = "start a Heartbeat in each process; it is as it should be only while the application stands still"
+        yield Finding(what, mend, DEPLOYS, "note")
 
 
 def _apart(rows: Sequence[Row[Any]]) -> Iterator[Finding]:

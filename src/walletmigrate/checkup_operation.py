@@ -10,7 +10,7 @@ from sqlalchemy import Connection, text
 
 from walletmigrate.checkup import DRIFT, LATENCY, Finding
 from walletmigrate.config import Settings
-from walletmigrate.job_options import EVERYTHING
+from walletmigrate.job_options import EVERYTHING, STALLED_SECONDS
 from walletmigrate.job_rows import resuming
 from walletmigrate.schema import quoted
 from walletmigrate.standing import REASON, in_force_since, reached, show, shown_span, shown_time
@@ -18,7 +18,6 @@ from walletmigrate.standing import REASON, in_force_since, reached, show, shown_
 VERIFIED_WITHIN: Final = timedelta(hours=26)
 """As the alert has it: one nightly verification may be late, none may be left out."""
 
-STALLED_SECONDS: Final = 60
 MANY_ROWS: Final = 10_000
 
 _JOBS: Final = """

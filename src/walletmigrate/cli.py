@@ -21,7 +21,7 @@ from walletmigrate import (
     cli_verify,
     cli_watch,
 )
-from walletmigrate.commands import CONFIG, DATABASE_URL, JSON, Group
+from walletmigrate.commands import CONFIG, DATABASE_URL, JSON, VERSION, Group
 
 app = typer.Typer(
     cls=Group,
@@ -36,7 +36,9 @@ app = typer.Typer(
 
 
 @app.callback()
-def root(config: CONFIG = None, database_url: DATABASE_URL = None, as_json: JSON = False) -> None:
+def root(
+    config: CONFIG = None, database_url: DATABASE_URL = None, as_json: JSON = False, version: VERSION = False
+) -> None:
     """Options that every command takes, before or after its name."""
 
 

@@ -11,7 +11,7 @@ from walletmigrate import archive_check, evidence_check
 from walletmigrate import retire as retirement
 from walletmigrate.archive_check import ArchiveCheck
 from walletmigrate.commands import below, command
-from walletmigrate.console import DIFFERENCE, OK, REFUSED, Answer, job_code, plain
+from walletmigrate.console import CUT_SHORT, DIFFERENCE, FAILURE, OK, REFUSED, Answer, job_code, plain
 from walletmigrate.errors import UsageError
 from walletmigrate.evidence import gather
 from walletmigrate.invocation import Run
@@ -127,12 +127,15 @@ def undo(
             run.engine, run.settings, job, act, batch_size=batch_size, dry_run=run.dry_run, stop=run.stop
         )
     verb = "would be taken back" if run.dry_run else "taken back"
-    lines = [f"{done.mapping}: {done.undone} openings of job {done.of} {verb}, {done.left_count} left"]
+    number = "" if done.state in ("done", "planned") else f" (job {done.job_id}, {done.state})"
+    lines = [f"{done.mapping}: {done.undone} openings of job {done.of} {verb}, {done.left_count} left{number}"]
     lines += [f"  {one.key} ({one.bucket}, {one.currency}): {one.why}" for one in done.left[:_SHOWN]]
     notes = [] if run.dry_run or not done.undone else [f"these accounts are stale: walletmigrate backfill {REASON}"]
     if done.state == "paused":
         notes.append("stopped: run the same command again, it goes on from there")
     code = job_code([done.state], REFUSED if done.left_count else OK)
+    if job_code([done.state], OK) == FAILURE:
+        notes.append(CUT_SHORT)
     return Answer(plain(done), tuple(lines), tuple(notes), code)
 
 

@@ -105,18 +105,20 @@ def check(
         list[str] | None, typer.Option(metavar="ROLE", help="A role that the application logs in with; repeatable.")
     ] = None,
 ) -> Answer:
-    """Look for what is not as it should be, and name the runbook for it. Exit 3 if there is anything."""
+    """Look for what is not as it should be, and name the runbook for it. Exit 3 if there is a problem."""
     source = run.source
     with run.engine.connect() as plain_connection:
         connection = plain_connection.execution_options(postgresql_readonly=True)
         found = doctor.examine(connection, run.settings, source, exporter=exporter, logins=login or ())
-        unheard = doctor.unheard(connection, run.settings)
-    lines = [f"{one.what}\n  mend: {one.mend}\n  runbook: {one.runbook}" for one in found]
+        notes = doctor.notes(connection, run.settings)
+    lines = [
+        f"{'note: ' if one.severity == 'note' else ''}{one.what}\n  mend: {one.mend}\n  runbook: {one.runbook}"
+        for one in (*found, *notes)
+    ]
+    if not found:
+        lines.append(f"everything {'else ' if notes else ''}is as it should be")
     return Answer(
-        {"findings": [plain(one) for one in found]},
-        tuple(lines) or ("everything is as it should be",),
-        (unheard,) if unheard else (),
-        exit_code=DIFFERENCE if found else OK,
+        {"findings": [plain(one) for one in (*found, *notes)]}, tuple(lines), exit_code=DIFFERENCE if found else OK
     )
 
 

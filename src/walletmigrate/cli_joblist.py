@@ -8,8 +8,8 @@ import typer
 
 from walletmigrate import job_control
 from walletmigrate.backfill import backfill
-from walletmigrate.cli_jobs import DASK, FORCE, WORKERS, JobCall, jobs_answer, run_over
-from walletmigrate.commands import command
+from walletmigrate.cli_jobs import FORCE, JobCall, jobs_answer, run_over
+from walletmigrate.commands import DASK, WORKERS, command
 from walletmigrate.console import OK, REFUSED, Answer, plain
 from walletmigrate.errors import UsageError
 from walletmigrate.freeze import freeze, unfreeze
@@ -60,6 +60,8 @@ def show(run: Run, job: _ID) -> Answer:
         "set_aside": [plain(one) for one in found.set_aside],
     }
     notes = []
+    if found.job.stalled:
+        notes.append(f"its process is gone, or waits for a lock; to go on: {resuming(found.job)}")
     if found.set_aside:
         notes.append(f"mend the rows; then: {resuming(found.job)}  # tries them again")
     return Answer(document, tuple(_detail_lines(found)), tuple(notes))
@@ -112,13 +114,17 @@ def _changed(run: Run, job: Job, what: str) -> Answer:
 
 
 def _document(job: Job) -> dict[str, Any]:
-    return {**plain(job), "options": job.options.shown()}
+    return {**plain(job), "held": None if job.stalled else job.held, "options": job.options.shown()}
 
 
 def _line(job: Job) -> str:
     of = f" of {job.items_total}" if job.items_total is not None else ""
     failed = f", {job.items_failed} failed" if job.items_failed else ""
-    state = f"{job.state}, waiting: {job.held}" if job.held and job.state == "running" else job.state
+    state = job.state
+    if job.stalled:
+        state = "running, but no batch for a minute"
+    elif job.held and job.state == "running":
+        state = f"running, waiting: {job.held}"
     done = job.items_done + job.items_failed
     return (
         f"job {job.id}: {job.kind} of {job.mapping}, {state}, {done}{of} accounts{failed}, {shown_time(job.updated_at)}"

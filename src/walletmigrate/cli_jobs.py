@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from walletmigrate import job_workers, phases
+from walletmigrate import phases
 from walletmigrate.backfill import backfill as run_backfill
-from walletmigrate.commands import command
+from walletmigrate.commands import DASK, WORKERS, command
 from walletmigrate.config import Mapping
 from walletmigrate.console import CUT_SHORT, FAILURE, OK, REFUSED, Answer, bar, job_code, plain
 from walletmigrate.freeze import freeze as run_freeze
@@ -25,11 +23,6 @@ _BATCH = Annotated[
     typer.Option("--batch-size", min=1, max=100_000, help="Legacy rows per transaction. Default: it tunes itself."),
 ]
 FORCE = Annotated[bool, typer.Option("--force", help="Resume a job of other functions, or older than 7 days.")]
-WORKERS = Annotated[int | None, typer.Option("--workers", min=1, max=1000, help="Processes; with --dask, tasks.")]
-DASK = Annotated[
-    str | None,
-    typer.Option("--dask", metavar="tcp://HOST:PORT", help="Run on a Dask cluster; by default on all of it."),
-]
 
 JobCall = Callable[..., Any]
 
@@ -122,8 +115,8 @@ def run_over(
     """Run a job over the chosen mappings, one after the other, until the operator stops it."""
     results: list[tuple[str, Any]] = []
     mapping: Mapping
-    with run.interruptible(), _executor(dask, run.dry_run) as (executor, count):
-        options = {**options, "workers": workers or count, "executor": executor}
+    with run.interruptible(), run.hands(workers, dask) as hands:
+        options = {**options, **hands}
         for mapping in run.mappings(name):
             with bar(f"{run.command} {mapping.name}", as_json=run.as_json) as progress:
                 result = job(
@@ -140,15 +133,6 @@ def run_over(
             if run.stop():
                 break
     return results
-
-
-@contextmanager
-def _executor(dask: str | None, dry_run: bool) -> Iterator[tuple[Executor | None, int]]:
-    if dask is None or dry_run:
-        yield None, 1
-        return
-    with job_workers.dask(dask) as found:
-        yield found
 
 
 def jobs_answer(

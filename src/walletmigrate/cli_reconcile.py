@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from walletmigrate import corrections, reconciliations
-from walletmigrate.commands import command
+from walletmigrate.commands import DASK, WORKERS, command
 from walletmigrate.config import Mapping
 from walletmigrate.console import (
     CUT_SHORT,
@@ -78,15 +78,19 @@ def reconcile(
     allow_negative: _NEGATIVE = False,
     mapping: _MAPPING = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=100_000, help="Keys looked at at once.")] = 500,
+    workers: WORKERS = None,
+    dask: DASK = None,
 ) -> Answer:
     """Hold balances against a truth; correct small differences by transactions, report larger ones. Exit 3 on those."""
     act, chosen = run.act(), _one_or_all(run, account, every, mapping)
+    if account is not None and (workers, dask) != (None, None):
+        raise UsageError("--workers and --dask go with --all: one account needs no second hand")
     limits = Limits(
         _amount("--tolerance", tolerance), _amount("--correct-up-to", correct_up_to), create_missing, allow_negative
     )
     truths = {one.name: _truth(run, truth, one, chosen) for one in chosen}
     done: list[Reconciliation] = []
-    with run.interruptible(), _as_put():
+    with run.interruptible(), _as_put(), run.hands(workers, dask) as hands:
         for one in chosen:
             with bar(f"reconcile {one.name}", as_json=run.as_json) as progress:
                 made = run_reconcile(
@@ -96,6 +100,7 @@ def reconcile(
                     account=account,
                     dry_run=run.dry_run,
                     batch_size=batch_size,
+                    **hands,
                     progress=progress,
                     stop=run.stop,
                 )

@@ -15,6 +15,7 @@ from walletmigrate.console import DIFFERENCE, OK, Answer, plain
 from walletmigrate.cross_checks import CrossCheck
 from walletmigrate.errors import UsageError
 from walletmigrate.invocation import Run
+from walletmigrate.journals import JournalProblem
 from walletmigrate.standing import REASON, shown_time
 from walletmigrate.verifications import Verification, VerificationRun, drift_line, reference_line
 from walletmigrate.verify import verify as run_verify
@@ -148,7 +149,7 @@ def _lines(one: Verification) -> Iterator[str]:
     yield from _account_lines(one)
     for check in one.cross_checks:
         yield from _check_lines(check)
-    yield from (f"  journal: account {p.key or p.account}: {p.problem}" for p in one.journal[:_SHOWN])
+    yield from (f"  journal: account {p.key or p.account}: {p.problem}{_at(p)}" for p in one.journal[:_SHOWN])
     yield from _more(len(one.journal), "problems of the journal")
     yield from (f"  reference: {reference_line(each)}" for each in one.references[:_SHOWN])
     yield from _more(one.reference_count, "references")
@@ -193,6 +194,10 @@ def _check_lines(check: CrossCheck) -> Iterator[str]:
     for one in check.differences[:_SHOWN]:
         yield f"    {one.key}: expected {one.expected}, found {one.found}"
     yield from _more(check.differing, f"differences of {check.name}")
+
+
+def _at(problem: JournalProblem) -> str:
+    return f" (transaction {problem.transaction_id})" if problem.transaction_id else ""
 
 
 def _more(count: int, what: str) -> Sequence[str]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
-from importlib.metadata import version as version_of
 from typing import Annotated, Final
 
 import typer
@@ -17,7 +15,7 @@ from rich.text import Text
 from sqlalchemy.exc import DBAPIError
 
 from walletmigrate.cli_flags import flag_text
-from walletmigrate.commands import command
+from walletmigrate.commands import command, versions
 from walletmigrate.console import FAILURE, INTERRUPTED, OK, Answer, plain, reasons_as_json, reasons_as_lines, typed
 from walletmigrate.errors import ConfigError, UsageError, WalletMigrateError
 from walletmigrate.exporter import serve
@@ -128,11 +126,8 @@ def exporter(
 
 
 def version(run: Run) -> Answer:  # noqa: ARG001 - every command gets its run
-    """Say the versions of the package and of what it stands on."""
-    names = ("walletmigrate", "sqlalchemy", "psycopg", "flagsmith")
-    found = {name: version_of(name) for name in names} | {"python": platform.python_version()}
-    others = ", ".join(f"{name} {number}" for name, number in found.items() if name != "walletmigrate")
-    return Answer({"versions": found}, (f"walletmigrate {found['walletmigrate']} ({others})",))
+    """Say the versions of the package, of what it stands on, and of the schema and functions that it installs."""
+    return versions()
 
 
 def _lines(seen: Status) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -14,9 +16,10 @@ import typer
 from sqlalchemy.exc import DBAPIError
 from typer.core import TyperGroup
 
-from walletmigrate import console, rights
+from walletmigrate import console, rights, schema
 from walletmigrate.console import Answer
 from walletmigrate.errors import UsageError, WalletMigrateError
+from walletmigrate.functions import FUNCTIONS_VERSION
 from walletmigrate.invocation import Run
 
 Handler = TypeVar("Handler", bound=Callable[..., Answer])
@@ -36,6 +39,40 @@ DATABASE_URL = Annotated[
     ),
 ]
 JSON = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+WORKERS = Annotated[int | None, typer.Option("--workers", min=1, max=1000, help="Processes; with --dask, tasks.")]
+DASK = Annotated[
+    str | None,
+    typer.Option("--dask", metavar="tcp://HOST:PORT", help="Run on a Dask cluster; by default on all of it."),
+]
+
+
+def versions() -> Answer:
+    """Of the package, of what it stands on, and of the schema and functions that its ``install`` makes."""
+    names = ("walletmigrate", "sqlalchemy", "psycopg", "flagsmith")
+    found = {name: version_of(name) for name in names} | {"python": platform.python_version()}
+    others = ", ".join(f"{name} {number}" for name, number in found.items() if name != "walletmigrate")
+    installs = {"schema_revision": schema.head(), "functions_version": FUNCTIONS_VERSION}
+    lines = (
+        f"walletmigrate {found['walletmigrate']} ({others})",
+        f"installs schema revision {installs['schema_revision']}, functions version {FUNCTIONS_VERSION}",
+    )
+    return Answer({"versions": found, **installs}, lines)
+
+
+def _tell_version(context: typer.Context, asked: bool) -> None:
+    if asked:
+        raise typer.Exit(console.show("version", versions(), as_json=bool(context.obj)))
+
+
+VERSION = Annotated[
+    bool,
+    typer.Option(
+        "--version",
+        is_eager=True,
+        callback=_tell_version,
+        help="The same as the command `version`.",
+    ),
+]
 _DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Check and tell, change nothing.")]
 _ACTOR = Annotated[
     str | None, typer.Option("--actor", help="Who does this. Default: WALLETMIGRATE_ACTOR, else user:NAME.")
@@ -124,7 +161,8 @@ class Group(TyperGroup):
         words = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in words
         try:
-            code = super().main(args=words, **{**extra, "standalone_mode": False})
+            # For what is printed before the options are read: --version.
+            code = super().main(args=words, **{**extra, "standalone_mode": False, "obj": as_json})
         except _ClickError as error:
             if type(error).__name__ == "NoArgsIsHelpError":
                 console.say(error.format_message())

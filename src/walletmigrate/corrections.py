@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final
@@ -26,6 +27,7 @@ LONGEST_NOTES: Final = 500
 
 _NO_FUNCTIONS: Final = ("42883", "42P01", "3F000", "WM010")
 _LOST: Final = ("08", "57P")
+_AMOUNTS: Final = ("truth", "difference", "legacy_before", "ledger_before", "legacy_after", "ledger_after")
 
 REFUSALS: Final[dict[str, tuple[str, str]]] = {
     "no_row": ("the legacy table has no row of this key", ""),
@@ -119,6 +121,30 @@ class Corrector:
                     return Correction("failed", key, column.bucket, column.currency, error=_said(error, state))
             time.sleep(random.uniform(0.02, 0.1) * attempt)
         raise AssertionError("unreachable")
+
+
+def recorded(details: Mapping[str, Any]) -> Correction:
+    """One as the audit log has it, or the row of the job, where amounts are texts."""
+    known: dict[str, Any] = {name: details.get(name) for name in Correction.__dataclass_fields__}
+    for name in _AMOUNTS:
+        value = known[name]
+        known[name] = None if value is None else Decimal(value)
+    return Correction(**known)
+
+
+def changed_by(
+    connection: Connection, settings: Settings, run: int, *, limit: int | None = None
+) -> tuple[Correction, ...]:
+    """What a run changed, in its order, by the audit log."""
+    name = quoted(settings.ledger_schema)
+    # Through the type: in JSON the driver would read the amounts as floats.
+    query = text(
+        f"select k.* from {name}.audit_log as a "
+        f"cross join jsonb_populate_record(null::{name}.correction, a.details) as k where a.job_id = :run "
+        "and a.action in ('reconcile corrected', 'reconcile opened', 'reconcile resynced', 'reconcile undone') "
+        "order by a.id limit :limit"
+    )
+    return tuple(recorded(one._asdict()) for one in connection.execute(query, {"run": run, "limit": limit}))
 
 
 def adjust(

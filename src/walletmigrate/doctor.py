@@ -13,7 +13,7 @@ from walletmigrate.config import Settings
 from walletmigrate.flags import FlagSource
 from walletmigrate.standing import require_installed
 
-__all__ = ["Finding", "examine", "unheard"]
+__all__ = ["Finding", "examine", "notes"]
 
 
 def examine(
@@ -25,7 +25,7 @@ def examine(
     logins: Sequence[str] = (),
     now: Callable[[], float] = time.time,
 ) -> tuple[Finding, ...]:
-    """All findings, each once. ``source`` are the flags to be checked, ``exporter`` the address of the metrics,
+    """All problems, each once. ``source`` are the flags to be checked, ``exporter`` the address of the metrics,
     ``logins`` the roles that the application logs in with; without them these are not looked at. ``now`` is this
     machine's clock, in seconds since 1970.
 
@@ -36,9 +36,9 @@ def examine(
     return tuple(dict.fromkeys(found))
 
 
-def unheard(connection: Connection, settings: Settings) -> str | None:
-    """A sentence if the ledger is in use and no process of the application tells of itself; else None."""
-    return None if checkup_ledger.missing(connection, settings) else checkup_around.unheard(connection, settings)
+def notes(connection: Connection, settings: Settings) -> tuple[Finding, ...]:
+    """What `examine` could not look at and may well be as it should be; each of severity ``note``."""
+    return () if checkup_ledger.missing(connection, settings) else tuple(checkup_around.unheard(connection, settings))
 
 
 def _all(

@@ -54,6 +54,10 @@ def _by_label(name: str, values: Mapping[str, float | Decimal]) -> Family:
     return _family(name, *(((label,), value) for label, value in values.items()))
 
 
+def _by_job(facts: Facts, what: str) -> Family:
+    return _family(f"job_{what}", *((job, getattr(one, what)) for job, one in facts.jobs.items()))
+
+
 def families(facts: Facts) -> Iterator[Family]:
     """The facts as Prometheus' metric families. Only here does money become a float, to be drawn."""
     yield _by_label("bypass_writes_total", facts.bypasses)
@@ -64,11 +68,8 @@ def families(facts: Facts) -> Iterator[Family]:
     yield _by_label("drift_accounts", facts.drift_accounts)
     yield _by_label("drift_amount", facts.drift_amount)
     yield _family("verification_last_success_timestamp_seconds", ((), facts.last_success))
-    yield _by_label("job_items", {kind: job.items for kind, job in facts.jobs.items()})
-    yield _by_label("job_failed", {kind: job.failed for kind, job in facts.jobs.items()})
-    yield _by_label("job_paused", {kind: job.paused for kind, job in facts.jobs.items()})
-    yield _by_label("job_remaining", {kind: job.remaining for kind, job in facts.jobs.items()})
-    yield _by_label("job_batch_seconds", {kind: job.batch_seconds for kind, job in facts.jobs.items()})
+    for what in ("items", "failed", "paused", "remaining", "batch_seconds"):
+        yield _by_job(facts, what)
     yield _by_label("ledger_imbalance", facts.imbalance)
 
 

@@ -11,14 +11,16 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from walletmigrate.heartbeat import LIVE_SECONDS
-from walletmigrate.job_options import EVERYTHING
+from walletmigrate.job_options import EVERYTHING, STALLED_SECONDS
 from walletmigrate.schema import quoted
 from walletmigrate.sums import by_name, total
 
 PHASES: Final = ("legacy", "dual_write", "read_ledger", "wallet_only", "frozen", "retired")
 TREATMENTS: Final = ("absent", "stale", "turned_stale", "mirrored", "closed", "rejected")
 STATES: Final = ("absent", "mirrored", "stale", "frozen", "closed")
-JOB_KINDS: Final = ("backfill", "verify", "freeze", "unfreeze", "reconcile", "snapshot take")
+JOB_KINDS: Final = ("backfill", "verify", "freeze", "unfreeze", "reconcile")
+WHOLE_KINDS: Final = ("snapshot take",)
+"""Kinds of jobs on the whole ledger; the others are on one mapping."""
 LINE_STOPPED: Final = 2
 VOIDED: Final = 1.0
 """As a time it is 1970: older than any limit, and not the 0 of what was never verified, which may be no fault yet."""
@@ -42,9 +44,7 @@ order by j.mapping, r.outside, j.id desc
 
 @dataclass(frozen=True)
 class JobFacts:
-    """The newest jobs of one kind, one per mapping, added up; ``remaining`` is NaN while a total is
-    unknown.
-    """
+    """The newest job of one kind on one mapping; ``remaining`` is NaN while its total is unknown."""
 
     items: int = 0
     failed: int = 0
@@ -63,7 +63,7 @@ class Facts:
     phase: str
     line_stopped: bool
     accounts: Mapping[str, int]
-    jobs: Mapping[str, JobFacts]
+    jobs: Mapping[tuple[str, str], JobFacts]
     imbalance: Mapping[str, Decimal]
     drift_accounts: Mapping[str, int]
     drift_amount: Mapping[str, Decimal]
@@ -237,7 +237,10 @@ def _last_success(connection: sa.Connection, schema: str, scope: Collection[tupl
     return min((times.get(pair, 0.0) for pair in scope or times), default=0.0)
 
 
-def _jobs(connection: sa.Connection, schema: str, scope: Collection[tuple[str, str]]) -> dict[str, JobFacts]:
+def _jobs(
+    connection: sa.Connection, schema: str, scope: Collection[tuple[str, str]]
+) -> dict[tuple[str, str], JobFacts]:
+    """By kind and mapping: added up, one that goes on would hide another that stands still."""
     columns = (
         "id",
         "kind",
@@ -251,20 +254,20 @@ def _jobs(connection: sa.Connection, schema: str, scope: Collection[tuple[str, s
     )
     jobs = _table(schema, "jobs", *columns)
     newest = sa.select(sa.func.max(jobs.c.id)).group_by(jobs.c.kind, jobs.c.mapping)
+    mappings = sorted({mapping for mapping, _ in scope})
     if scope:  # nobody finishes the jobs of a mapping that is no longer configured; some jobs are of no mapping
-        newest = newest.where(jobs.c.mapping.in_({EVERYTHING, *(mapping for mapping, _ in scope)}))
-    facts = {kind: JobFacts() for kind in JOB_KINDS}
+        newest = newest.where(jobs.c.mapping.in_({EVERYTHING, *mappings}))
+    facts = {(kind, mapping): JobFacts() for kind in JOB_KINDS for mapping in mappings}
+    facts |= {(kind, EVERYTHING): JobFacts() for kind in WHOLE_KINDS}
     # One that waits says so every few seconds; one that was held when its process died says nothing.
-    alive = (sa.func.extract("epoch", sa.func.clock_timestamp() - jobs.c.updated_at) < LIVE_SECONDS).label("alive")
+    alive = (sa.func.extract("epoch", sa.func.clock_timestamp() - jobs.c.updated_at) < STALLED_SECONDS).label("alive")
     for job in connection.execute(sa.select(jobs, alive).where(jobs.c.id.in_(newest))):
-        before = facts.get(job.kind, JobFacts())
-        facts[job.kind] = JobFacts(
-            items=before.items + job.items_done,
-            failed=before.failed + _failed(job),
-            paused=before.paused
-            + (job.state == "paused" or (job.state == "running" and job.held is not None and job.alive)),
-            remaining=before.remaining + _remaining(job),
-            batch_seconds=max(before.batch_seconds, float(job.last_batch_seconds or 0)),
+        facts[job.kind, job.mapping or EVERYTHING] = JobFacts(
+            items=job.items_done,
+            failed=_failed(job),
+            paused=int(job.state == "paused" or (job.state == "running" and job.held is not None and job.alive)),
+            remaining=_remaining(job),
+            batch_seconds=float(job.last_batch_seconds or 0),
         )
     return facts
 

@@ -42,6 +42,8 @@ Failure: TypeAlias = FlagSourceUnreachable | FlagsMissing | FlagDocumentInvalid
 # written again may look unchanged, so it is read again.
 SETTLED_NANOSECONDS: Final = 2_000_000_000
 
+NOTHING_GOOD: Final = "This process has seen no good document, so all flags are off."
+
 
 @dataclass(frozen=True, slots=True)
 class DocumentSnapshot:
@@ -88,6 +90,8 @@ class DocumentSource:
     def problem(self) -> str | None:
         """What is wrong at the moment, as sentences; None if nothing is."""
         said = [str(self.failure)] if self.failure else []
+        if self.failure and self._current.document is None:
+            said.append(NOTHING_GOOD)
         return " ".join(said + list(self._hook_problems.values())) or None
 
     def snapshot(self) -> Snapshot:
@@ -140,7 +144,8 @@ def check(source: FlagSource) -> None:
 class FileSource(DocumentSource):
     """A document in a file, looked at again when flags are asked for, at most every ``check_seconds``.
 
-    A file that is broken or gone leaves the last good document in force; with none, everything is off.
+    A file that is broken or gone leaves the last good document in force; with none, as in a process that starts then,
+    everything is off. Not kept in the database, unlike a server's: two hosts' files would stand in for each other.
     """
 
     def __init__(

@@ -14,12 +14,12 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 import typer
 from sqlalchemy import Engine
 
-from walletmigrate import connect, console
+from walletmigrate import connect, console, job_workers
 from walletmigrate.audit import Act
 from walletmigrate.census import Cohort
 from walletmigrate.config import Mapping, Settings
@@ -183,6 +183,15 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def hands(self, workers: int | None, dask: str | None) -> Iterator[dict[str, Any]]:
+        """``workers`` and ``executor`` of a job, by ``--workers`` and ``--dask``. Raises UsageError if none answers."""
+        if dask is None or self.dry_run:
+            yield {"workers": workers or 1, "executor": None}
+            return
+        with job_workers.dask(dask) as (executor, count):
+            yield {"workers": workers or count, "executor": executor}
 
     def close(self) -> None:
         """Give back what the run opened."""

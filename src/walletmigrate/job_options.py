@@ -17,6 +17,9 @@ from walletmigrate.errors import UsageError
 EVERYTHING: Final = "(all)"
 """The mapping of a job that works on the whole ledger, as a snapshot does."""
 
+STALLED_SECONDS: Final = 60
+"""After how long without a batch, and without a word that it is held, a job that counts as running is stalled."""
+
 FIRST_SIZE: Final = 1000
 """Keys of the first batches of a job that tunes itself."""
 

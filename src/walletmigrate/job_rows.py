@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from walletmigrate.audit import Act, record
 from walletmigrate.config import Settings
 from walletmigrate.errors import UsageError
-from walletmigrate.job_options import Options
+from walletmigrate.job_options import STALLED_SECONDS, Options
 from walletmigrate.schema import quoted
 from walletmigrate.standing import REASON
 
@@ -30,7 +30,7 @@ _OWN_COMMAND: Final = {
 }
 """Who goes on with jobs of these kinds: `jobs resume` runs the others."""
 HOLD_SECONDS: Final = 10
-"""How often a job that is held says that it is still there; well below the 60 s after which it counts as gone."""
+"""How often a job that is held says that it is still there; well below `STALLED_SECONDS`."""
 _LOST: Final = ("08", "57P")  # connection exceptions; the server is shutting down or starting
 
 
@@ -40,7 +40,8 @@ class Job:
 
     ``state`` is running, paused, done, failed or cancelled. Batches are cut behind ``cursor``, a key as text, up to
     ``until_key``; ``job_pass`` 2 is the last pass, over what was written since the job began. ``held`` is why a
-    running job stands still by itself. ``resumed`` says that `start_or_resume` found it begun.
+    running job stands still by itself, unless it is ``stalled``: then no process has said so, or committed a batch, for
+    a minute, and it is not `running` but for its row. ``resumed`` says that `start_or_resume` found it begun.
     """
 
     id: int
@@ -69,6 +70,7 @@ class Job:
     updated_at: datetime
     finished_at: datetime | None
     details: dict[str, Any] = field(default_factory=dict)
+    stalled: bool = False
     resumed: bool = False
 
     @property
@@ -92,9 +94,12 @@ class Batch:
     counts: Mapping[str, int]
 
 
-COLUMNS: Final = ", ".join(
-    "pass as job_pass" if one.name == "job_pass" else one.name for one in fields(Job) if one.name != "resumed"
-)
+_SAID: Final = {
+    "job_pass": "pass as job_pass",
+    "stalled": "(state = 'running' and updated_at < clock_timestamp() - "
+    f"make_interval(secs => {STALLED_SECONDS})) as stalled",
+}
+COLUMNS: Final = ", ".join(_SAID.get(one.name, one.name) for one in fields(Job) if one.name != "resumed")
 
 
 def begin(engine: Engine) -> AbstractContextManager[Connection]:

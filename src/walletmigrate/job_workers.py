@@ -61,7 +61,8 @@ class Outcome:
 
 def work(assignment: Assignment) -> Outcome:
     """Do batches for a while; runs in the worker."""
-    engine = connect.engine(assignment.url, application_name="walletmigrate worker", pool_size=1, max_overflow=0)
+    # One connection for the batch, one for a step that has transactions of its own in it.
+    engine = connect.engine(assignment.url, application_name="walletmigrate worker", pool_size=2, max_overflow=0)
     end = time.monotonic() + assignment.seconds
     try:
         connect.reachable(engine)

@@ -7,7 +7,7 @@ next run, or another worker, takes the batch up again. Any number of workers and
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
 from datetime import timedelta
@@ -101,8 +101,13 @@ def started(
     total: int | None = None,
     details: dict[str, Any] | None = None,
     force: bool = False,
+    wanted: Callable[[Job], bool] | None = None,
 ) -> Job:
-    """`start_or_resume` in the caller's transaction, which is at READ COMMITTED."""
+    """`start_or_resume` in the caller's transaction, which is at READ COMMITTED.
+
+    ``wanted`` is asked of an unfinished job, under its lock, before it is resumed, also of one that another process has
+    made in this moment. One that is not wanted is cancelled, and a new one made; or it raises, and all stays as it is.
+    """
     values = {
         "kind": kind,
         "mapping": mapping_name,
@@ -117,6 +122,9 @@ def started(
     while row is None:
         found = newest(connection, settings, kind, mapping_name, lock=True)
         resumed = found is not None and found.state in RESUMABLE
+        if found is not None and resumed and wanted is not None and not wanted(found):
+            cancelled(connection, settings, found, act)
+            resumed = False
         if found is not None and resumed:
             if not force:
                 _refuse_old(connection, found)
@@ -184,9 +192,11 @@ def finish(
     *,
     details: Mapping[str, Any] | None = None,
     failed: int | None = None,
+    closing: Callable[[Connection, Job], Mapping[str, Any]] | None = None,
 ) -> Job:
     """Call the job done and write the audit row. Idempotent: what is not running stays as it is.
 
+    ``closing`` is what comes before that, once: in the same transaction, under the job's lock; gives more details.
     ``failed`` accounts, if known better than by the sum over the batches. Raises PreconditionRefused, and the job is
     failed, if the fence fell while it ran: accounts could then be behind without knowing it.
     """
@@ -200,6 +210,7 @@ def finish(
         now = get(connection, settings, job.id, lock=True)
         if now.state != "running":
             return replace(now, resumed=job.resumed)
+        more = closing(connection, now) if closing is not None else {}
         done = change(
             connection,
             settings,
@@ -210,7 +221,7 @@ def finish(
             failed=failed,
         )
         job_batches.clear(connection, settings, job.id)
-        facts = {**done.counts, "failed": done.items_failed, **(details or {})}
+        facts = {**done.counts, "failed": done.items_failed, **(details or {}), **more}
         record(connection, settings, f"{job.kind} done", act, mapping=job.mapping, job_id=job.id, details=facts)
     return replace(done, resumed=job.resumed)
 

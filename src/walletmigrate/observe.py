@@ -132,16 +132,16 @@ METRICS: Final = _catalogue(
         "Unix time of the last clean full verification, the oldest of all mappings; 1 if a later one of any form was "
         "not clean, 0 if a mapping never had any.",
     ),
-    Metric("job_items", "gauge", "Items done by the newest job of each mapping.", ("kind",)),
+    Metric("job_items", "gauge", "Items done by the newest job of each kind and mapping.", ("kind", "mapping")),
     Metric(
         "job_failed",
         "gauge",
         "Items that failed; at least 1 if the job itself failed, 0 if it was cancelled.",
-        ("kind",),
+        ("kind", "mapping"),
     ),
-    Metric("job_paused", "gauge", "Newest jobs that are paused, or held by a throttle.", ("kind",)),
-    Metric("job_remaining", "gauge", "Items left to do; NaN while the total is not known.", ("kind",)),
-    Metric("job_batch_seconds", "gauge", "Seconds of the last batch of the newest jobs, the slowest.", ("kind",)),
+    Metric("job_paused", "gauge", "1 while the newest job is paused, or held by a throttle.", ("kind", "mapping")),
+    Metric("job_remaining", "gauge", "Items left to do; NaN while the total is not known.", ("kind", "mapping")),
+    Metric("job_batch_seconds", "gauge", "Seconds of the newest job's last batch.", ("kind", "mapping")),
     Metric("ledger_imbalance", "gauge", "Sum of all balances, in major units; must be 0.", ("currency",)),
     Metric("exporter_up", "gauge", "1 if the last look at the database succeeded, else 0."),
 )

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, Row, text
 from walletmigrate import jobs
 from walletmigrate.audit import Act
 from walletmigrate.config import Settings
-from walletmigrate.corrections import Correction, Corrector, refuse, stopped
+from walletmigrate.corrections import Correction, Corrector, changed_by, recorded, refuse, stopped
 from walletmigrate.errors import UsageError
 from walletmigrate.movements import digest
 from walletmigrate.reconcile import KIND, ONE
@@ -22,7 +22,6 @@ from walletmigrate.standing import require_installed
 
 UNDO: Final = "reconcile undo"
 _PAGE: Final = 500
-_AMOUNTS: Final = ("truth", "difference", "legacy_before", "ledger_before", "legacy_after", "ledger_after")
 
 
 @dataclass(frozen=True)
@@ -85,19 +84,9 @@ def runs(connection: Connection, settings: Settings, *, limit: int = 50) -> tupl
 def show(connection: Connection, settings: Settings, run: int) -> RunDetails:
     """One run and its accounts. Raises UsageError when there is none of that number."""
     row = _row(connection, settings, run)
-    name = quoted(settings.ledger_schema)
-    # Through the type: in JSON the driver would read the amounts as floats.
-    changed = connection.execute(
-        text(
-            f"select k.* from {name}.audit_log as a "
-            f"cross join jsonb_populate_record(null::{name}.correction, a.details) as k where a.job_id = :run "
-            "and a.action in ('reconcile corrected', 'reconcile opened', 'reconcile resynced', 'reconcile undone') "
-            "order by a.id"
-        ),
-        {"run": run},
-    )
-    left = tuple(_correction(one) for one in row.details.get("items", []))
-    return RunDetails(_facts(row), tuple(_correction(one._asdict()) for one in changed), left)
+    changed = changed_by(connection, settings, run)
+    left = tuple(recorded(one) for one in row.details.get("items", []))
+    return RunDetails(_facts(row), changed, left)
 
 
 def undo(
@@ -158,14 +147,12 @@ def undo(
 
 
 def _start(connection: Connection, settings: Settings, facts: RunFacts, act: Act) -> jobs.Job:
-    found = jobs.newest(connection, settings, UNDO, facts.mapping, lock=True)
-    if found is not None and found.details.get("undoes") != facts.id:
-        # Each correction is undone at most once, whoever does it: nothing is lost with that job.
-        jobs.cancel(connection, settings, UNDO, facts.mapping, act)
-    details = {"undoes": facts.id}
-    return jobs.started(
-        connection, settings, UNDO, facts.mapping, act, total=facts.corrected - facts.undone, details=details
-    )
+    def of_same(found: jobs.Job) -> bool:
+        # Each correction is undone at most once, whoever does it: nothing is lost with the job of another undo.
+        return bool(found.details.get("undoes") == facts.id)
+
+    more: dict[str, Any] = {"total": facts.corrected - facts.undone, "details": {"undoes": facts.id}}
+    return jobs.started(connection, settings, UNDO, facts.mapping, act, wanted=of_same, **more)
 
 
 def _end(
@@ -248,12 +235,3 @@ def _facts(row: Row[Any]) -> RunFacts:
         counts={name: int(n) for name, n in details.get("counts", {}).items() if " " not in name},
         reported_amount={currency: Decimal(one["amount"]) for currency, one in differences.items()},
     )
-
-
-def _correction(details: Mapping[str, Any]) -> Correction:
-    """As the audit log has it, or the row of the job, where amounts are texts."""
-    known: dict[str, Any] = {name: details.get(name) for name in Correction.__dataclass_fields__}
-    for name in _AMOUNTS:
-        value = known[name]
-        known[name] = None if value is None else Decimal(value)
-    return Correction(**known)

@@ -16,11 +16,10 @@ from walletmigrate.flag_edits import FlagState
 from walletmigrate.flag_sources import DocumentSource
 from walletmigrate.flags import FlagSource
 from walletmigrate.gates import census_of_all, reasons
-from walletmigrate.job_options import EVERYTHING
+from walletmigrate.job_options import EVERYTHING, STALLED_SECONDS
 from walletmigrate.schema import quoted
 from walletmigrate.standing import REASON, Reason, confirmation, flag_states, of_mapping, show
 
-STALLED_SECONDS = 60
 STATES = ("absent", "mirrored", "stale", "frozen", "closed")
 
 

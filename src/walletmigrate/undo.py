@@ -12,7 +12,6 @@ from walletmigrate import jobs
 from walletmigrate.audit import Act
 from walletmigrate.config import Settings
 from walletmigrate.errors import PreconditionRefused, UsageError
-from walletmigrate.job_rows import RESUMABLE
 from walletmigrate.schema import quoted
 from walletmigrate.standing import REASON, Reason, require_installed, show
 
@@ -36,7 +35,8 @@ class UndoResult:
     """What became of the accounts that backfill ``of`` opened, or would (``dry_run``, and then no ``job_id``).
 
     ``undone`` accounts are stale now, at balance 0; ``left`` names the first thousand of the ``left_count`` that stay,
-    those aside that were ``undone_before``.
+    those aside that were ``undone_before``. ``state`` is done, planned, or paused; or failed or cancelled, by another
+    process: then the figures are those of a part.
     """
 
     of: int
@@ -71,13 +71,14 @@ def undo(
     if dry_run:
         return _all(engine, settings, UndoResult(job_id, mapping, None, 0, 0, 0, (), True, "planned"), act, batch_size)
     job = _start(engine, settings, mapping, job_id, act)
-    result = UndoResult(job_id, mapping, job.id, 0, 0, 0, (), False, "done")
+    result = UndoResult(job_id, mapping, job.id, 0, 0, 0, (), False, job.state)
     result = _all(engine, settings, result, act, batch_size, stop)
-    if result.state == "paused":
-        jobs.leave(engine, settings, job, "paused")
-        return result
-    facts = {"of": job_id, "undone": result.undone, "left": result.left_count, "before": result.undone_before}
-    jobs.finish(engine, settings, settings.mapping(mapping), job, act, details=facts)
+    if result.state == "stopped":
+        return replace(result, state=jobs.leave(engine, settings, job, "paused").state)
+    if result.state == "running":
+        facts = {"of": job_id, "undone": result.undone, "left": result.left_count, "before": result.undone_before}
+        job = jobs.finish(engine, settings, settings.mapping(mapping), job, act, details=facts)
+        return replace(result, state=job.state)
     return result
 
 
@@ -102,14 +103,17 @@ def _mapping(connection: Connection, settings: Settings, job_id: int) -> str:
 
 def _start(engine: Engine, settings: Settings, mapping: str, job_id: int, act: Act) -> jobs.Job:
     """Begin, or go on with, the undo of this backfill; one of another backfill is not taken up in its place."""
+
+    def of_this(found: jobs.Job) -> bool:
+        of = found.details.get("of")
+        if of == job_id:
+            return True
+        what = f"job {found.id}, the undo of backfill {of}, is {found.state} and not finished"
+        mend = f"walletmigrate backfill undo --job {of} {REASON}; or: walletmigrate jobs cancel {found.id} {REASON}"
+        raise PreconditionRefused(KIND, [(what, mend)])
+
     with jobs.begin(engine) as connection:
-        found = jobs.newest(connection, settings, KIND, mapping, lock=True)
-        if found is not None and found.state in RESUMABLE and found.details.get("of") != job_id:
-            of = found.details.get("of")
-            what = f"job {found.id}, the undo of backfill {of}, is {found.state} and not finished"
-            mend = f"walletmigrate backfill undo --job {of} {REASON}; or: walletmigrate jobs cancel {found.id} {REASON}"
-            raise PreconditionRefused(KIND, [(what, mend)])
-        return jobs.started(connection, settings, KIND, mapping, act, details={"of": job_id})
+        return jobs.started(connection, settings, KIND, mapping, act, details={"of": job_id}, wanted=of_this)
 
 
 def _all(
@@ -120,7 +124,10 @@ def _all(
     batch_size: int,
     stop: Callable[[], bool] | None = None,
 ) -> UndoResult:
-    """Batch by batch, each in a transaction of its own; done again, it finds what is taken back already."""
+    """Batch by batch, each in a transaction of its own; done again, it finds what is taken back already.
+
+    Each batch holds the job's row: once a pause or a cancellation has committed, nothing more is done for the job.
+    """
     statement = text(
         f"select * from {quoted(settings.ledger_schema)}.undo_openings("
         ":mapping, :job, :undo, :after, :limit, :actor, :reason, :dry_run)"
@@ -128,6 +135,10 @@ def _all(
     after = 0
     while stop is None or not stop():
         with jobs.begin(engine) as connection:
+            if result.job_id is not None:
+                state = jobs.get(connection, settings, result.job_id, lock=True).state
+                if state != "running":
+                    return replace(result, state=state)
             rows = connection.execute(
                 statement,
                 {
@@ -154,4 +165,4 @@ def _all(
             left_count=result.left_count + len(left),
             left=(*result.left, *named)[:SHOWN],
         )
-    return replace(result, state="paused")
+    return replace(result, state="stopped")
