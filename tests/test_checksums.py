@@ -276,6 +276,34 @@ def test_a_prune_adds_the_checksums_up_and_loses_none(at: Place) -> None:
     assert found(at) == [("edited", last.id, 0, D(16), D(16))]
 
 
+def test_a_prune_leaves_the_newer_ones_checksums_alone_and_a_window_without_transactions_is_not_bare(at: Place) -> None:
+    assert take(at).id == 3
+    assert take(at).id == 4, "nothing in its window"
+    credit(at, 2, 1)
+    assert take(at).id == 5
+    snapshots.prune(at.engine, at.settings, ACT, keep=2)
+    assert [one[1:3] for one in rows(at.engine, KEPT)] == [(4, 15), (5, 1)]
+    execute(at.engine, "delete from wallet.snapshot_checksums where snapshot_id = 4")
+    credit(at, 2, 1)
+    assert take(at).id == 6
+    snapshots.prune(at.engine, at.settings, ACT, keep=2)
+    assert [one[1:3] for one in rows(at.engine, KEPT)] == [(6, 1)]
+    credit(at, 2, 1)
+    assert take(at).id == 7
+    snapshots.prune(at.engine, at.settings, ACT, keep=2)
+    assert [one[1:3] for one in rows(at.engine, KEPT)] == [(7, 1)]
+    assert (proof(at).unchecked, found(at)) == (17, [])
+
+
+def test_a_newer_snapshot_without_checksums_takes_none_from_an_older_one(at: Place) -> None:
+    newest = take(at)
+    execute(at.engine, "delete from wallet.snapshot_checksums where snapshot_id = :id", id=newest.id)
+    snapshots.prune(at.engine, at.settings, ACT, keep=2)
+    with at.engine.connect() as connection:
+        older = snapshots.get(connection, at.settings, 2)
+    assert (proof(at, older).unchecked, proof(at, older).clean, proof(at).unchecked) == (0, True, 15)
+
+
 def test_snapshots_from_before_checksums_are_said_and_no_failure(at: Place) -> None:
     assert proof(at).unchecked == 0
     execute(at.engine, "delete from wallet.snapshot_checksums where snapshot_id = 1")

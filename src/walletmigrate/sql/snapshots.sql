@@ -255,23 +255,22 @@ language plpgsql
 set search_path = pg_catalog, {{ schema }}, pg_temp
 as $$
 declare
-    v_bare boolean;
     v_dropped bigint;
 begin
     perform 1 from snapshots as s where s.id = p_into for no key update;
-    v_bare := exists (
+    if exists (
         select from snapshot_totals as t
         where
             t.snapshot_id <= p_into and t.transactions > 0
             and not exists (select from snapshot_checksums as c where c.snapshot_id = t.snapshot_id)
-    );
+    ) then
+        delete from snapshot_checksums as c where c.snapshot_id <= p_into;
+    end if;
     with old as (
-        delete from snapshot_checksums as c
-        where c.snapshot_id < p_into or c.snapshot_id = p_into and v_bare
-        returning c.*
+        delete from snapshot_checksums as c where c.snapshot_id < p_into returning c.*
     )
     insert into snapshot_checksums as c (first_id, snapshot_id, transactions, checksum)
-    select o.first_id, p_into, sum(o.transactions), sum(o.checksum) from old as o where not v_bare group by o.first_id
+    select o.first_id, p_into, sum(o.transactions), sum(o.checksum) from old as o group by o.first_id
     on conflict (first_id, snapshot_id) do update
     set transactions = c.transactions + excluded.transactions, checksum = c.checksum + excluded.checksum;
     with old as (
