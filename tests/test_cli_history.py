@@ -10,7 +10,7 @@ import pytest
 
 from adapting import placed
 from commandline import REASON, Project
-from ledger import engine_named, execute, install_users
+from ledger import engine_named, execute, install_users, unguarded
 from walletmigrate.rehearsal_report import judge
 
 
@@ -45,6 +45,25 @@ def test_snapshots_from_take_to_prune(project: Project) -> None:
     assert "differs" in wrong.stdout
     assert project.run("balance", "--account", "1").exit_code == 3
     assert "NOT CLEAN" in project.run("snapshot", "list").stdout
+
+
+def test_an_edit_of_the_journal_is_told_by_its_ids_and_window_and_so_is_what_cannot_be_checked(
+    project: Project,
+) -> None:
+    project.change("snapshot", "take")
+    engine = engine_named(project.url)
+    with unguarded(engine, "wallet.transactions") as connection:
+        connection.exec_driver_sql("update wallet.transactions set actor = 'nobody' where id = 5")
+    found = project.run("snapshot", "verify")
+    assert found.exit_code == 3
+    assert (
+        "edited: transactions 0 to 9999 of snapshot 1 are not the rows that were folded: 8 now, 8 then" in found.stdout
+    )
+    assert "no checksum" not in found.stderr
+    execute(engine, "delete from wallet.snapshot_checksums")
+    blind = project.run("snapshot", "verify")
+    assert blind.exit_code == 0
+    assert "8 transactions have no checksum, edits of these would not be seen: docs/history.md" in blind.stderr
 
 
 def test_history_in_pages_and_as_a_file(project: Project, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from sqlalchemy import text
 
 import ledger
 from retiring import SOURCE, End
+from walletmigrate import checksums, snapshots
 from walletmigrate.errors import UnreadableInput, UsageError
 from walletmigrate.evidence import Evidence, gather
 from walletmigrate.evidence_check import EvidenceCheck, check
@@ -54,8 +55,8 @@ def test_evidence_is_checked_on_another_machine_and_against_the_database(end: En
     made = gathered(end)
     assert (made.clean, made.phase, made.transactions) == (True, "dual_write", 11)
     assert {name for name, _ in made.files} == {
-        *("audit.jsonl", "flags.json", "journal.json", "phase.json", "totals.json", "verification.json"),
-        "versions.json",
+        *("audit.jsonl", "flags.json", "journal.json", "phase.json", "snapshots.json", "totals.json"),
+        *("verification.json", "versions.json"),
     }
     elsewhere = end.folder / "elsewhere"
     shutil.copytree(end.folder / "evidence", elsewhere)
@@ -82,7 +83,7 @@ def test_a_posting_in_flight_is_no_part_of_it(end: End) -> None:
     assert checked(end, alone=False).problems == ()
 
 
-@pytest.mark.parametrize("name", ["totals.json", "audit.jsonl", "verification.json", "flags.json"])
+@pytest.mark.parametrize("name", ["totals.json", "audit.jsonl", "verification.json", "flags.json", "snapshots.json"])
 def test_a_file_that_was_changed_removed_or_added_is_named(end: End, name: str) -> None:
     gathered(end)
     path = end.folder / "evidence" / name
@@ -117,7 +118,7 @@ def test_a_verdict_that_was_made_better_is_found(end: End) -> None:
     found = checked(end)
     assert (found.clean, found.problems) == (
         False,
-        ("manifest.json: its verdict is not that of verification.json",),
+        ("manifest.json: its verdict is not that of verification.json and snapshots.json",),
     )
     verification = json.loads((end.folder / "evidence" / "verification.json").read_text())
     edited(end, "verification.json", clean=True)
@@ -162,6 +163,49 @@ def test_a_journal_that_was_edited_since_is_found_with_the_database(end: End) ->
         connection.execute(text("update wallet.transactions set reason = 'better' where id = 4"))
     assert checked(end).intact
     assert checked(end, alone=False).problems == ("the database: transactions from 0 on are not those of the evidence",)
+
+
+def test_it_carries_the_newest_snapshot_s_checksums_and_misses_them_when_they_are_made_to_fit(end: End) -> None:
+    for key in (1, 2, 3):
+        snapshots.take(end.engine, end.settings, ledger.ACT)
+        with end.engine.begin() as connection:
+            end.adapter().credit(connection, key, 5, type="deposit")
+    gathered(end)
+    told = json.loads((end.folder / "evidence" / "snapshots.json").read_text())
+    assert (told["snapshot"], told["unchecked"], told["edited"]) == (3, 0, [])
+    sums = "select first_id, sum(transactions), sum(checksum)::text from wallet.snapshot_checksums group by first_id"
+    assert [(one["from"], one["rows"], one["checksum"]) for one in told["ranges"]] == ledger.rows(end.engine, sums)
+    snapshots.prune(end.engine, end.settings, ledger.ACT, keep=1)
+    assert checked(end, alone=False).problems == ()
+    with ledger.unguarded(end.engine, "wallet.transactions") as connection:
+        connection.execute(text("update wallet.transactions set reason = 'better' where id = 4"))
+    journal = "the database: transactions from 0 on are not those of the evidence"
+    folded = "the database: transactions from 0 on are not those that snapshots folded"
+    assert checked(end, alone=False).problems == (journal, folded)
+    with end.engine.connect() as connection:
+        (one,) = checksums.ranges(connection, end.settings, 3, checksums.Bare(None, 0))
+    ledger.execute(end.engine, "update wallet.snapshot_checksums set checksum = :sum", sum=one.held_checksum)
+    assert snapshots.verify(end.engine, end.settings, ledger.ACT).clean
+    kept = "the database: checksum 0 of snapshot 3 is not the one of the evidence"
+    assert checked(end, alone=False).problems == (journal, kept)
+    snapshots.take(end.engine, end.settings, ledger.ACT)
+    snapshots.prune(end.engine, end.settings, ledger.ACT, keep=1)
+    assert checked(end, alone=False).problems == (journal,)
+
+
+def test_evidence_of_a_journal_that_is_not_what_a_snapshot_folded_says_so(end: End) -> None:
+    snapshots.take(end.engine, end.settings, ledger.ACT)
+    with ledger.unguarded(end.engine, "wallet.transactions") as connection:
+        connection.execute(text("update wallet.transactions set reason = 'better' where id = 4"))
+    assert not gathered(end).clean
+    told = json.loads((end.folder / "evidence" / "snapshots.json").read_text())
+    assert told["edited"] == [{"first": 0, "snapshot": 1, "kept": 11, "held": 11}]
+    for alone in (True, False):
+        found = checked(end, alone=alone)
+        assert (found.intact, found.clean) == (True, False), found.problems
+    manifest = end.folder / "evidence" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "clean": True}))
+    assert checked(end).problems == ("manifest.json: its verdict is not that of verification.json and snapshots.json",)
 
 
 def test_an_audit_row_that_was_edited_or_removed_since_is_found_with_the_database(end: End) -> None:

@@ -219,6 +219,7 @@ WRITES = {
     ("operator", "snapshots"): {"insert", "update", "delete"},
     ("operator", "snapshot_balances"): {"insert", "update", "delete"},
     ("operator", "snapshot_totals"): {"insert", "update", "delete"},
+    ("operator", "snapshot_checksums"): {"insert", "update", "delete"},
     ("operator", "processes"): {"insert", "update", "delete"},
     ("app", "processes"): {"insert", "update", "delete"},
     ("operator", "flag_documents"): {"insert", "update"},

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from walletmigrate import snapshots
+from walletmigrate import checksums, snapshots
 from walletmigrate.commands import command
 from walletmigrate.console import DIFFERENCE, INTERRUPTED, OK, Answer, plain
 from walletmigrate.invocation import Run
-from walletmigrate.snapshots import Snapshot
+from walletmigrate.snapshots import Snapshot, SnapshotProblem
 from walletmigrate.standing import shown_time
 
 _BATCH = Annotated[int, typer.Option("--batch-size", min=1, max=1_000_000, help="Rows in one transaction.")]
@@ -66,11 +66,22 @@ def verify(
     )
     verdict = "clean" if found.clean else f"NOT CLEAN, {found.found} problems"
     lines = [f"snapshot {found.snapshot.id}: {verdict}, {found.accounts} accounts in {found.seconds:.1f} s"]
-    for one in found.problems[:_SHOWN]:
-        place = " ".join(str(part) for part in (one.mapping, one.key or one.account, one.bucket) if part is not None)
-        lines.append(f"  {one.problem}: {place}: the journal says {one.expected}, kept is {one.found}")
-    notes = () if found.clean else ("see runbooks/balance-drift.md",)
-    return Answer(plain(found), tuple(lines), notes, OK if found.clean else DIFFERENCE)
+    lines += [f"  {one.problem}: {_told(one)}" for one in found.problems[:_SHOWN]]
+    notes = [] if found.clean else ["see runbooks/balance-drift.md"]
+    if found.unchecked:
+        notes.append(
+            f"{found.unchecked} transactions have no checksum, edits of these would not be seen: docs/history.md"
+        )
+    return Answer(plain(found), tuple(lines), tuple(notes), OK if found.clean else DIFFERENCE)
+
+
+def _told(one: SnapshotProblem) -> str:
+    if one.first_id is not None:
+        ids = f"transactions {one.first_id} to {one.first_id + checksums.RANGE - 1}"
+        window = "" if one.window is None else f" of snapshot {one.window}"
+        return f"{ids}{window} are not the rows that were folded: {one.expected} now, {one.found} then"
+    place = " ".join(str(part) for part in (one.mapping, one.key or one.account, one.bucket) if part is not None)
+    return f"{place}: the journal says {one.expected}, kept is {one.found}"
 
 
 def list_(run: Run) -> Answer:

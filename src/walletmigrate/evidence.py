@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, text
 
-from walletmigrate import functions, schema
+from walletmigrate import checksums, functions, schema
 from walletmigrate.archive import digest
 from walletmigrate.audit import Act
 from walletmigrate.comparison import snapshot
@@ -34,7 +34,9 @@ RANGE: Final = 50_000
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was written. ``clean``: every mapping's verification was; ``files`` are (name, SHA-256)."""
+    """What was written. ``clean``: every mapping's verification was, and the journal has the rows that the newest
+    snapshot and those before it folded; ``files`` are (name, SHA-256).
+    """
 
     folder: str
     clean: bool
@@ -55,11 +57,13 @@ def gather(engine: Engine, settings: Settings, source: FlagSource, folder: Path)
         require_installed(connection, settings)
     act = Act("evidence", "for the evidence")
     runs = [verify(engine, settings, mapping, act, dry_run=True) for mapping in settings.mappings]
-    clean = all(run.clean for run in runs)
+    verified = all(run.clean for run in runs)
     with snapshot(engine) as connection:
         found = moment(connection, settings)
         journal = {**found, **journal_of(connection, settings, found)}
         rows, chain = _write_audit(connection, settings, folder / "audit.jsonl")
+        kept = _checksums(connection, settings)
+        clean = verified and not kept["edited"]
         state = show(connection, settings)
         missing = reasons(connection, settings, source, state.next) if state.next else []
         documents = {
@@ -67,12 +71,13 @@ def gather(engine: Engine, settings: Settings, source: FlagSource, folder: Path)
             "phase.json": {**plain(state), "next": state.next, "reasons": reasons_as_json(missing)},
             "totals.json": totals(connection, settings),
             "verification.json": {
-                "clean": clean,
+                "clean": verified,
                 "runs": [_without_groups(plain(run)) for run in runs],
                 "on_record": _verifications(connection, settings),
             },
             "flags.json": _flags(source),
             "journal.json": journal,
+            "snapshots.json": kept,
         }
     for name, document in documents.items():
         _write(folder / name, document)
@@ -116,6 +121,28 @@ def journal_of(connection: Connection, settings: Settings, seen: dict[str, Any])
         for row in connection.execute(text(_SUMS.format(name=name)), then)
     }
     return {"ranges": ranges, "currencies": sums}
+
+
+def _checksums(connection: Connection, settings: Settings) -> dict[str, Any]:
+    """What the newest complete snapshot and those before it keep of the journal, and where the journal is not that."""
+    name = quoted(settings.ledger_schema)
+    number = connection.scalar(text(f"select max(id) from {name}.snapshots where state = 'complete'"))
+    if number is None:
+        return {"snapshot": None, "unchecked": 0, "ranges": [], "edited": []}
+    bare = checksums.bare(connection, settings, number)
+    found = checksums.ranges(connection, settings, number, bare)
+    edited = checksums.edited(connection, settings, number, bare, found)
+    return {
+        "snapshot": number,
+        "unchecked": bare.transactions,
+        "ranges": [kept_range(one) for one in found if one.kept],
+        "edited": [plain(one) for one in edited],
+    }
+
+
+def kept_range(one: checksums.Range) -> dict[str, Any]:
+    """A range of ids as snapshots keep it."""
+    return {"from": one.first, "rows": one.kept, "checksum": f"{one.kept_checksum:f}"}
 
 
 def totals(connection: Connection, settings: Settings) -> dict[str, Any]:

@@ -11,11 +11,12 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, text
 
+from walletmigrate import checksums
 from walletmigrate.archive import digest
 from walletmigrate.comparison import snapshot
 from walletmigrate.config import Settings
 from walletmigrate.errors import UnreadableInput
-from walletmigrate.evidence import FORMAT, MANIFEST, audit_rows, chained, journal_of
+from walletmigrate.evidence import FORMAT, MANIFEST, audit_rows, chained, journal_of, kept_range
 from walletmigrate.schema import quoted
 from walletmigrate.standing import require_installed
 from walletmigrate.sums import total
@@ -26,7 +27,7 @@ _BROKEN = (KeyError, TypeError, ValueError, InvalidOperation, AttributeError)
 @dataclass(frozen=True)
 class EvidenceCheck:
     """What a check found. ``intact``: no problem; ``clean``: the manifest and every verification in it say so.
-    ``with_database``: totals, journal and audit log were held against the database too.
+    ``with_database``: totals, journal, snapshots' checksums and audit log were held against the database too.
     """
 
     folder: str
@@ -56,6 +57,7 @@ def check(folder: Path, engine: Engine | None = None, settings: Settings | None 
             with snapshot(engine) as connection:
                 require_installed(connection, settings)
                 problems += _guarded("journal.json", _journal, folder, connection, settings)
+                problems += _guarded("snapshots.json", _kept, folder, connection, settings)
                 problems += _guarded("audit.jsonl", _audit, folder, connection, settings)
     return EvidenceCheck(
         str(folder),
@@ -100,17 +102,19 @@ def _files(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     yield from (f"missing: {name}" for name in _NEEDED if name not in manifest["files"])
 
 
-_NEEDED = ("audit.jsonl", "journal.json", "totals.json", "verification.json")
+_NEEDED = ("audit.jsonl", "journal.json", "snapshots.json", "totals.json", "verification.json")
 
 
 def _verdict(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    """The word ``clean`` stands in three places: of each mapping's verification, of all, and of the manifest."""
+    """The word ``clean`` stands in three places: of each mapping's verification, of all, and of the manifest, where it
+    says besides that the journal has the rows that snapshots folded.
+    """
     told = _document(folder, "verification.json")
     runs = {run["mapping"]: run["clean"] for run in told["runs"]}
     if told["clean"] is not (bool(runs) and all(clean is True for clean in runs.values())):
         yield "verification.json: its verdict is not that of its runs"
-    if manifest.get("clean") is not told["clean"]:
-        yield f"{MANIFEST}: its verdict is not that of verification.json"
+    if manifest.get("clean") is not (told["clean"] and not _document(folder, "snapshots.json")["edited"]):
+        yield f"{MANIFEST}: its verdict is not that of verification.json and snapshots.json"
 
 
 def _balance(folder: Path) -> Iterator[str]:
@@ -156,6 +160,28 @@ def _journal(folder: Path, connection: Connection, settings: Settings) -> Iterat
     yield from (f"the database: transactions from {first} on are not in the evidence" for first in found)
     yield from _owners(folder, connection, settings, told)
     yield from _system(folder, connection, settings, told)
+
+
+def _kept(folder: Path, connection: Connection, settings: Settings) -> Iterator[str]:
+    """What snapshots keep of the journal, which a prune merges and does not change; and the journal against that.
+
+    A snapshot that was pruned itself says nothing any more. What it saw, journal.json has too.
+    """
+    told = _document(folder, "snapshots.json")
+    number, wanted = told["snapshot"], {one["from"]: one for one in told["ranges"]}
+    name = quoted(settings.ledger_schema)
+    query = text(f"select 1 from {name}.snapshots where id = cast(:id as bigint) and state = 'complete'")
+    if connection.scalar(query, {"id": number}) is None:
+        return
+    found = checksums.ranges(connection, settings, number, checksums.bare(connection, settings, number))
+    now = {one.first: kept_range(one) for one in found if one.kept}
+    for first in sorted(wanted.keys() | now.keys()):
+        if wanted.get(first) != now.get(first):
+            yield f"the database: checksum {first} of snapshot {number} is not the one of the evidence"
+    known = {one["first"] for one in told["edited"]}
+    for one in found:
+        if not one.same and one.first not in known:
+            yield f"the database: transactions from {one.first} on are not those that snapshots folded"
 
 
 def _owners(folder: Path, connection: Connection, settings: Settings, told: dict[str, Any]) -> Iterator[str]:

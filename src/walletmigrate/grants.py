@@ -78,7 +78,7 @@ def _of_operator(operator: str) -> Iterator[Grant]:
     yield Grant("table", "job_batches", ("insert", "update", "delete"), (operator,))
     yield Grant("table", "bypasses", ("delete",), (operator,))
     yield Grant("table", "bypasses_pruned", ("insert", "update"), (operator,))
-    for name in ("snapshots", "snapshot_balances", "snapshot_totals"):
+    for name in ("snapshots", "snapshot_balances", "snapshot_totals", "snapshot_checksums"):
         yield Grant("table", name, ("insert", "update", "delete"), (operator,))
 
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from walletmigrate import job_rows, job_turns, jobs
+from walletmigrate import checksums, job_rows, job_turns, jobs
 from walletmigrate.audit import Act, record
 from walletmigrate.capture import with_short_locks
 from walletmigrate.config import Settings
@@ -37,7 +37,6 @@ SYSTEM: Final = "(system)"
 TAKE: Final = "snapshot take"
 """The kind of the job."""
 
-_LAST: Final = 2**63 - 1
 _TAKE: Final = "walletmigrate snapshot take --reason '…'"
 
 Progress = Callable[[int], None]
@@ -118,7 +117,9 @@ class SnapshotProblem:
 
     ``problem`` is ``missing`` (no row), ``unexplained`` (a row, no transaction), ``differs`` (balance),
     ``journal_broken`` (the journal's last balance is not the sum of its amounts), ``transactions``, ``kinds``,
-    ``total`` (the accounts do not add up to the total that was kept), ``system``, or ``imbalance``.
+    ``total`` (the accounts do not add up to the total that was kept), ``system``, ``imbalance``, or ``edited``: the
+    journal's transactions with ids from ``first_id`` to ``first_id`` + 9,999 that are of the window of snapshot
+    ``window`` are not the rows that it folded (``expected`` is how many there are, ``found`` how many there were).
     """
 
     problem: str
@@ -128,15 +129,20 @@ class SnapshotProblem:
     bucket: str | None
     expected: Decimal | None
     found: Decimal | None
+    window: int | None = None
+    first_id: int | None = None
 
 
 @dataclass(frozen=True)
 class SnapshotVerification:
-    """What a verification saw. ``problems`` has at most ``limit`` entries, ``found`` counts all."""
+    """What a verification saw. ``problems`` has at most ``limit`` entries, ``found`` counts all. ``unchecked``:
+    transactions of older snapshots that keep no checksums, so that edits of these are not seen.
+    """
 
     snapshot: Snapshot
     clean: bool
     accounts: int
+    unchecked: int
     found: int
     problems: tuple[SnapshotProblem, ...]
     seconds: float
@@ -195,7 +201,8 @@ def _started(engine: Engine, settings: Settings, act: Act) -> tuple[Job, int]:
     with jobs.begin(engine) as connection:
         # A point in time does not grow old: a snapshot that was begun long ago is finished like any other.
         job = jobs.started(connection, settings, TAKE, EVERYTHING, act, force=True)
-        snapshot_id = connection.scalar(text(f"select {name}.begin_snapshot(:actor, :reason)"), vars_of(act))
+        begin = text(f"select {name}.begin_snapshot(:actor, :reason)")
+        snapshot_id = connection.scalar(begin, {"actor": act.actor, "reason": act.reason})
         note = "details = details || jsonb_build_object('snapshot', cast(:snapshot as bigint))"
         job_rows.change(connection, settings, job.id, note, snapshot=snapshot_id)
     return job, int(snapshot_id or 0)
@@ -282,10 +289,10 @@ def verify(
 ) -> SnapshotVerification:
     """Prove a snapshot (None: the newest complete one) against the journal, from its first transaction.
 
-    Each account's balance, its last transaction and its sums by kind; the totals; the system accounts; and that
-    everything adds up to zero per currency. In ranges of ``batch_size``, each a transaction of its own: the snapshot
-    is the same in all. Unless ``dry_run`` the verdict is kept with the snapshot, and an audit row. Raises UnknownRun,
-    and UsageError for one that is not complete.
+    Each account's balance, its last transaction and its sums by kind; the totals; the system accounts; that everything
+    adds up to zero per currency; and that the journal's rows are those that were folded. In ranges of ``batch_size``,
+    each a transaction of its own: the snapshot is the same in all. Unless ``dry_run`` the verdict is kept with the
+    snapshot, and an audit row. Raises UnknownRun, and UsageError for one that is not complete.
     """
     began = time.monotonic()
     with engine.connect() as connection:
@@ -297,10 +304,12 @@ def verify(
     check.owners()
     check.system()
     check.compare(kept)
+    check.journal()
     result = SnapshotVerification(
         snapshot=snapshot,
         clean=not check.found,
         accounts=check.accounts,
+        unchecked=check.unchecked,
         found=check.found,
         problems=tuple(check.problems),
         seconds=time.monotonic() - began,
@@ -372,8 +381,7 @@ class _Check:
         batch_size: int,
         progress: Progress | None,
     ) -> None:
-        self.accounts = 0
-        self.found = 0
+        self.accounts = self.unchecked = self.found = 0
         self.problems: list[SnapshotProblem] = []
         self._engine, self._settings, self._snapshot = engine, settings, snapshot
         self._limit, self._batch, self._progress = limit, batch_size, progress
@@ -382,10 +390,10 @@ class _Check:
     def owners(self) -> None:
         """Every account's rows against its transactions; the last range has no end, for ids that nobody knows."""
         after = 0
-        while after < _LAST:
+        while after < checksums.LAST:
             with self._engine.begin() as connection:
                 found = self._run(connection, "next_account", after=after, limit=self._batch)[0].upto
-                upto = _LAST if found is None else found
+                upto = checksums.LAST if found is None else found
                 for row in self._run(connection, "problems", after=after, upto=upto):
                     self._tell(row.problem, row.account, row.mapping, row.key, row.bucket, row.expected, row.found)
                 for row in self._run(connection, "owners", after=after, upto=upto):
@@ -418,6 +426,15 @@ class _Check:
             if balance:
                 self._tell("imbalance", None, None, None, currency, Decimal(0), balance)
 
+    def journal(self) -> None:
+        """The journal's rows against the checksums that this snapshot and those before it keep of them."""
+        number = self._snapshot.id
+        with self._engine.begin() as connection:
+            bare = checksums.bare(connection, self._settings, number)
+        self.unchecked = bare.transactions
+        for one in checksums.edited_in_turns(self._engine, self._settings, number, bare, self._batch):
+            self._tell("edited", *[None] * 4, Decimal(one.held), Decimal(one.kept), one.snapshot, one.first)
+
     def _run(self, connection: Connection, name: str, **parameters: Any) -> list[Row[Any]]:
         values = {"snapshot": self._snapshot.id, **parameters}
         return list(connection.execute(text(_statement(self._settings, name)), values))
@@ -430,11 +447,6 @@ class _Check:
         self.found += 1
         if len(self.problems) < self._limit:
             self.problems.append(SnapshotProblem(*problem))
-
-
-def vars_of(act: Act) -> dict[str, str]:
-    """Actor and reason as parameters."""
-    return {"actor": act.actor, "reason": act.reason}
 
 
 def _running(connection: Connection, settings: Settings) -> Snapshot | None:

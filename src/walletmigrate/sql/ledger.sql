@@ -337,6 +337,18 @@ create table {{ schema }}.snapshot_totals (
     primary key (snapshot_id, mapping, bucket, currency)
 );
 
+-- What the journal's rows were when a snapshot folded them, by ranges of 10,000 ids: of those that it has and the one
+-- before has not, how many, and the sum of their hashes. The sums of all snapshots up to one are those of all its
+-- transactions, so they can be merged.
+create table {{ schema }}.snapshot_checksums (
+    -- The first id of the range, a multiple of 10,000.
+    first_id bigint not null,
+    snapshot_id bigint not null,
+    transactions bigint not null,
+    checksum numeric not null,
+    primary key (first_id, snapshot_id)
+);
+
 create table {{ schema }}.audit_log (
     id bigint generated always as identity primary key,
     at timestamptz not null default clock_timestamp(),

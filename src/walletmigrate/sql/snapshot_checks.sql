@@ -7,6 +7,16 @@
     {{ t }}.xid < {{ p }}.horizon or {{ t }}.xid < {{ p }}.next_xid and {{ t }}.xid <> all({{ p }}.in_flight)
 ))
 {%- endmacro %}
+{# And which 64 bits it keeps of a row. #}
+{% macro hashed(t) %}
+('x' || left(encode(sha256(convert_to(array[
+    {{ t }}.id::text, {{ t }}.debit_account::text, {{ t }}.credit_account::text,
+    extract(epoch from {{ t }}.posted_at)::text, {{ t }}.xid::text, {{ t }}.group_id::text, {{ t }}.reverses::text,
+    {{ t }}.job_id::text, {{ t }}.kind::text, {{ t }}.amount::text, {{ t }}.debit_balance::text,
+    {{ t }}.credit_balance::text, {{ t }}.currency, {{ t }}.type, {{ t }}.reference_type, {{ t }}.reference_id,
+    {{ t }}.correlation_id, {{ t }}.actor, {{ t }}.reason
+]::text, 'UTF8')), 'hex'), 16))::bit(64)::bigint
+{%- endmacro %}
 
 -- name: problems
 -- Each account of a range: what the journal says it was at the snapshot, against the snapshot's rows.
@@ -130,6 +140,99 @@ select max(x.id) as upto from (
     order by t.id
     limit :limit
 ) as x;
+
+-- name: bare
+-- The newest snapshot up to this one that has transactions and no checksums (null: none), and how many those come to.
+select
+    max(n.snapshot_id) as upto,
+    coalesce(sum(o.transactions) / 2, 0) as transactions
+from (
+    select max(t.snapshot_id) as snapshot_id
+    from {{ schema }}.snapshot_totals as t
+    where
+        t.snapshot_id <= :snapshot and t.transactions > 0
+        and not exists (
+            select from {{ schema }}.snapshot_checksums as c
+            where c.snapshot_id = t.snapshot_id
+        )
+) as n
+left join {{ schema }}.snapshot_totals as o on n.snapshot_id >= o.snapshot_id;
+
+-- name: checksums
+-- Ranges of ids: what the journal has of this snapshot's transactions, and what it and those before have kept of them.
+with held as (
+    select
+        t.id - t.id % 10000 as first_id,
+        count(*) as transactions,
+        sum({{ hashed("t") }}) as checksum
+    from {{ schema }}.snapshots as p
+    inner join {{ schema }}.transactions as t on t.id > :after and t.id <= :upto and {{ within("t", "p") }}
+    left join {{ schema }}.snapshots as b on b.id = cast(:bare as bigint)
+    where p.id = :snapshot and {{ within("t", "b") }} is not true
+    group by t.id - t.id % 10000
+),
+
+kept as (
+    select
+        c.first_id,
+        sum(c.transactions) as transactions,
+        sum(c.checksum) as checksum
+    from {{ schema }}.snapshot_checksums as c
+    where
+        c.first_id > :after and c.first_id <= :upto
+        and c.snapshot_id <= :snapshot and c.snapshot_id > coalesce(cast(:bare as bigint), 0)
+    group by c.first_id
+)
+
+select
+    coalesce(h.first_id, k.first_id) as first_id,
+    coalesce(k.transactions, 0) as kept,
+    coalesce(k.checksum, 0) as kept_checksum,
+    coalesce(h.transactions, 0) as held,
+    coalesce(h.checksum, 0) as held_checksum
+from held as h
+full join kept as k on h.first_id = k.first_id
+order by first_id;
+
+-- name: windows
+-- One of these ranges, by the snapshot that has each transaction first: those whose part is not what it was.
+with kept as (
+    select c.snapshot_id, c.transactions, c.checksum
+    from {{ schema }}.snapshot_checksums as c
+    where
+        c.first_id = :first
+        and c.snapshot_id <= :snapshot and c.snapshot_id > coalesce(cast(:bare as bigint), 0)
+),
+
+held as (
+    select
+        coalesce(w.snapshot_id, p.id) as snapshot_id,
+        count(*) as transactions,
+        sum({{ hashed("t") }}) as checksum
+    from {{ schema }}.snapshots as p
+    inner join {{ schema }}.transactions as t
+        on t.id >= :first and t.id < cast(:first as bigint) + 10000 and {{ within("t", "p") }}
+    left join {{ schema }}.snapshots as b on b.id = cast(:bare as bigint)
+    left join lateral (
+        select k.snapshot_id
+        from kept as k
+        inner join {{ schema }}.snapshots as s on k.snapshot_id = s.id
+        where {{ within("t", "s") }}
+        order by k.snapshot_id
+        limit 1
+    ) as w on true
+    where p.id = :snapshot and {{ within("t", "b") }} is not true
+    group by coalesce(w.snapshot_id, p.id)
+)
+
+select
+    coalesce(h.snapshot_id, k.snapshot_id) as snapshot_id,
+    coalesce(k.transactions, 0) as kept,
+    coalesce(h.transactions, 0) as held
+from held as h
+full join kept as k on h.snapshot_id = k.snapshot_id
+where (h.transactions, h.checksum) is distinct from (k.transactions, k.checksum)
+order by snapshot_id;
 
 -- name: balances
 -- All accounts that had a transaction by then, with what changed since the snapshot before.
