@@ -9,7 +9,8 @@ from sqlalchemy import Connection, text
 
 from ledger import execute, post, rows, scalar, unguarded
 from test_verify import Ledger, account, prepared, run
-from walletmigrate.comparison import Comparison
+from walletmigrate import journals
+from walletmigrate.comparison import ALL, Comparison, Scope
 from walletmigrate.verifications import last_known
 
 DISORDER = "the balance after a transaction does not follow from the one before"
@@ -22,15 +23,17 @@ def made(database_url: str) -> Ledger:
 
 
 @pytest.fixture
-def followed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each time that an order was followed, whether an earlier run was known to have looked at the rest."""
-    found: list[bool] = []
+def followed(monkeypatch: pytest.MonkeyPatch) -> list[str | int]:
+    """What was followed each time: ``all``, all of accounts with ``new`` transactions, or how many accounts singly."""
+    found: list[str | int] = []
     plainly = Comparison.run
 
-    def asked(comparison: Comparison, connection: Connection, name: str, *scope: Any, **parameters: Any) -> Any:
+    def asked(comparison: Comparison, connection: Connection, name: str, scope: Scope = ALL, **parameters: Any) -> Any:
         if name == "disorder":
-            found.append(parameters["known"])
-        return plainly(comparison, connection, name, *scope, **parameters)
+            found.append("new" if parameters["known"] else "all")
+        if name == "journal" and scope.within == "keys":
+            found.append(len(scope.accounts))
+        return plainly(comparison, connection, name, scope, **parameters)
 
     monkeypatch.setattr(Comparison, "run", asked)
     return found
@@ -82,17 +85,36 @@ def test_transactions_in_another_order_are_found_whatever_a_run_has_seen(
 
 
 def test_what_a_clean_run_has_followed_and_nobody_has_written_since_is_not_followed_again(
-    made: Ledger, followed: list[bool]
+    made: Ledger, followed: list[str | int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     move(made, "credit", "debit")
     assert [run(made).clean, run(made).clean] == [True, True]
-    assert followed == [False]
+    assert followed == ["all"]
     move(made, "credit")
     assert run(made).clean
-    assert followed == [False, True]
+    assert followed == ["all", 1]
+    monkeypatch.setattr(journals, "FEW", 0)
+    move(made, "debit")
+    assert run(made).clean
+    assert followed == ["all", 1, "new"]
 
 
-def test_what_was_in_flight_at_the_last_run_is_followed_by_the_next(made: Ledger, followed: list[bool]) -> None:
+@pytest.mark.parametrize("few", [journals.FEW, 0])
+@pytest.mark.parametrize("change", ["id = -id", "id = -id, xid = 3"], ids=["as it was", "as if it were old"])
+def test_a_step_from_nothing_that_was_put_in_front_of_older_ones_is_found(
+    made: Ledger, change: str, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a step is an account's first as a rule, and then there is no order to follow: not where others are known."""
+    assert run(made).clean
+    with made[0].begin() as connection:
+        taken = post(connection, made[1], "credit", 3, 7)["transaction_id"]
+    with unguarded(made[0], "wallet.transactions") as superuser:
+        superuser.execute(text(f"update wallet.transactions set {change} where id = :id"), {"id": taken})
+    monkeypatch.setattr(journals, "FEW", few)
+    assert ("3", DISORDER) in [(one.key, one.problem) for one in run(made).journal]
+
+
+def test_what_was_in_flight_at_the_last_run_is_followed_by_the_next(made: Ledger, followed: list[str | int]) -> None:
     """And is no reason to follow all the rest: the last run did not see it."""
     with made[0].connect() as writer:
         post(writer, made[1], "credit", 5, 5)
@@ -100,11 +122,11 @@ def test_what_was_in_flight_at_the_last_run_is_followed_by_the_next(made: Ledger
         assert run(made).clean
         writer.commit()
     assert run(made).clean
-    assert followed == [False, True]
+    assert followed == ["all", 1]
 
 
 def test_a_transaction_that_was_seen_and_is_gone_lets_everything_be_looked_at_again(
-    made: Ledger, followed: list[bool]
+    made: Ledger, followed: list[str | int]
 ) -> None:
     """Two that came to nothing leave no sum and no order behind that would be wrong; only their keys dangle."""
     move(made, "credit", "debit", idempotency_key="gone")
@@ -116,7 +138,7 @@ def test_a_transaction_that_was_seen_and_is_gone_lets_everything_be_looked_at_ag
         )
     result = run(made)
     assert (result.journal, result.reference_count) == ((), 2)
-    assert followed == [False, False]
+    assert followed == ["all", "all"]
 
 
 def test_a_key_that_was_led_elsewhere_since_the_last_run_is_found(made: Ledger) -> None:
@@ -140,7 +162,7 @@ def test_a_balance_after_that_is_missing_between_two_owners_is_found(made: Ledge
 
 @pytest.mark.parametrize("form", [{}, {"sample": 100}], ids=["full", "sample"])
 def test_a_run_that_finds_something_takes_back_what_was_known_until_a_full_clean_one(
-    made: Ledger, followed: list[bool], form: dict[str, Any]
+    made: Ledger, followed: list[str | int], form: dict[str, Any]
 ) -> None:
     assert run(made).clean
     execute(made[0], "update wallet.accounts set balance = balance + 1 where key = '4'")
@@ -148,7 +170,7 @@ def test_a_run_that_finds_something_takes_back_what_was_known_until_a_full_clean
     execute(made[0], "update wallet.accounts set balance = balance - 1 where key = '4'")
     followed.clear()
     assert [run(made).clean, run(made).clean] == [True, True]
-    assert followed == [False]
+    assert followed == ["all"]
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,9 @@ class Known:
 
 _NOTHING: Final = Known("1:1:", 0)
 
+FEW: Final = 20_000
+"""Up to how many transactions that are not known the accounts are followed one by one, by the index."""
+
 
 @dataclass(frozen=True)
 class Journal:
@@ -83,11 +86,7 @@ def whole(
     transactions = sum(row.transactions for row in steps)
     if sum(row.untouched for row in steps) != since.transactions:  # one is gone, or was written again
         known, since = None, _NOTHING
-    problems: tuple[JournalProblem, ...] = ()
-    accounts = 0
-    several = transactions > since.transactions if known else any(row.further for row in steps)
-    if not _leads_to(steps, ledger) or (several and _disorder(comparison, connection, known, since)):
-        problems, accounts = of_accounts(comparison, connection, limit)
+    problems, accounts = _followed(comparison, connection, limit, ledger, steps, known)
     of_system, balances = _system(comparison, connection, accounts_of_system, folded, steps)
     sums = [*balances.items(), *((row.currency, row.balance) for row in ledger)]
     return Journal(
@@ -108,8 +107,35 @@ def of_accounts(
     return tuple(problem for row in rows for problem in _explained(row)), rows[0].found if rows else 0
 
 
-def _disorder(comparison: Comparison, connection: Connection, known: Known | None, since: Known) -> bool:
-    return bool(comparison.run(connection, "disorder", known=known is not None, **since.bounds)[0].found)
+def _followed(
+    comparison: Comparison,
+    connection: Connection,
+    limit: int,
+    ledger: Sequence[Row[Any]],
+    steps: Sequence[Row[Any]],
+    known: Known | None,
+) -> tuple[tuple[JournalProblem, ...], int]:
+    """The problems of owners' accounts, as `of_accounts` tells them, with as little following as will do."""
+    if not _leads_to(steps, ledger):
+        return of_accounts(comparison, connection, limit)
+    if known is None:
+        several = any(row.further for row in steps)
+        in_order = not several or _in_order(comparison, connection, None)
+    else:
+        fresh = sum(row.transactions for row in steps) - known.transactions
+        if fresh <= FEW:
+            rows = comparison.run(connection, "fresh", **known.bounds)
+            if len(rows) == fresh:
+                ids = {account for row in rows for account in row if account > 0}
+                scope = Scope("keys", accounts=tuple(sorted(ids)))
+                return of_accounts(comparison, connection, limit, scope) if ids else ((), 0)
+        in_order = _in_order(comparison, connection, known)
+    return ((), 0) if in_order else of_accounts(comparison, connection, limit)
+
+
+def _in_order(comparison: Comparison, connection: Connection, known: Known | None) -> bool:
+    bounds = (known or _NOTHING).bounds
+    return not comparison.run(connection, "disorder", known=known is not None, **bounds)[0].found
 
 
 def _leads_to(steps: Sequence[Row[Any]], ledger: Sequence[Row[Any]]) -> bool:

@@ -96,11 +96,15 @@ select
     (s.account is not null and a.balance is distinct from s.last_balance) as not_last,
     a.currency <> s.first_currency or a.currency <> s.last_currency as other_currency,
     count(*) over () as found
-from {{ schema }}.accounts as a
+from (
+    select x.* from {{ schema }}.accounts as x
+    where
+        true
+        {{ of_accounts("x.id") }}
+) as a
 full join summed as s on a.id = s.account
 where
     (a.id is null or a.mapping = '{{ mapping }}')
-    {{ of_accounts("coalesce(a.id, s.account)") }}
     and (
         a.id is null
         or a.balance is distinct from coalesce(s.total, 0)
@@ -212,6 +216,16 @@ select
 from {{ schema }}.transactions as t
 where t.debit_account > 0 and t.credit_account > 0
 group by t.currency;
+
+-- name: fresh
+-- Transactions that are not untouched, if no other ones are missing: those by the journal's newest rows.
+select
+    t.credit_account,
+    t.debit_account
+from {{ schema }}.transactions as t
+where
+    t.xid >= (:horizon)::bigint
+    and not {{ untouched() }};
 
 -- name: disorder
 -- Where the steps come out as a set: whether an account's transactions do so in their order too. Looked at are
