@@ -24,7 +24,6 @@ POLICIES = ("shadow", "strict")
 
 _ACCOUNT = 987654321987654321
 _TOKEN = "k" * 36
-_FRESH = "k" * 18 + "'||:token||'"
 """A key of 36 characters, half of it a random number that the client makes, as it makes the key in an application."""
 _BARE_SCRIPT = (
     f"\\set id random(1, {ROWS})\nupdate users_bare set total_coins = total_coins + {AMOUNT} where id = :id;\n"
@@ -97,6 +96,12 @@ def _round(
 
 
 def _posting_script(policy: str) -> str:
+    token = f"\\set token random({10**17}, {10**18 - 1})"
+    return f"\\set id random(1, {ROWS})\n{token}\nselect {posting_call(policy, ':id', ':token')};\n"
+
+
+def posting_call(policy: str, account: str, token: str) -> str:
+    """The call of a credit, as SQL; ``account`` and ``token`` (18 digits, fresh each time) are SQL themselves."""
     settings = stage.settings_of(policy)
     mapping = settings.mapping(None)
     movement = Movement.credit(
@@ -105,10 +110,9 @@ def _posting_script(policy: str) -> str:
     request = prepare(movement, mapping, "integer", "0123456789abcdef" * 2).request
     calls = Calls(settings.ledger_schema, mapping)
     words = ", ".join(f"'{each}'" for each in calls.plain({**request, "dual": True}))
-    words = words.replace(f"'{_ACCOUNT}'", ":id")
-    words = words.replace(str(_ACCOUNT), "'||:id||'").replace(_TOKEN, _FRESH)
-    token = f"\\set token random({10**17}, {10**18 - 1})"
-    return f"\\set id random(1, {ROWS})\n{token}\nselect wallet.plain_users({words});\n"
+    words = words.replace(f"'{_ACCOUNT}'", account)
+    words = words.replace(str(_ACCOUNT), f"'||{account}||'").replace(_TOKEN, "k" * 18 + f"'||{token}||'")
+    return f"wallet.plain_users({words})"
 
 
 def _throughput(policy: str, pairs: list[tuple[float, float]]) -> Figure:

@@ -13,7 +13,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from itertools import pairwise
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 
 import stage
 from figures import Figure, at_least, at_most, ratio_note
@@ -31,8 +31,12 @@ from walletmigrate.job_options import parsed
 from walletmigrate.job_rows import begin, configure
 from walletmigrate.jobs import start_or_resume
 
-RATE = 5_000
 GATE = "WALLETMIGRATE_BENCH_GATE"
+GENTLE = ("rate=5000", "max-batch-size=500", "batch-size=500")
+"""Settings of a backfill that is to be felt by nobody."""
+DEFAULTS = ()
+
+_DONE = "select items_done from wallet.jobs"
 
 _TEMPLATE = "bench_workers"
 _COPY = "bench_workers_copy"
@@ -57,7 +61,8 @@ def measure(server: Server, scale: Scale) -> list[Figure]:
             at_least(0.90),
             f"medians: job ×{sorted(job)[len(job) // 2]:.2f}, plain SQL ×{sorted(plain)[len(plain) // 2]:.2f}",
         ),
-        _alongside(server, scale),
+        _alongside(server, scale, "defaults", DEFAULTS, 30_000),
+        _alongside(server, scale, "gentle", GENTLE, 5_000),
     ]
 
 
@@ -98,14 +103,18 @@ def warm() -> None:
     time.sleep(0.5)
 
 
-def _alongside(server: Server, scale: Scale) -> Figure:
-    """Adapter writes with a backfill at a rate running and standing still, in turns."""
+def _alongside(server: Server, scale: Scale, name: str, words: tuple[str, ...], fastest: int) -> Figure:
+    """Adapter writes with a backfill of these settings running and standing still, in turns.
+
+    ``fastest``: accounts a second that it does not pass on any machine, so that there are always some left.
+    """
     rounds, seconds = scale.rounds(full=8, quick=4), 2.0
     samples: list[float] = []
     notes: tuple[list[float], list[float]] = ([], [])
+    rates: list[float] = []
     with stage.database(server, "bench_alongside") as url, tempfile.TemporaryDirectory() as folder:
         engine = stage.application(url)
-        rows = int(RATE * rounds * (seconds + 2)) * 2
+        rows = int(fastest * rounds * (seconds + 2)) * 2
         stage.make_users(engine, USERS, rows)
         stage.install_ledger(url, "dual_write")
         stage.settle(engine)
@@ -113,31 +122,33 @@ def _alongside(server: Server, scale: Scale) -> Figure:
         gate.touch()
         os.environ[GATE] = str(gate)
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            running = pool.submit(throttled, url)
+            running = pool.submit(throttled, url, words)
             _written(engine, rows, seconds)
             for _ in range(rounds):
                 gate.unlink()
                 time.sleep(1.5)  # the throttle looks once a second
+                before = stage.count(engine, _DONE)
                 with_job = _written(engine, rows, seconds)
+                rates.append((stage.count(engine, _DONE) - before) / seconds)
                 gate.touch()
                 time.sleep(1.5)
                 without = _written(engine, rows, seconds)
                 samples.append(with_job / without)
                 notes[0].append(with_job * 1e3)
                 notes[1].append(without * 1e3)
-            if running.done():
-                raise RuntimeError("the backfill ended before the measurement did")
+            if running.done() or not min(rates):
+                raise RuntimeError("the backfill did not run all the time that was measured")
             with engine.begin() as connection:
                 connection.exec_driver_sql("update wallet.jobs set state = 'paused' where state = 'running'")
             running.result()
         engine.dispose()
     return Figure(
-        "workers.alongside",
-        "adapter writes, p99 with a backfill",
+        f"workers.alongside.{name}",
+        f"adapter writes, p99 with a backfill: {', '.join(words) or 'as it is by default'}",
         tuple(samples),
         "× without",
         at_most(1.5),
-        ratio_note(*notes, f"ms; {RATE:,} accounts a second"),
+        ratio_note(*notes, f"ms; {median(rates):,.0f} accounts a second"),
     )
 
 
@@ -159,13 +170,13 @@ def quiet() -> bool | str:
     return "the gate is closed" if Path(os.environ[GATE]).exists() else True
 
 
-def throttled(url: str) -> str:
-    """A backfill at a rate, in a process of its own."""
+def throttled(url: str, words: tuple[str, ...]) -> str:
+    """A backfill with these settings, in a process of its own."""
     engine = connect.engine(url, application_name="walletmigrate-bench")
     settings = stage.settings_of().model_copy(update={"throttle": ThrottleSettings(check="python:workers:quiet")})
     job = start_or_resume(engine, settings, "backfill", "users", ACT)
     with begin(engine) as connection:
-        configure(connection, settings, job.id, parsed([f"rate={RATE}", "max-batch-size=500", "batch-size=500"]))
+        configure(connection, settings, job.id, parsed(words))
     state = backfill(engine, settings, settings.mapping(None), ACT).state
     engine.dispose()
     return state

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Connection, Row, text
 
@@ -32,38 +32,70 @@ class JournalProblem:
 
 
 @dataclass(frozen=True)
+class Known:
+    """What an earlier full and clean run saw of the journal: ``transactions``, in the snapshot ``seen``.
+
+    Those that still stand as they stood then are known to be in order, and what pointed at one does so still.
+    """
+
+    seen: str
+    transactions: int
+
+    @property
+    def bounds(self) -> dict[str, Any]:
+        """The snapshot: below ``horizon`` all transactions of the database had ended, from ``next`` on none."""
+        horizon, following = self.seen.split(":")[:2]
+        return {"horizon": int(horizon), "next": int(following), "seen": self.seen}
+
+
+_NOTHING: Final = Known("1:1:", 0)
+
+FEW: Final = 20_000
+"""Up to how many transactions that are not known the accounts are followed one by one, by the index."""
+
+
+@dataclass(frozen=True)
 class Journal:
     """What the whole journal says. ``accounts`` have a problem, of which ``problems`` lists the first.
 
     ``imbalance`` is the sum of all balances by currency. ``grouped``: there are transactions of a group.
+    ``transactions`` is how many there are. ``horizon`` is that of an earlier run all of whose transactions still stand
+    as it saw them; 0: there is no such run, or one of them is gone or was written again.
     """
 
     problems: tuple[JournalProblem, ...]
     accounts: int
     imbalance: dict[str, Decimal]
     grouped: bool
+    transactions: int = 0
+    horizon: int = 0
 
 
-def whole(comparison: Comparison, connection: Connection, limit: int, ledger: Sequence[Row[Any]]) -> Journal:
+def whole(
+    comparison: Comparison, connection: Connection, limit: int, ledger: Sequence[Row[Any]], known: Known | None = None
+) -> Journal:
     """Look at the whole journal. ``ledger`` are the sums that `Comparison.whole` saw in the same snapshot.
 
-    One pass adds up hashes of the balances that transactions led to and from. Only if these do not come out, or if an
-    account has several transactions, whose order they cannot tell, each account's transactions are sorted and followed.
+    One pass adds up hashes of the balances that transactions led to and from. What these cannot tell is the order of an
+    account's transactions: it is followed where an account has several, and something has been written since ``known``.
     """
-    known = _system_accounts(comparison, connection)
-    folded = max((row.folded_xid for row in known), default=0)
-    steps = comparison.run(connection, "steps", folded=folded)
-    problems: tuple[JournalProblem, ...] = ()
-    accounts = 0
-    if any(row.further for row in steps) or not _leads_to(steps, ledger):
-        problems, accounts = of_accounts(comparison, connection, limit)
-    of_system, balances = _system(comparison, connection, known, folded, steps)
+    accounts_of_system = _system_accounts(comparison, connection)
+    folded = max((row.folded_xid for row in accounts_of_system), default=0)
+    since = known or _NOTHING
+    steps = comparison.run(connection, "steps", folded=folded, **since.bounds)
+    transactions = sum(row.transactions for row in steps)
+    if sum(row.untouched for row in steps) != since.transactions:  # one is gone, or was written again
+        known, since = None, _NOTHING
+    problems, accounts = _followed(comparison, connection, limit, ledger, steps, known)
+    of_system, balances = _system(comparison, connection, accounts_of_system, folded, steps)
     sums = [*balances.items(), *((row.currency, row.balance) for row in ledger)]
     return Journal(
         problems=(*of_system, *problems),
         accounts=accounts + len({problem.account for problem in of_system}),
         imbalance=by_name((), sums),
         grouped=any(row.grouped for row in steps),
+        transactions=transactions,
+        horizon=since.bounds["horizon"] if known else 0,
     )
 
 
@@ -75,10 +107,41 @@ def of_accounts(
     return tuple(problem for row in rows for problem in _explained(row)), rows[0].found if rows else 0
 
 
+def _followed(
+    comparison: Comparison,
+    connection: Connection,
+    limit: int,
+    ledger: Sequence[Row[Any]],
+    steps: Sequence[Row[Any]],
+    known: Known | None,
+) -> tuple[tuple[JournalProblem, ...], int]:
+    """The problems of owners' accounts, as `of_accounts` tells them, with as little following as will do."""
+    if not _leads_to(steps, ledger):
+        return of_accounts(comparison, connection, limit)
+    if known is None:
+        several = any(row.further for row in steps)
+        in_order = not several or _in_order(comparison, connection, None)
+    else:
+        fresh = sum(row.transactions for row in steps) - known.transactions
+        if fresh <= FEW:
+            rows = comparison.run(connection, "fresh", **known.bounds)
+            if len(rows) == fresh:
+                ids = {account for row in rows for account in row if account > 0}
+                scope = Scope("keys", accounts=tuple(sorted(ids)))
+                return of_accounts(comparison, connection, limit, scope) if ids else ((), 0)
+        in_order = _in_order(comparison, connection, known)
+    return ((), 0) if in_order else of_accounts(comparison, connection, limit)
+
+
+def _in_order(comparison: Comparison, connection: Connection, known: Known | None) -> bool:
+    bounds = (known or _NOTHING).bounds
+    return not comparison.run(connection, "disorder", known=known is not None, **bounds)[0].found
+
+
 def _leads_to(steps: Sequence[Row[Any]], ledger: Sequence[Row[Any]]) -> bool:
     """Whether the journal's steps lead, as a set, from nothing to the stored balances, in each currency."""
     led = [(row.currency, less(row.after or Decimal(0), row.before or Decimal(0))) for row in steps]
-    stored = [(row.currency, less(row.last, row.first)) for row in ledger]
+    stored = [(row.currency, row.last or Decimal(0)) for row in ledger]
     names = {row.currency for row in (*steps, *ledger)}
     return by_name(names, led) == by_name(names, stored)
 

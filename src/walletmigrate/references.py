@@ -38,11 +38,19 @@ class References:
 
 
 def look(
-    connection: Connection, settings: Settings, ledger: Sequence[Row[Any]], *, grouped: bool, limit: int
+    connection: Connection,
+    settings: Settings,
+    ledger: Sequence[Row[Any]],
+    *,
+    grouped: bool,
+    horizon: int,
+    limit: int,
 ) -> References:
     """Look at all references of the ledger, at most ``limit`` of each kind being listed.
 
-    ``ledger`` are the sums that `Comparison.whole` saw; ``grouped`` says whether any transaction is of a group.
+    ``ledger`` are the sums that `Comparison.whole` saw; ``grouped`` says whether any transaction is of a group. A
+    ``horizon`` other than 0 says that every transaction stands as an earlier clean run saw it: what was written by
+    transactions of the database below it, and not since, points at one still.
     """
     schema = quoted(settings.ledger_schema)
     queries = statements("references", schema=schema)
@@ -52,10 +60,15 @@ def look(
         wanted.append("strangers")
     if any(missing_indexes(connection, settings)):
         wanted.append("duplicates")
-    rows = [row for name in wanted for row in connection.execute(text(queries[name]), {"limit": limit})]
+    rows = [row for name in wanted for row in _rows(connection, queries[name], horizon, limit)]
     counts = {row.problem: row.in_all for row in rows}
     found = tuple(Reference(row.problem, row.subject, row.target) for row in rows)
     return References(sum(counts.values()), found)
+
+
+def _rows(connection: Connection, query: str, horizon: int, limit: int) -> Sequence[Row[Any]]:
+    values = {"limit": limit, **({"horizon": horizon} if ":horizon" in query else {})}
+    return connection.execute(text(query), values).all()
 
 
 def missing_indexes(connection: Connection, settings: Settings) -> Iterator[FenceProblem]:

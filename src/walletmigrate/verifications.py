@@ -18,7 +18,7 @@ from walletmigrate.comparison import Group, KeyRange, Total
 from walletmigrate.config import Settings
 from walletmigrate.cross_checks import CrossCheck
 from walletmigrate.errors import UnknownRun
-from walletmigrate.journals import JournalProblem
+from walletmigrate.journals import JournalProblem, Known
 from walletmigrate.references import Reference
 from walletmigrate.samples import Sample
 from walletmigrate.schema import quoted
@@ -152,10 +152,19 @@ def counted(groups: Iterator[Group] | list[Group]) -> int:
 
 
 def put_on_record(
-    connection: Connection, settings: Settings, result: Verification, act: Act, bound: Bound | None
+    connection: Connection,
+    settings: Settings,
+    result: Verification,
+    act: Act,
+    bound: Bound | None,
+    journal: Known | None = None,
 ) -> None:
-    """One row per currency, each clean only if all is; then the audit row. ``bound``: where the next one begins."""
+    """One row per currency, each clean only if all is; then the audit row.
+
+    ``bound``: where the next incremental run begins. ``journal``: what a full run saw of it, for `last_known`.
+    """
     facts = _facts(result)
+    seen = {"journal_seen": vars(journal)} if journal else {}
     for currency in result.legacy_total:
         groups = [group for group in result.groups if group.currency == currency]
         connection.execute(
@@ -179,7 +188,7 @@ def put_on_record(
                 "drift_amount": by_name([currency], ((currency, group.apart) for group in wrong(groups)))[currency],
                 "currency": currency,
                 "actor": act.actor,
-                "details": json.dumps({**facts, **_findings(result, currency)}, default=str),
+                "details": json.dumps({**facts, **seen, **_findings(result, currency)}, default=str),
             },
         )
     told = {"form": result.form, "clean": result.clean, "accounts": result.accounts, "missing": result.missing}
@@ -256,6 +265,29 @@ def last_bound(connection: Connection, settings: Settings, mapping: config.Mappi
         {"mapping": mapping.name},
     ).one_or_none()
     return None if row is None else Bound(*row)
+
+
+def last_known(connection: Connection, settings: Settings, mapping: config.Mapping) -> Known | None:
+    """What the last clean full run of this cluster saw of the journal, if no run since it began has found anything.
+
+    None too where it is so long ago that the numbers of the database's transactions might have gone round.
+    """
+    name = quoted(settings.ledger_schema)
+    row = connection.execute(
+        text(
+            "select details -> 'journal_seen' ->> 'seen' as seen, "
+            "(details -> 'journal_seen' ->> 'transactions')::bigint as transactions "
+            f"from {name}.verifications as r where mapping = :mapping and full_run and clean "
+            "and details ? 'journal_seen' "
+            "and system_identifier = (select system_identifier from pg_control_system()) "
+            "and pg_snapshot_xmax(pg_current_snapshot())::text::bigint - horizon < 2000000000 "
+            f"and not exists (select from {name}.verifications as v "
+            "where v.mapping = r.mapping and not v.clean and v.started_at >= r.started_at) "
+            "order by started_at desc, id desc limit 1"
+        ),
+        {"mapping": mapping.name},
+    ).one_or_none()
+    return None if row is None else Known(*row)
 
 
 def runs(

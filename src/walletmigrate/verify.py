@@ -24,7 +24,7 @@ from walletmigrate.config import Settings
 from walletmigrate.cross_checks import CrossCheck
 from walletmigrate.errors import PreconditionRefused, UsageError
 from walletmigrate.jobs import require_installed, visibility
-from walletmigrate.journals import Journal, JournalProblem
+from walletmigrate.journals import Journal, JournalProblem, Known
 from walletmigrate.references import References
 from walletmigrate.samples import Sample
 from walletmigrate.schema import quoted, render
@@ -37,6 +37,7 @@ from walletmigrate.verifications import (
     Verification,
     counted,
     last_bound,
+    last_known,
     put_on_record,
     wrong,
 )
@@ -144,8 +145,10 @@ def verify(
         result = replace(result, turned_stale=len(found) - gone, closed=gone)
     if dry_run or moment.replica_lag is not None:
         return result
+    bound = moment.bound if look.form != "sample" else None
+    journal = Known(moment.seen, look.journal.transactions) if look.form == "full" else None
     with engine.begin() as connection:
-        put_on_record(connection, settings, result, act, moment.bound if look.form != "sample" else None)
+        put_on_record(connection, settings, result, act, bound, journal)
     if found:
         marked = marking.mark(engine, settings, mapping, comparison, found, act)
         result = replace(result, turned_stale=len(marked.stale), closed=len(marked.closed))
@@ -174,12 +177,15 @@ def _moment(connection: Connection) -> _Moment:
 def _at_all(comparison: Comparison, connection: Connection, settings: Settings, limit: int) -> _Look:
     cross_checks.tried(comparison, connection)
     seen = comparison.whole(connection, limit)
-    journal = journals.whole(comparison, connection, limit, seen.ledger)
+    known = last_known(connection, settings, comparison.mapping)
+    journal = journals.whole(comparison, connection, limit, seen.ledger, known)
     look = _Look(groups=seen.groups, totals=seen.totals, ranges=seen.ranges, journal=journal)
     if seen.scope is not None:
         look.scopes = [seen.scope]
         _list(look, comparison, connection, limit, look.groups, seen.scope)
-    look.references = references.look(connection, settings, seen.ledger, grouped=journal.grouped, limit=limit)
+    look.references = references.look(
+        connection, settings, seen.ledger, grouped=journal.grouped, horizon=journal.horizon, limit=limit
+    )
     look.checks = cross_checks.run(comparison, connection, limit)
     return look
 

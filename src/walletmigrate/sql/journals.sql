@@ -7,6 +7,25 @@
     hash_numeric_extended(t.debit_balance {{ change }}, hashint8extended(t.debit_account, cast(:seed as bigint)))
 {%- endmacro %}
 
+{# Whether a row stands as an earlier run saw it, whose snapshot was :seen, from :horizon to :next: the transaction of
+   the database that it names had been committed, and the row has not been written again since. It was written by that
+   transaction, or by a subtransaction, whose id is a little larger; xmin is the lower half of that id, which the row's
+   own number completes, so that it holds of rows that are older than ids go round. Read as a text it is slow, and most
+   rows can do without. Of no earlier run (1, 1): none. #}
+{% macro untouched() -%}
+    (
+        (
+            t.xid < (:horizon)::bigint
+            or t.xid < (:next)::bigint
+            and pg_visible_in_snapshot(t.xid::text::xid8, (:seen)::pg_snapshot)
+        )
+        and case
+            when t.xmin = (((t.xid + 2147483648) & 4294967295) - 2147483648)::integer then true
+            else (t.xmin::text::bigint - t.xid) & 4294967295 < least(16777216, (:next)::bigint - t.xid)
+        end
+    )
+{%- endmacro %}
+
 {% macro of_accounts(account) %}
     {% if within == "keys" %}
         and {{ account }} = any(cast(:accounts as bigint[]))
@@ -77,11 +96,15 @@ select
     (s.account is not null and a.balance is distinct from s.last_balance) as not_last,
     a.currency <> s.first_currency or a.currency <> s.last_currency as other_currency,
     count(*) over () as found
-from {{ schema }}.accounts as a
+from (
+    select x.* from {{ schema }}.accounts as x
+    where
+        true
+        {{ of_accounts("x.id") }}
+) as a
 full join summed as s on a.id = s.account
 where
     (a.id is null or a.mapping = '{{ mapping }}')
-    {{ of_accounts("coalesce(a.id, s.account)") }}
     and (
         a.id is null
         or a.balance is distinct from coalesce(s.total, 0)
@@ -137,18 +160,22 @@ order by account desc;
 
 -- name: steps
 -- The root of the journal: of each account of the system what went in and out, and of the owners' the hashes of the
--- balances that steps led to and from. Each must be left as often as it was come to, but for the last and the first.
--- Three passes that each take their own rows run in parallel, where one grouping of all would not.
+-- balances that steps led to and from. Each must be left as often as it was come to, but for the last. Nothing is not
+-- among them: as each step has two ends, it comes out when all others do. Three passes that each take their own rows
+-- run in parallel, where one grouping of all would not.
 select
     'debit' as side,
     t.debit_account as account,
     t.currency,
     count(*) as transactions,
+    count(*) filter (where {{ untouched() }}) as untouched,
     sum(t.amount) as amount,
     sum(t.amount) filter (where t.xid < (:folded)::bigint) as folded,
-    sum(case when t.credit_account > 0 then {{ credited() }} end) as after,
-    sum(case when t.credit_account > 0 then {{ credited("- t.amount") }} end) as before,
-    count(*) filter (where t.credit_account > 0 and t.credit_balance <> t.amount) as further,
+    sum(case when t.credit_account > 0 and t.credit_balance <> 0 then {{ credited() }} end) as after,
+    sum(
+        case when t.credit_account > 0 and t.credit_balance <> t.amount then {{ credited("- t.amount") }} end
+    ) as before,
+    count(*) filter (where t.credit_account > 0 and t.credit_balance is distinct from t.amount) as further,
     count(t.group_id) as grouped
 from {{ schema }}.transactions as t
 where t.debit_account <= 0
@@ -159,11 +186,14 @@ select
     t.credit_account as account,
     t.currency,
     count(*) as transactions,
+    count(*) filter (where {{ untouched() }}) as untouched,
     sum(t.amount) as amount,
     sum(t.amount) filter (where t.xid < (:folded)::bigint) as folded,
-    sum(case when t.debit_account > 0 then {{ debited() }} end) as after,
-    sum(case when t.debit_account > 0 then {{ debited("+ t.amount") }} end) as before,
-    count(*) filter (where t.debit_account > 0 and t.debit_balance + t.amount <> 0) as further,
+    sum(case when t.debit_account > 0 and t.debit_balance <> 0 then {{ debited() }} end) as after,
+    sum(
+        case when t.debit_account > 0 and t.debit_balance <> -t.amount then {{ debited("+ t.amount") }} end
+    ) as before,
+    count(*) filter (where t.debit_account > 0 and t.debit_balance is distinct from -t.amount) as further,
     count(t.group_id) filter (where t.debit_account > 0) as grouped
 from {{ schema }}.transactions as t
 where t.credit_account <= 0
@@ -174,12 +204,75 @@ select
     null as account,
     t.currency,
     count(*) as transactions,
+    count(*) filter (where {{ untouched() }}) as untouched,
     null as amount,
     null as folded,
-    sum({{ credited() }}) + sum({{ debited() }}) as after,
-    sum({{ credited("- t.amount") }}) + sum({{ debited("+ t.amount") }}) as before,
+    coalesce(sum(case when t.credit_balance <> 0 then {{ credited() }} end), 0)
+    + coalesce(sum(case when t.debit_balance <> 0 then {{ debited() }} end), 0) as after,
+    coalesce(sum(case when t.credit_balance <> t.amount then {{ credited("- t.amount") }} end), 0)
+    + coalesce(sum(case when t.debit_balance <> -t.amount then {{ debited("+ t.amount") }} end), 0) as before,
     count(*) as further,
     count(t.group_id) as grouped
 from {{ schema }}.transactions as t
 where t.debit_account > 0 and t.credit_account > 0
 group by t.currency;
+
+-- name: fresh
+-- Transactions that are not untouched, if no other ones are missing: those by the journal's newest rows.
+select
+    t.credit_account,
+    t.debit_account
+from {{ schema }}.transactions as t
+where
+    t.xid >= (:horizon)::bigint
+    and not {{ untouched() }};
+
+-- name: disorder
+-- Where the steps come out as a set: whether an account's transactions do so in their order too. Looked at are
+-- accounts with a step that is not untouched; and of these, where no earlier run has looked at the rest (:known), those
+-- with a step from another balance than nothing. What is sorted is as narrow as can be.
+with moved as (
+    select t.credit_account as account
+    from {{ schema }}.transactions as t
+    where
+        t.credit_account > 0
+        and not {{ untouched() }}
+        and ((:known)::boolean or t.credit_balance is distinct from t.amount)
+    union all
+    select t.debit_account as account
+    from {{ schema }}.transactions as t
+    where
+        t.debit_account > 0
+        and not {{ untouched() }}
+        and ((:known)::boolean or t.debit_balance is distinct from -t.amount)
+),
+
+steps as (
+    select
+        t.id,
+        t.credit_account as account,
+        hash_numeric_extended(t.credit_balance, (:seed)::bigint) as after,
+        hash_numeric_extended(t.credit_balance - t.amount, (:seed)::bigint) as before
+    from {{ schema }}.transactions as t
+    where t.credit_account > 0
+    union all
+    select
+        t.id,
+        t.debit_account as account,
+        hash_numeric_extended(t.debit_balance, (:seed)::bigint) as after,
+        hash_numeric_extended(t.debit_balance + t.amount, (:seed)::bigint) as before
+    from {{ schema }}.transactions as t
+    where t.debit_account > 0
+),
+
+chain as (
+    select
+        before,
+        lag(after, 1, hash_numeric_extended(0, (:seed)::bigint)) over in_order as led
+    from steps
+    where account in (select m.account from moved as m)
+    window in_order as (partition by account order by id)
+)
+
+select count(*) > 0 as found from chain
+where before is distinct from led;

@@ -1,4 +1,12 @@
 -- What points at something that does not exist. Each statement lists at most :limit rows of each kind, and counts all.
+{# Written since the run that the journal is known from, when no transaction below :horizon was running; 0: any row.
+   A row's xmin is the lower half of an id, and what is older than 2 billion may be taken for new. #}
+{% macro since_known(row) -%}
+    (
+        (:horizon)::bigint = 0
+        or ((:horizon)::bigint - {{ row }}.xmin::text::bigint) & 4294967295 not between 1 and 2147483647
+    )
+{%- endmacro %}
 {% macro first_of(found) %}
 select
     problem,
@@ -25,6 +33,7 @@ with found as (
     from {{ schema }}.idempotency_keys as k
     where
         k.transaction_id is not null
+        and {{ since_known("k") }}
         and not exists (
             select from {{ schema }}.transactions as t
             where t.id = k.transaction_id
@@ -36,7 +45,8 @@ with found as (
         d.transaction_id::text as target
     from {{ schema }}.transaction_details as d
     where
-        not exists (
+        {{ since_known("d") }}
+        and not exists (
             select from {{ schema }}.transactions as t
             where t.id = d.transaction_id
         )
@@ -47,7 +57,9 @@ with found as (
         r.reverses::text as target
     from {{ schema }}.transactions as r
     where
-        r.reverses is not null and not exists (
+        r.reverses is not null
+        and {{ since_known("r") }}
+        and not exists (
             select from {{ schema }}.transactions as t
             where t.id = r.reverses
         )
@@ -122,10 +134,13 @@ with found as (
         g.id::text as subject,
         g.group_id::text as target
     from {{ schema }}.transactions as g
-    where g.group_id is not null and not exists (
-        select from {{ schema }}.transactions as t
-        where t.id = g.group_id
-    )
+    where
+        g.group_id is not null
+        and {{ since_known("g") }}
+        and not exists (
+            select from {{ schema }}.transactions as t
+            where t.id = g.group_id
+        )
 )
 
 {{ first_of("found") }}

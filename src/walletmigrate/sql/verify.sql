@@ -126,7 +126,7 @@ where rank <= :limit;
 
 -- name: ledger
 -- The same root on the side of the ledger, by state, of all mappings: the sums are those of the whole ledger, and
--- last and first are what the journal's steps have to lead to and from.
+-- last is what the journal's steps have to lead to.
 select
     mapping,
     bucket,
@@ -135,8 +135,7 @@ select
     count(*) as accounts,
     sum(balance) as balance,
     sum(hash_numeric_extended(balance, {{ place("key") }})) as hash,
-    sum(hash_numeric_extended(balance, hashint8extended(id, (:seed)::bigint))) as last,
-    sum(hash_numeric_extended(0, hashint8extended(id, (:seed)::bigint))) as first
+    sum(case when balance <> 0 then hash_numeric_extended(balance, hashint8extended(id, (:seed)::bigint)) end) as last
 from {{ schema }}.accounts
 group by mapping, bucket, currency, state;
 
