@@ -134,7 +134,7 @@ def test_every_python_block_of_the_readme_compiles() -> None:
 
 def test_the_lines_for_cron_hand_the_file_s_settings_to_the_command(tmp_path: Path) -> None:
     lines = re.findall(r"^(?:[\d*]+ +){5}wallet +(.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(lines) == 3
+    assert len(lines) == 4
     settings, stub = tmp_path / "env", tmp_path / "walletmigrate"
     settings.write_text("WALLETMIGRATE_DATABASE_URL=postgresql://wallet@/shop\n", encoding="utf-8")
     stub.write_text('#!/bin/sh\necho "$WALLETMIGRATE_DATABASE_URL $*"\n', encoding="utf-8")
@@ -152,7 +152,8 @@ def test_the_lines_for_cron_hand_the_file_s_settings_to_the_command(tmp_path: Pa
 def test_what_the_readme_schedules_can_be_run_and_every_alert_on_its_absence_has_it() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for form in (r"^[\d*]+ [\d*]+ \* \* \* .*?(walletmigrate .+)$", r"^ExecStart=(walletmigrate .+)$"):
-        assert sorted(map(parsed, re.findall(form, text, re.MULTILINE))) == ["reconcile", "snapshot take", "verify"]
+        scheduled = sorted(map(parsed, re.findall(form, text, re.MULTILINE)))
+        assert scheduled == ["reconcile", "snapshot take", "snapshot verify", "verify"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "runbooks").glob("*.md")), ids=named)
