@@ -16,10 +16,13 @@ from sqlalchemy import Engine
 from typer.testing import CliRunner
 
 import ledger
-from walletmigrate.cli import app
+from walletmigrate.cli import program
 from walletmigrate.config import Settings
 from walletmigrate.flag_file import FlagFile
 from walletmigrate.starter import blank_document
+
+app = program()
+"""The whole command line, every room loaded."""
 
 SCRIPT = Path(sys.executable).with_name("walletmigrate")
 REASON = ("--reason", "a test")
