@@ -40,7 +40,7 @@ demo: $(READY) ## rehearse a whole migration in a scratch database, and back
 	  && echo "Report: $(abspath $(REPORT))" && echo "Balances: $(abspath $(BALANCES))"
 
 test: $(READY) ## run all tests on real PostgreSQL
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 torture: $(READY) ## play every interleaving of the protocol, for some hours; SHARE=10: one of ten
 	$(BIN)/python -m pytest -n $(JOBS) --timeout 0 --torture $(SHARE) tests/test_torture.py \

@@ -23,6 +23,7 @@ from _pytest.runner import runtestprotocol
 from sqlalchemy import event
 from sqlalchemy.engine import Engine, make_url
 
+import copies
 import interleaving
 import ledger
 import servers
@@ -93,7 +94,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Be less patient than the tests are: without a guard a lock may never be waited for."""
+    """Install each time, and be less patient than the tests are: without a guard a lock may never be waited for."""
+    copies.ANEW.append("mutants")
     if config.getoption("--mutants"):
         interleaving.PATIENCE_SECONDS = PATIENCE_SECONDS
         ledger.PATIENCE_SECONDS = PATIENCE_SECONDS

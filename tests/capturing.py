@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from sqlalchemy.exc import DBAPIError
 
-from ledger import ACT, execute, install_users, post, rows
+from copies import copied
+from ledger import ACT, engine_named, execute, install_users, post, rows, users_settings
 from walletmigrate import bypasses, connect, fences
 from walletmigrate.bypasses import CodePath
 from walletmigrate.config import Settings
@@ -17,7 +18,11 @@ class Place:
     """Ten users of 100 each in phase dual_write; the first has an account, the second a stale one."""
 
     def __init__(self, url: str, *, with_promo: bool = False) -> None:
-        self.engine, self.settings = install_users(url, phase="dual_write", with_promo=with_promo)
+        self.engine, self.settings = engine_named(url), users_settings(url, with_promo=with_promo)
+        copied(url, f"capturing {with_promo}", lambda: self._make(url, with_promo))
+
+    def _make(self, url: str, with_promo: bool) -> None:
+        install_users(url, phase="dual_write", with_promo=with_promo)
         with self.engine.begin() as connection:
             for key in (1, 2):
                 post(connection, self.settings, "open_account", key, 0)

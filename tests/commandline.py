@@ -16,10 +16,14 @@ from sqlalchemy import Engine
 from typer.testing import CliRunner
 
 import ledger
-from walletmigrate.cli import app
+from copies import copied
+from walletmigrate.cli import program
 from walletmigrate.config import Settings
 from walletmigrate.flag_file import FlagFile
 from walletmigrate.starter import blank_document
+
+app = program()
+"""The whole command line, every room loaded."""
 
 SCRIPT = Path(sys.executable).with_name("walletmigrate")
 REASON = ("--reason", "a test")
@@ -133,7 +137,6 @@ class Project:
 
 def project_at(folder: Path, url: str, phase: str, *, rows: int = 10, window: str = "0s") -> tuple[Project, Engine]:
     """A project whose migration has come to ``phase``, by the commands that an operator would run."""
-    engine, _ = ledger.install_users(url, rows=rows)
     made = Project(folder, url, window=window)
     steps = {
         "dual_write": ("phase advance", "flags set wallet.dualWrite on --everyone", "backfill", "verify"),
@@ -141,11 +144,17 @@ def project_at(folder: Path, url: str, phase: str, *, rows: int = 10, window: st
         "wallet_only": ("cutover --everyone --confirm users", "phase advance"),
         "frozen": ("rollback --exercise", "freeze --confirm users"),
     }
-    for name, commands in steps.items():
-        if phase == "legacy":
-            break
-        for words in commands:
-            made.change(*words.split())
-        if name == phase:
-            break
-    return made, engine
+
+    def walk() -> bytes:
+        ledger.install_users(url, rows=rows)
+        for name, commands in steps.items():
+            if phase == "legacy":
+                break
+            for words in commands:
+                made.change(*words.split())
+            if name == phase:
+                break
+        return made.flag_path.read_bytes()
+
+    made.flag_path.write_bytes(copied(url, f"project_at {phase} {rows} {window}", walk))
+    return made, ledger.engine_named(url)

@@ -14,6 +14,7 @@ from pydantic import SecretStr
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.pool import NullPool
 
+from copies import copied
 from walletmigrate import connect
 from walletmigrate.audit import Act
 from walletmigrate.config import Column, Mapping, Settings
@@ -54,17 +55,25 @@ def install_users(
     every fifth row is "vip", of others "member". The engine keeps no connection, so it need not be disposed.
     """
     engine = connect.engine(url, application_name="walletmigrate-test", poolclass=NullPool)
+    settings = users_settings(url, unit=unit, scale=scale, floor=floor, with_promo=with_promo, policy=policy)
+    table = (rows, key_type, coins, coins_type)
+    what = f"install_users {table} {(unit, scale, floor, with_promo, policy, phase)}"
+    copied(url, what, lambda: _install_users(engine, settings, *table, phase))
+    return engine, settings
+
+
+def _install_users(
+    engine: Engine, settings: Settings, rows: int, key_type: str, coins: str, coins_type: str, phase: str
+) -> None:
     with engine.begin() as connection:
         connection.exec_driver_sql(
             f"create table public.users (id {key_type} primary key, tenant text not null, "
             f"role text not null, total_coins {coins_type}, promo numeric(20, 2) not null default 0)"
         )
     add_users(engine, 1, rows, key_type=key_type, coins=coins)
-    settings = users_settings(url, unit=unit, scale=scale, floor=floor, with_promo=with_promo, policy=policy)
     install(engine, settings, ACT)
     if phase != "legacy":
         set_phase(engine, phase)
-    return engine, settings
 
 
 def add_users(engine: Engine, first: int, last: int, *, key_type: str = "bigint", coins: str = "100") -> None:

@@ -15,7 +15,8 @@ from walletmigrate.errors import EmbeddedUnavailable
 
 DEBIAN = "/usr/lib/postgresql/{}/bin"
 DOCKER = "docker:"
-SETTINGS = {**DURABILITY_OFF, "max_prepared_transactions": "8"}
+# A log that is turned over early, for it may stand in memory.
+SETTINGS = {**DURABILITY_OFF, "max_prepared_transactions": "8", "max_wal_size": "128MB"}
 
 
 @dataclass(frozen=True)

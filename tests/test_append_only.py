@@ -6,6 +6,7 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
+from copies import copied
 from ledger import ACT, engine_named, execute, install_users, rows
 from walletmigrate.backfill import backfill
 
@@ -23,9 +24,12 @@ CHANGES = {
 
 @pytest.fixture
 def made(database_url: str) -> Engine:
-    engine, settings = install_users(database_url, phase="dual_write")
-    backfill(engine, settings, settings.mapping(), ACT)
-    return engine
+    def make() -> None:
+        engine, settings = install_users(database_url, phase="dual_write")
+        backfill(engine, settings, settings.mapping(), ACT)
+
+    copied(database_url, "append-only", make)
+    return engine_named(database_url)
 
 
 def sqlstate_of(engine: Engine, statement: str, *first: str) -> str | None:

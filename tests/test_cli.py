@@ -10,13 +10,14 @@ import secrets
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from sqlalchemy import Engine, make_url
@@ -25,9 +26,9 @@ from typer.main import get_command
 
 import ledger
 import walletmigrate.rehearse
-from commandline import REASON, SCRIPT, Project, project_at
+from commandline import REASON, SCRIPT, Project, app, project_at
 from walletmigrate import __version__, connect
-from walletmigrate.cli import app
+from walletmigrate.cli import ROOMS, program
 from walletmigrate.config import Settings
 from walletmigrate.errors import UnreadableInput
 from walletmigrate.rehearsal_report import Report
@@ -202,6 +203,43 @@ def test_every_command_says_what_it_does() -> None:
     told = dict(walk(get_command(app), "walletmigrate"))
     assert len(told) > 20  # which they are, the documentation is tested for
     assert [name for name, help_text in told.items() if not help_text.strip()] == []
+
+
+def commands_of(words: Sequence[str]) -> list[str]:
+    """The names that the command line knows when it is loaded for these words."""
+    return list(cast("Any", get_command(program(words))).commands)
+
+
+@pytest.mark.parametrize(("room", "names"), ROOMS.items(), ids=ROOMS)
+def test_a_room_registers_the_commands_that_it_is_loaded_for(room: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        for words in ([name], ["--json", "--config", "verify", name, "status"], ["--database-url=x", name, "--help"]):
+            assert sorted(commands_of(words)) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("--help", "status"), ("nonsense", "status"), ("--config",), ("--config", "status")]
+)
+def test_words_that_name_no_command_get_the_whole_command_line(words: tuple[str, ...]) -> None:
+    every = [name for names in ROOMS.values() for name in names]
+    assert sorted(commands_of(words)) == sorted(every)
+    assert len(set(every)) == len(every)
+
+
+def test_a_command_starts_without_what_it_does_not_use() -> None:
+    heavy = ("alembic", "flagsmith", "prometheus_client", "requests", "rich", "sqlalchemy.orm", "structlog")
+    for word in ("status", "stop-the-line", "backfill", "verify"):
+        code = f"import sys; from walletmigrate.cli import program; program([{word!r}]); print(*sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+        assert {"typer", "sqlalchemy"} <= set(done.stdout.split())
+        assert set(heavy) & set(done.stdout.split()) == set()
+
+
+def test_the_package_gives_every_name_that_it_says_and_no_other() -> None:
+    names = walletmigrate.__all__
+    assert [getattr(walletmigrate, name).__name__ for name in names] == list(names)
+    with pytest.raises(AttributeError, match="'walletmigrate' has no attribute 'LegacyAdapter'"):
+        walletmigrate.LegacyAdapter  # noqa: B018
 
 
 def test_the_script_sends_data_to_stdout_and_the_rest_to_stderr(project: Project) -> None:

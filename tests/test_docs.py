@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import typer
 
-from commandline import parsed
-from walletmigrate.cli import app
+from commandline import app, parsed
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ROOT / "docs" / "commands.md"

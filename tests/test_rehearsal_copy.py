@@ -19,11 +19,11 @@ import pytest
 from sqlalchemy import Engine, make_url
 from typer.testing import CliRunner
 
+from commandline import app
 from conftest import MakeDatabase
 from ledger import engine_named, execute, rows, scalar
 from servers import SETTINGS, Postgres
 from walletmigrate import embedded, rehearsal_steps, verify
-from walletmigrate.cli import app
 from walletmigrate.config import Column, Mapping
 from walletmigrate.embedded import Server as Embedded
 from walletmigrate.errors import ConfigError, PreconditionRefused, UsageError

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, text
 
+from copies import copied
 from ledger import (
     ACT,
     add_users,
@@ -24,6 +25,7 @@ from ledger import (
     set_phase,
     unguarded,
     until_blocked,
+    users_settings,
 )
 from walletmigrate import marking
 from walletmigrate.backfill import backfill
@@ -42,6 +44,12 @@ CENT = Decimal("0.01")
 
 def prepared(url: str, **options: Any) -> Ledger:
     """Ten mirrored accounts of 100, of which some have moved money."""
+    copied(url, f"test_verify {sorted(options.items())}", lambda: _prepare(url, options))
+    columns = {name: value for name, value in options.items() if name in ("unit", "scale", "with_promo", "policy")}
+    return engine_named(url), users_settings(url, **columns)
+
+
+def _prepare(url: str, options: dict[str, Any]) -> None:
     engine, settings = install_users(url, **{"rows": ROWS, "phase": "dual_write", **options})
     backfill(engine, settings, settings.mapping(), ACT)
     keys = [key for (key,) in rows(engine, "select u.id::text from users as u order by u.id")]
@@ -50,7 +58,6 @@ def prepared(url: str, **options: Any) -> Ledger:
         post(connection, settings, "credit", keys[0], "2.50")
         post(connection, settings, "transfer", keys[0], 10, payee=keys[1])
         post(connection, settings, "debit", keys[2], 100)
-    return engine, settings
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.pool import NullPool
 from typer.testing import CliRunner
 
+from commandline import app
 from invariants import assert_sound
 from ledger import ACT, rows, scalar, unguarded
 from runbook_stage import CONFIGURATION, Ran, Shell, Stage
@@ -21,7 +22,6 @@ from servers import Postgres
 from test_runbooks import Reader
 from walletmigrate import LegacyBalanceAdapter, Settings, connect, phases, traffic
 from walletmigrate.backfill import backfill
-from walletmigrate.cli import app
 from walletmigrate.flag_file import FlagFile
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.flags import DUAL_WRITE, StaticSource

@@ -11,24 +11,21 @@ from walletmigrate import archive_check, evidence_check
 from walletmigrate import retire as retirement
 from walletmigrate.archive_check import ArchiveCheck
 from walletmigrate.commands import below, command
-from walletmigrate.console import CUT_SHORT, DIFFERENCE, FAILURE, OK, REFUSED, Answer, job_code, plain
+from walletmigrate.console import DIFFERENCE, OK, Answer, plain
 from walletmigrate.errors import UsageError
 from walletmigrate.evidence import gather
 from walletmigrate.invocation import Run
-from walletmigrate.standing import REASON
-from walletmigrate.undo import undo as undo_backfill
 
 _SHOWN = 20
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands. `backfill` is registered before."""
+    """Add the commands."""
     command(app, "archive", changes=True)(archive)
     command(below(app, "archive"), "check", group="archive")(check)
     command(app, "evidence")(evidence)
     command(below(app, "evidence"), "check", group="evidence")(check_evidence)
     command(app, "retire", changes=True, confirms=True, role="installer")(retire)
-    command(below(app, "backfill"), "undo", group="backfill", changes=True)(undo)
 
 
 def archive(
@@ -113,30 +110,6 @@ def retire(
     ]
     notes = [] if run.dry_run else ["next: deploy what does without the columns, then: alembic upgrade head"]
     return Answer({"retirement": plain(done)}, tuple(lines), tuple(notes))
-
-
-def undo(
-    run: Run,
-    job: Annotated[int, typer.Option("--job", metavar="ID", help="The backfill.")],
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=10_000, help="Accounts at a time.")] = 500,
-) -> Answer:
-    """Take back what a backfill opened, where no other transaction stands on it. Resumable."""
-    act = run.act()
-    with run.interruptible():
-        done = undo_backfill(
-            run.engine, run.settings, job, act, batch_size=batch_size, dry_run=run.dry_run, stop=run.stop
-        )
-    verb = "would be taken back" if run.dry_run else "taken back"
-    number = "" if done.state in ("done", "planned") else f" (job {done.job_id}, {done.state})"
-    lines = [f"{done.mapping}: {done.undone} openings of job {done.of} {verb}, {done.left_count} left{number}"]
-    lines += [f"  {one.key} ({one.bucket}, {one.currency}): {one.why}" for one in done.left[:_SHOWN]]
-    notes = [] if run.dry_run or not done.undone else [f"these accounts are stale: walletmigrate backfill {REASON}"]
-    if done.state == "paused":
-        notes.append("stopped: run the same command again, it goes on from there")
-    code = job_code([done.state], REFUSED if done.left_count else OK)
-    if job_code([done.state], OK) == FAILURE:
-        notes.append(CUT_SHORT)
-    return Answer(plain(done), tuple(lines), tuple(notes), code)
 
 
 def _proof(checked: ArchiveCheck, alone: bool = False) -> list[str]:

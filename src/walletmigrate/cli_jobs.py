@@ -9,13 +9,14 @@ import typer
 
 from walletmigrate import phases
 from walletmigrate.backfill import backfill as run_backfill
-from walletmigrate.commands import DASK, WORKERS, command
+from walletmigrate.commands import DASK, WORKERS, below, command
 from walletmigrate.config import Mapping
 from walletmigrate.console import CUT_SHORT, FAILURE, OK, REFUSED, Answer, bar, job_code, plain
 from walletmigrate.freeze import freeze as run_freeze
 from walletmigrate.freeze import unfreeze as run_unfreeze
 from walletmigrate.invocation import Run
 from walletmigrate.standing import REASON, confirmation
+from walletmigrate.undo import undo as undo_backfill
 
 _MAPPING = Annotated[str | None, typer.Option("--mapping", help="One mapping. Default: all, one after the other.")]
 _BATCH = Annotated[
@@ -24,12 +25,15 @@ _BATCH = Annotated[
 ]
 FORCE = Annotated[bool, typer.Option("--force", help="Resume a job of other functions, or older than 7 days.")]
 
+_SHOWN = 20
+
 JobCall = Callable[..., Any]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     command(app, "backfill", changes=True)(backfill)
+    command(below(app, "backfill"), "undo", group="backfill", changes=True)(undo)
     command(app, "freeze", changes=True, confirms=True)(freeze)
     command(app, "unfreeze", changes=True, confirms=True)(unfreeze)
 
@@ -63,6 +67,30 @@ def backfill(
         notes.append("values that are no exact amounts: walletmigrate install --dry-run lists them")
         notes.append("rows that the database refused: walletmigrate jobs show ID lists them with the reason")
     return jobs_answer(run, results, lines, notes, OK if not failed else REFUSED)
+
+
+def undo(
+    run: Run,
+    job: Annotated[int, typer.Option("--job", metavar="ID", help="The backfill.")],
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=10_000, help="Accounts at a time.")] = 500,
+) -> Answer:
+    """Take back what a backfill opened, where no other transaction stands on it. Resumable."""
+    act = run.act()
+    with run.interruptible():
+        done = undo_backfill(
+            run.engine, run.settings, job, act, batch_size=batch_size, dry_run=run.dry_run, stop=run.stop
+        )
+    verb = "would be taken back" if run.dry_run else "taken back"
+    number = "" if done.state in ("done", "planned") else f" (job {done.job_id}, {done.state})"
+    lines = [f"{done.mapping}: {done.undone} openings of job {done.of} {verb}, {done.left_count} left{number}"]
+    lines += [f"  {one.key} ({one.bucket}, {one.currency}): {one.why}" for one in done.left[:_SHOWN]]
+    notes = [] if run.dry_run or not done.undone else [f"these accounts are stale: walletmigrate backfill {REASON}"]
+    if done.state == "paused":
+        notes.append("stopped: run the same command again, it goes on from there")
+    code = job_code([done.state], REFUSED if done.left_count else OK)
+    if job_code([done.state], OK) == FAILURE:
+        notes.append(CUT_SHORT)
+    return Answer(plain(done), tuple(lines), tuple(notes), code)
 
 
 def freeze(

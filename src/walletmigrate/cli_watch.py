@@ -9,16 +9,12 @@ from datetime import datetime, timedelta
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 from sqlalchemy.exc import DBAPIError
 
 from walletmigrate.cli_flags import flag_text
 from walletmigrate.commands import command, versions
 from walletmigrate.console import FAILURE, INTERRUPTED, OK, Answer, plain, reasons_as_json, reasons_as_lines, typed
 from walletmigrate.errors import ConfigError, UsageError, WalletMigrateError
-from walletmigrate.exporter import serve
 from walletmigrate.flag_impact import rollout
 from walletmigrate.invocation import NO_URL, Run, period, wait_for_the_end
 from walletmigrate.report import JobStatus, Status
@@ -57,6 +53,11 @@ def watch(
         raise UsageError("watch shows a live view and needs a terminal: walletmigrate status prints once, also --json")
     engine, settings, source = run.engine, run.settings, run.source
     views = _views(lambda: _next_first(_lines(look(engine, settings, source))), run)
+    # Here and not above: no other command of this room draws a screen.
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
     console = Console()
     try:
         with Live(console=console, auto_refresh=False) as live:
@@ -114,6 +115,8 @@ def exporter(
     """Serve the metrics that stand in the database, for Prometheus. Ctrl-C ends it."""
     if run.settings.database_url is None:
         raise ConfigError("no database URL is set", fix=NO_URL)
+    from walletmigrate.exporter import serve  # not above: the other commands of this room serve nothing
+
     source = run.source
     counted = lambda connection: rollout(connection, run.settings, source.snapshot())  # noqa: E731
     served = serve(run.settings, port, address, rollout=counted)

@@ -14,8 +14,6 @@ from decimal import Decimal
 from typing import Any, Final
 
 from pydantic import SecretStr
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from sqlalchemy.exc import DBAPIError
 
 from walletmigrate.errors import (
@@ -186,6 +184,10 @@ def bar(label: str, *, as_json: bool) -> Iterator[Callable[[Job], None] | None]:
     if as_json or not sys.stderr.isatty():
         yield None
         return
+    # Here and not above, as a few others: a command that draws no bar starts without it.
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(label, total=None)

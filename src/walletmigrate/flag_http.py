@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
-import requests
-from urllib3.exceptions import NewConnectionError
-from urllib3.exceptions import TimeoutError as WireTimeout
-
 from walletmigrate.errors import ConfigError
+
+if TYPE_CHECKING:
+    import requests
 
 MAX_BYTES: Final = 64 * 1024 * 1024
 
@@ -32,6 +31,10 @@ def call(
     Raises `NoAnswer`. Errors are described here, not by their own text, which can quote a header with a key. No
     redirect is followed: it would take the key along.
     """
+    # Not above: slow to load, and who reads flags from a file calls nobody.
+    import requests
+    from urllib3.exceptions import TimeoutError as WireTimeout
+
     deadline = time.monotonic() + timeout_seconds
     try:
         with requests.request(
@@ -69,6 +72,8 @@ def server_name(api_url: str) -> str:
 
 def _refused(error: Exception) -> bool:
     """Whether there was no connection at all."""
+    from urllib3.exceptions import NewConnectionError
+
     reasons = [getattr(one, "reason", None) for one in error.args]
     return any(isinstance(reason, NewConnectionError) for reason in reasons)
 

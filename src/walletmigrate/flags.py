@@ -17,8 +17,6 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
-from flagsmith import Flagsmith
-
 from walletmigrate import flag_shape
 from walletmigrate.errors import FlagDocumentInvalid, FlagsMissing, UsageError
 
@@ -153,6 +151,8 @@ class Document:
     """
 
     def __init__(self, content: Json, source: str, report: Report | None = None) -> None:
+        from flagsmith import Flagsmith  # not above: slow to load, and most of a command line decides nothing
+
         try:
             text = json.dumps(content, sort_keys=True)
             # The client shares parts of what it is given; the text gives it a copy that nobody else holds.

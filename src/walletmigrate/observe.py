@@ -5,7 +5,7 @@ was posted, and one that fails cannot fail a money write. The adapter tells even
 outermost commit (``committed=True``); on a bare Connection nobody can know of the commit, so the event only
 says *posted*.
 
-Importing this module registers no metric and configures no log.
+Importing this module registers no metric and configures no log. It loads neither library: only who observes does.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 from itertools import product
 from types import MappingProxyType
-from typing import Any, Final, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, get_args
 
-import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry, Counter
 
 PREFIX: Final = "walletmigrate_"
 
@@ -305,6 +305,8 @@ class PrometheusObserver:
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        from prometheus_client import Gauge, Histogram
+
         writes = _counter("dual_write_total", registry)
         reads = _counter("read_total", registry)
         compares = _counter("read_compare_total", registry)
@@ -347,6 +349,8 @@ class PrometheusObserver:
 
 
 def _counter(name: str, registry: CollectorRegistry) -> Counter:
+    from prometheus_client import Counter
+
     metric = METRICS[name]
     return Counter(metric.full_name, metric.help, metric.labels, registry=registry)
 
@@ -406,6 +410,8 @@ def _default_logger() -> Any:
     all passed here; the target is the standard library's logger, which without handlers writes warnings to
     stderr.
     """
+    import structlog
+
     return structlog.wrap_logger(
         _stdlib_logger(),
         processors=[
@@ -425,6 +431,8 @@ def correlation_id() -> str:
     OpenTelemetry's current span, where that is installed; else a new one. The latter two have 32 hexadecimal
     digits (W3C Trace Context). It is not bound here: the context belongs to the caller.
     """
+    import structlog
+
     bound = structlog.contextvars.get_contextvars().get("correlation_id")
     return str(bound) if bound else _trace_id() or uuid.uuid4().hex
 
