@@ -1,5 +1,5 @@
--- sqlfluff:exclude_rules:references.keywords,references.from,structure.column_order,layout.indent
--- (indentation is not checked here: sqlfluff looks at the rendered macros, not at their source)
+-- sqlfluff:exclude_rules:references.keywords,references.from,structure.column_order,layout.indent,layout.long_lines
+-- (indentation and long lines are not checked here: sqlfluff looks at the rendered macros, not at their source)
 -- Posting, the part made for one mapping. `legacy` is {{ relation }}, keyed by {{ key }}.
 
 -- Read one side of a movement: the legacy row with the phase and the line, then, in a new statement, the account.
