@@ -5,11 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from walletmigrate.errors import PostingRefused, WalletMigrateError
+
 if TYPE_CHECKING:
     from walletmigrate.adapter import LegacyBalanceAdapter
     from walletmigrate.async_adapter import AsyncLegacyBalanceAdapter
     from walletmigrate.config import Column, Mapping, Settings
-    from walletmigrate.errors import PostingRefused, WalletMigrateError
     from walletmigrate.flags import Decision, StaticSource
     from walletmigrate.ledger import Entry
     from walletmigrate.movements import Movement
@@ -46,10 +47,8 @@ _ROOMS = {
     "Mapping": "config",
     "Movement": "movements",
     "Posting": "postings",
-    "PostingRefused": "errors",
     "Settings": "config",
     "StaticSource": "flags",
-    "WalletMigrateError": "errors",
     "hide_from_autogenerate": "schema",
 }
 
