@@ -42,7 +42,7 @@ def _of(place: str, names: str, events: tuple[str, ...]) -> list[Trigger]:
     return made
 
 
-_FENCE = r"walletmigrate_(?!\w*_retired_)\w+_"
+_FENCE = r"walletmigrate_(?!\w*_r_)\w+_"
 
 TRIGGERS: list[Trigger] = [
     *_of("triggers.fence", _FENCE, ("insert", "delete", "update", "truncate")),
@@ -58,6 +58,7 @@ TRIGGERS: list[Trigger] = [
         re.compile(rf"^(create trigger {_FENCE}update .*?when \(.*?) or .*?\) execute"),
         r"\1) execute",
     ),
-    *_of("triggers.retired", r"walletmigrate_\w+_retired_", ("insert", "update")),
+    *_of("triggers.retired", r"walletmigrate_\w+_r_", ("insert", "update")),
+    *_of("triggers.keys", r"walletmigrate_\w+_r_", ("delete", "key", "empty")),
 ]
 """All of them."""

@@ -10,7 +10,7 @@ import pytest
 import ledger
 from commandline import REASON, project_at
 from retiring import FIRST
-from walletmigrate import cli_archive, job_control, undo
+from walletmigrate import cli_jobs, job_control, undo
 
 
 def test_the_whole_way_to_a_dropped_column_by_commands(database_url: str, tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_the_whole_way_to_a_dropped_column_by_commands(database_url: str, tmp_pa
         assert project.run(*words, *REASON).exit_code == 4, words
     with engine.begin() as connection:
         for event in ("insert", "update"):
-            connection.exec_driver_sql(f"drop trigger walletmigrate_users_retired_{event} on public.users")
+            connection.exec_driver_sql(f"drop trigger walletmigrate_users_r_{event} on public.users")
         connection.exec_driver_sql("alter table public.users drop column total_coins")
     for words in (
         ["status"],
@@ -97,7 +97,7 @@ def test_an_undo_whose_job_is_cancelled_meanwhile_is_no_success(
     def undone(*arguments: Any, **options: Any) -> undo.UndoResult:
         return undo.undo(*arguments, **{**options, "stop": cancelled})
 
-    monkeypatch.setattr(cli_archive, "undo_backfill", undone)
+    monkeypatch.setattr(cli_jobs, "undo_backfill", undone)
     said = project.run("backfill", "undo", "--job", "1", "--batch-size", "4", *REASON)
     assert said.exit_code == 1
     assert "4 openings of job 1 taken back, 0 left (job 2, cancelled)" in said.stdout

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 import ledger
 from retiring import ACT, SOURCE, End
-from walletmigrate import phases
+from walletmigrate import LegacyBalanceAdapter, phases
 from walletmigrate.bypasses import rejected
 from walletmigrate.doctor import examine
 from walletmigrate.errors import InsufficientFunds, PreconditionRefused, UnknownAccount, UsageError
@@ -22,6 +22,7 @@ from walletmigrate.freeze import unfreeze
 from walletmigrate.install import install
 from walletmigrate.report import status
 from walletmigrate.retire import retire
+from walletmigrate.retirement import GUARDS, KEPT, guard_name
 from walletmigrate.standing import show
 
 D = Decimal
@@ -376,3 +377,134 @@ def test_a_retirement_that_was_killed_in_between_harms_no_unfreeze(end: End) -> 
     assert ledger.scalar(end.engine, "select total_coins from public.users where id = 60") == 50
     with end.engine.begin() as connection:
         assert end.adapter().credit(connection, 1, 5, type="deposit").mode == "dual_write"
+
+
+def retired(end: End) -> LegacyBalanceAdapter:
+    end.freeze().archive()
+    end.retire()
+    end.migrate()
+    return end.adapter()
+
+
+@pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ"])
+def test_whoever_gets_the_key_of_a_deleted_row_after_the_drop_begins_at_nothing(end: End, isolation: str) -> None:
+    adapter = retired(end)
+    with end.engine.connect().execution_options(isolation_level=isolation) as connection, connection.begin():
+        connection.exec_driver_sql("delete from public.users where id = 3")
+    assert ledger.rows(end.engine, "select state::text from wallet.accounts where key = '3'") == [("closed",)] * 2
+    with pytest.raises(UnknownAccount):
+        end.balance(adapter, 3)
+    ledger.execute(end.engine, "insert into public.users values (3, 'acme', 'member')")
+    assert end.balance(adapter, 3) == 0
+    with end.engine.begin() as connection:
+        assert adapter.credit(connection, 3, 5, type="deposit").ledger_balance == 5
+    assert ledger.scalar(end.engine, "select count(*) from wallet.accounts where state <> 'frozen'") == 0
+    assert end.verify()
+
+
+def test_a_row_without_an_account_leaves_no_account_to_whoever_comes_after_it(end: End) -> None:
+    adapter = retired(end)
+    ledger.execute(end.engine, "insert into public.users values (50, 'acme', 'member')")
+    with end.engine.connect() as poster:
+        adapter.credit(poster, 50, 5, type="deposit")  # opens it, and is in flight
+        other = ledger.engine_named(end.url, "deleter")
+
+        def delete() -> None:
+            ledger.execute(other, "delete from public.users where id = 50")
+
+        deleter = threading.Thread(target=delete)
+        deleter.start()
+        ledger.until_blocked(end.engine, "deleter")
+        poster.commit()
+    deleter.join()
+    ledger.execute(end.engine, "insert into public.users values (50, 'acme', 'member')")
+    assert end.balance(adapter, 50) == 0
+    assert end.verify()
+
+
+@pytest.mark.parametrize("key", [3, 50])
+def test_a_posting_that_waited_for_the_deletion_of_its_row_is_to_be_tried_again(end: End, key: int) -> None:
+    adapter = retired(end)
+    ledger.execute(end.engine, "insert into public.users values (50, 'acme', 'member')")
+    other, said = ledger.engine_named(end.url, "poster"), []
+
+    def post() -> None:
+        try:
+            with other.begin() as connection:
+                adapter.credit(connection, key, 5, type="deposit")
+        except DBAPIError as error:
+            said.append(getattr(error.orig, "sqlstate", None))
+
+    with end.engine.connect() as deleter:
+        deleter.exec_driver_sql(f"delete from public.users where id = {key}")
+        poster = threading.Thread(target=post)
+        poster.start()
+        ledger.until_blocked(end.engine, "poster")
+        deleter.commit()
+    poster.join()
+    assert said == ["40001"]
+    states = f"select distinct state::text from wallet.accounts where key = '{key}'"
+    assert ledger.rows(end.engine, states) == [("closed",)]
+    assert end.verify()
+
+
+def test_a_key_changes_after_the_drop_only_where_it_leaves_no_money_behind(end: End) -> None:
+    adapter = retired(end)
+    move = "update public.users set id = 60 where id = 3"
+    with pytest.raises(DBAPIError, match="the ledger keeps a balance under this key"):
+        ledger.execute(end.engine, move)
+    with end.engine.begin() as connection:
+        adapter.set_balance(connection, 3, 0, actor="admin:7", reason="case")
+        adapter.set_balance(connection, 3, 0, bucket="promo", actor="admin:7", reason="case")
+    ledger.execute(end.engine, move)
+    assert ledger.rows(end.engine, "select state::text from wallet.accounts where key = '3'") == [("closed",)] * 2
+    assert end.balance(adapter, 60) == 0
+    ledger.execute(end.engine, "update public.users set id = 3, tenant = 'other' where id = 60")
+    assert end.balance(adapter, 3) == 0
+    assert end.verify()
+
+
+def test_what_is_written_of_a_row_beside_its_key_leaves_its_account_alone_after_the_drop(end: End) -> None:
+    adapter = retired(end)
+    ledger.execute(end.engine, "update public.users set tenant = 'other' where id = 3")
+    ledger.execute(end.engine, "delete from public.users where id = 4")
+    assert [end.balance(adapter, key) for key in (3, 5)] == [100, 100]
+
+
+def test_a_truncated_table_closes_its_accounts_after_the_drop(end: End) -> None:
+    adapter = retired(end)
+    old = end.engine.execution_options(isolation_level="REPEATABLE READ")
+    with old.connect() as connection, pytest.raises(DBAPIError, match="cannot be truncated at this isolation level"):
+        connection.exec_driver_sql("truncate public.users")
+    ledger.execute(end.engine, "truncate public.users")
+    ledger.execute(end.engine, "insert into public.users values (3, 'acme', 'member')")
+    assert end.balance(adapter, 3) == 0
+    assert ledger.rows(end.engine, "select distinct state::text from wallet.accounts") == [("closed",)]
+    assert end.verify()
+
+
+def test_a_step_back_from_retired_takes_the_triggers_of_the_keys_along(end: End) -> None:
+    end.freeze().archive()
+    end.retire()
+    phases.back(end.engine, end.settings, ACT)
+    names = "select tgname from pg_trigger where tgname like '%\\_r\\_%'"
+    assert ledger.rows(end.engine, names) == []
+    with pytest.raises(DBAPIError, match="frozen"):
+        ledger.execute(end.engine, "delete from public.users where id = 3")
+
+
+def test_who_deletes_a_row_after_the_drop_needs_no_right_in_the_ledger_and_no_path(end: End) -> None:
+    retired(end)
+    ledger.execute(end.engine, "grant select, delete on public.users to wallet_app")
+    with ledger.engine_named(end.url, role="wallet_app").begin() as connection:
+        connection.exec_driver_sql("create temporary table accounts (like wallet.accounts)")
+        connection.exec_driver_sql("set local search_path = pg_temp, public")
+        connection.exec_driver_sql("delete from public.users where id = 3")
+    assert ledger.rows(end.engine, "select state::text from wallet.accounts where key = '3'") == [("closed",)] * 2
+
+
+def test_the_triggers_of_a_retired_mapping_have_names_of_their_own_for_every_mapping(end: End) -> None:
+    longest = end.mapping.model_copy(update={"name": "m" * 40})
+    names = {guard_name(longest, event) for event in (*GUARDS, *KEPT)}
+    assert len(names) == 5
+    assert max(map(len, names)) <= 63

@@ -180,20 +180,18 @@ def _statements(connection: Connection, settings: Settings, mapping: Mapping) ->
         f"for each row {when}execute function {function}"
         for event, when in row_triggers.items()
     ]
-    relations = _relations(connection, mapping)
+    tables = relations(connection, mapping)
     made += [
         f"create trigger {_name(mapping, 'truncate')} after truncate on {name} "
         f"for each statement execute function {truncate}"
-        for name in relations
+        for name in tables
     ]
     return made + [
-        f"alter table only {name} enable always trigger {_name(mapping, event)}"
-        for name in relations
-        for event in EVENTS
+        f"alter table only {name} enable always trigger {_name(mapping, event)}" for name in tables for event in EVENTS
     ]
 
 
-def _relations(connection: Connection, mapping: Mapping) -> list[str]:
+def relations(connection: Connection, mapping: Mapping) -> list[str]:
     """The legacy table and all its partitions, quoted."""
     rows = connection.execute(
         text(
@@ -208,7 +206,7 @@ def _relations(connection: Connection, mapping: Mapping) -> list[str]:
 
 def _expected(connection: Connection, mapping: Mapping) -> set[str]:
     """The triggers a whole fence has today, as "name on relation"."""
-    return {f"{_name(mapping, event)} on {name}" for name in _relations(connection, mapping) for event in EVENTS}
+    return {f"{_name(mapping, event)} on {name}" for name in relations(connection, mapping) for event in EVENTS}
 
 
 def _watched(mapping: Mapping) -> list[str]:

@@ -275,7 +275,7 @@ def mapping_functions(connection: Connection, schema: str, mapping: str) -> list
         "backfill",
         "late",
     ]
-    names += ["freeze", "seal", "unfreeze", "unseal", "close", "fence", "fence_truncate", "retired"]
+    names += ["freeze", "seal", "unfreeze", "unseal", "close", "fence", "fence_truncate", "retired", "gone"]
     names += ["amend", "rewrite", "correct", "recount", "recalculate", "standing"]
     rows = connection.execute(
         text(

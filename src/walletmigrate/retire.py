@@ -16,7 +16,7 @@ from walletmigrate.errors import ConfigError, PreconditionRefused, UsageError
 from walletmigrate.flags import FlagSource
 from walletmigrate.gates import reasons
 from walletmigrate.grants import grant
-from walletmigrate.retirement import GUARDS, Script, guard_name, script
+from walletmigrate.retirement import GUARDS, KEPT, Script, guard_name, script
 from walletmigrate.schema import quoted, render, run_script
 from walletmigrate.standing import REASON, Reason, of_mapping, require_installed, show
 
@@ -147,6 +147,7 @@ def _take_the_step(engine: Engine, settings: Settings, act: Act, made: Script, c
             _make(connection, settings, tables, retired=True)
             for mapping in settings.mappings:
                 capture.remove_triggers(connection, settings, mapping)
+                _watch_keys(connection, settings, mapping)
             connection.execute(text(f"update {quoted(settings.ledger_schema)}.mappings set fence = '{{}}'"))
             _set_phase(connection, settings, "retired")
             facts = {
@@ -202,15 +203,26 @@ def _put_up_guards(connection: Connection, settings: Settings) -> None:
             connection.exec_driver_sql(f"alter table {table} enable always trigger {guard_name(mapping, event)}")
 
 
+def _watch_keys(connection: Connection, settings: Settings, mapping: Mapping) -> None:
+    function = f"{quoted(settings.ledger_schema)}.gone_{mapping.name}()"
+    table = functions.relation(mapping)
+    for event, when in KEPT.items():
+        name = guard_name(mapping, event)
+        for one in capture.relations(connection, mapping) if event == "empty" else [table]:
+            what = when.format(table=one, key=quoted(mapping.key))
+            connection.exec_driver_sql(f"create trigger {name} after {what} execute function {function}")
+            connection.exec_driver_sql(f"alter table {one} enable always trigger {name}")
+
+
 def _drop_all_guards(connection: Connection, settings: Settings) -> None:
     for mapping in settings.mappings:
         _drop_guards(connection, mapping)
 
 
 def _drop_guards(connection: Connection, mapping: Mapping) -> None:
-    for event in GUARDS:
-        name = guard_name(mapping, event)
-        connection.exec_driver_sql(f"drop trigger if exists {name} on {functions.relation(mapping)}")
+    for event in (*GUARDS, *KEPT):
+        for table in capture.relations(connection, mapping) if event == "empty" else [functions.relation(mapping)]:
+            connection.exec_driver_sql(f"drop trigger if exists {guard_name(mapping, event)} on {table}")
 
 
 def _set_phase(connection: Connection, settings: Settings, phase: str) -> None:

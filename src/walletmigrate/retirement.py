@@ -16,6 +16,13 @@ from walletmigrate.errors import UsageError
 from walletmigrate.schema import quoted
 
 GUARDS = ("insert", "update")
+"""Of the columns: they go with these."""
+KEPT = {
+    "delete": "delete on {table} for each row",
+    "key": "update on {table} for each row when (old.{key} is distinct from new.{key})",
+    "empty": "truncate on {table} for each statement",
+}
+"""Of the keys: they stay. The last one stands on each partition."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,8 @@ class Script:
 
 
 def guard_name(mapping: Mapping, event: str) -> str:
-    """The trigger that refuses writes to a retired column for as long as it stands."""
-    return f"walletmigrate_{mapping.name}_retired_{event}"
+    """A trigger of a retired mapping. At most 63 characters for every mapping's name."""
+    return f"walletmigrate_{mapping.name}_r_{event}"
 
 
 def script(

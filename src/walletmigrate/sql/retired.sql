@@ -41,6 +41,10 @@ begin
         for no key update
     loop
         if v_old.state <> 'frozen' then
+            -- Asked under the lock that whoever deletes the row takes, too.
+            if not exists (select from {{ relation }} as l where l.{{ key }} = p_key::{{ key_type }}) then
+                raise exception 'the row of account % is gone', p_key using errcode = '40001';
+            end if;
             if v_old.balance <> 0 then
                 select x.id into v_bypass from system_accounts as x
                 where x.name = 'bypass' and x.currency = v_old.currency;
@@ -68,6 +72,9 @@ begin
     from accounts as x
     where x.mapping = '{{ mapping }}' and x.key = p_key and x.bucket = p_bucket and x.currency = p_currency
     for no key update;
+    if s.state <> 'frozen' then
+        raise exception 'the row of account % is gone', p_key using errcode = '40001';
+    end if;
     s.legacy := s.balance;
     return s;
 end
@@ -125,5 +132,58 @@ begin
     return to_jsonb({{ schema }}.move_{{ mapping }}(
         {{ schema }}.labelled(p_label::{{ schema }}.label, p_key::text, p_bucket, p_currency), p_policy, false
     ))::text;
+end
+$$;
+
+-- Nobody else asks the table any more. A row that goes closes its accounts: whoever gets its key later is somebody else.
+-- A key that changes would leave its money behind.
+create or replace function {{ schema }}.gone_{{ mapping }}() returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, {{ schema }}, pg_temp
+as $$
+#variable_conflict use_variable
+begin
+    if tg_op = 'TRUNCATE' then
+        -- Its snapshot may not see all the rows that it takes away, nor all accounts.
+        if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+            raise exception '{{ relation }} is mapped to a ledger, and cannot be truncated at this isolation level'
+                using errcode = '0A000', hint = 'Truncate at READ COMMITTED, or delete the rows.';
+        end if;
+        perform 1 from accounts as a where a.mapping = '{{ mapping }}' order by a.id for no key update;
+        update accounts as a set state = 'closed', state_at = clock_timestamp(), state_reason = 'truncate'
+        where
+            a.mapping = '{{ mapping }}' and a.state = 'frozen'
+            and not exists (select from {{ relation }} as l where l.{{ key }}::text collate "C" = a.key);
+        return null;
+    end if;
+    -- Also what a posting in flight opens, or one that this snapshot does not see (40001).
+    insert into accounts (mapping, key, bucket, currency, state, balance)
+    values
+    {% for c in columns %}
+    (
+        '{{ mapping }}', old.{{ key }}::text, '{{ c.bucket }}', '{{ c.currency }}', 'closed', 0
+    ){{ "," if not loop.last }}
+    {% endfor %}
+    on conflict do nothing;
+    perform 1 from accounts as a
+    where a.mapping = '{{ mapping }}' and a.key = old.{{ key }}::text collate "C"
+    order by a.id
+    for no key update;
+    if tg_op = 'UPDATE' and exists (
+        select from accounts as a
+        where
+            a.mapping = '{{ mapping }}' and a.key = old.{{ key }}::text collate "C"
+            and a.state = 'frozen' and a.balance <> 0
+    ) then
+        raise exception '{{ relation }} %: the ledger keeps a balance under this key', old.{{ key }}
+            using
+                errcode = 'WM030',
+                hint = 'Bring the balance to zero through the adapter, change the key, then bring it back.';
+    end if;
+    update accounts as a set state = 'closed', state_at = clock_timestamp(), state_reason = 'row gone'
+    where
+        a.mapping = '{{ mapping }}' and a.key = old.{{ key }}::text collate "C" and a.state = 'frozen';
+    return null;
 end
 $$;
