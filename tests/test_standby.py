@@ -111,6 +111,7 @@ def test_each_form_runs_on_a_standby_and_puts_nothing_on_record(made: Ledger, st
 def test_it_tells_how_far_the_standby_is_behind(made: Ledger, standby: Server, tmp_path: Path) -> None:
     engine, settings = on(standby, made)
     project = Project(tmp_path, engine.url.render_as_string(hide_password=False))
+    replayed(made[0], standby)
     said = project.run("verify")
     assert (said.exit_code, "on a standby, 0.0 s behind its primary: nothing was put on record" in said.stderr) == (
         *(0, True),
