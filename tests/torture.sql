@@ -33,9 +33,9 @@ begin
         elsif v_state = 'frozen' then
             perform wallet.seal_users(array[v_key]);
             -- The ledger alone is written: from here on the column is not true.
-            perform wallet.plain_users('FINGERPRINT', 'shadow', v_key, 'cash', 'EUR', 5, array[
-                'users/cash/EUR/' || v_key, '5', 't', 'start', null, null, null, null, null, null, null
-            ]::text);
+            perform wallet.plain_users('FINGERPRINT', 'shadow', v_key, 'cash', 'EUR', 5, row(
+                'users/cash/EUR/' || v_key, 5, true, 'start', null, null, null, null, null, null, null
+            )::wallet.label::text);
         end if;
     end loop;
     if p_role <> '' then
