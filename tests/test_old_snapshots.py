@@ -73,6 +73,19 @@ def test_who_would_open_an_account_that_was_opened_since_has_to_try_again(
 
 
 @above
+def test_a_backfill_that_would_open_accounts_that_another_opened_since_has_to_try_again(
+    world: World, isolation: IsolationLevel
+) -> None:
+    """The rows themselves are as they were: nothing but the account tells."""
+    old = world.stage.session(isolation)
+    old.look()
+    execute(world.engine, BACKFILL)
+    assert outcome(lambda: old.do(lambda on: tuple(on.execute(text(BACKFILL)).one()))) == "40001"
+    old.rollback()
+    assert world.accounts() == [("1", "mirrored", 100), ("2", "mirrored", 100)]
+
+
+@above
 def test_who_leaves_an_account_absent_that_was_opened_since_has_to_try_again(
     world: World, isolation: IsolationLevel
 ) -> None:
