@@ -88,8 +88,8 @@ def test_a_column_is_known_by_bucket_and_currency_both(
     call = "select refusal from wallet.post_users(cast(:r as jsonb))"
     with engine.begin() as connection:
         assert connection.scalar(text(call), {"r": json.dumps(request)}) == "unknown_column"
-        label = [f"users/{bucket}/{currency}/1", "5", "t", "t", *[None] * 7]
-        plain = text("select wallet.plain_users(:f, 'strict', 1, :b, :c, 5, cast(:l as text[])::text)")
+        label = f"(users/{bucket}/{currency}/1,5,t,t,,,,,,,)"
+        plain = text("select wallet.plain_users(:f, 'strict', 1, :b, :c, 5, :l)")
         answer = connection.scalar(plain, {"f": fingerprint, "b": bucket, "c": currency, "l": label})
     assert json.loads(answer)["refusal"] == "unknown_column"
     assert journal(engine) == before
