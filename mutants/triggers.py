@@ -38,7 +38,8 @@ def _of(place: str, names: str, events: tuple[str, ...]) -> list[Trigger]:
         add(f"trigger after {event} → removed", whole, "select 1")
         add(f"trigger after {event} → before", rf"^(create trigger {trigger}) after", r"\1 before")
         add(f"enable always trigger after {event} → enable", rf"enable always (trigger {trigger})$", r"enable \1")
-    add("when a watched column changed → always", rf"^(create trigger {names}update .*)when \(.*\) ", r"\1")
+    if "update" in events:
+        add("when a watched column changed → always", rf"^(create trigger {names}update .*)when \(.*\) ", r"\1")
     return made
 
 

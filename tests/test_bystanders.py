@@ -169,6 +169,35 @@ def test_it_happens_to_the_accounts_it_is_meant_for_and_to_no_other(town: Town, 
     assert_sound(town.engine, town.settings)
 
 
+@pytest.mark.parametrize(("bucket", "currency"), list(COLUMNS))
+def test_a_correction_is_made_in_the_column_it_is_of(town: Town, bucket: str, currency: str) -> None:
+    before = town.accounts()
+    adjust(town.engine, town.settings, town.users, ACT, "2", 5, bucket=bucket, currency=currency)
+    after, own = town.accounts(), ("users", "2", bucket, currency)
+    assert {account for account, found in before.items() if after[account] != found} == {own}
+    assert (after[own][1], after[own][5]) == (before[own][1] + 5, before[own][5] + 5)
+    assert_sound(town.engine, town.settings)
+
+
+def test_what_is_in_order_is_looked_at_once_each(town: Town) -> None:
+    with town.engine.begin() as holder:
+        # Only what differs is looked at again under its locks.
+        holder.exec_driver_sql("select from users for update")
+        made = reconcile(town.engine, town.settings, town.users, ACT, batch_size=1)
+    assert ({name: n for name, n in made.counts.items() if n}, made.items) == ({"in_order": 9}, ())
+
+
+def test_each_balance_is_made_the_sum_of_its_own_journal(town: Town) -> None:
+    sound = {account: found[:2] for account, found in town.accounts().items()}
+    town.sql("update wallet.accounts set balance = balance + id")
+    for mapping in town.settings.mappings:
+        made = recalculate(town.engine, town.settings, mapping, ACT)
+        assert {one.outcome for one in made.items} == {"recalculated"}
+        assert len(made.items) == len(USERS)
+    assert {account: found[:2] for account, found in town.accounts().items()} == sound
+    assert_sound(town.engine, town.settings)
+
+
 EQUAL = (
     "update users set coins = 50, dollars = 55, promo = 55 where id = 1",
     "update users set coins = 55 where id = 2",

@@ -238,6 +238,31 @@ def test_a_frozen_account_is_left_and_a_closed_one_stays_closed(made: Place) -> 
     made.check()
 
 
+def test_a_resync_of_the_same_backfill_is_no_opening_and_what_was_opened_at_nothing_is_left(made: Place) -> None:
+    """Its last pass goes over rows that were written past the adapter meanwhile."""
+    job = filled(made)
+    ledger.execute(made.engine, "update public.users set total_coins = 5 where id = 9")
+    ledger.execute(made.engine, "select wallet.late_users(null, null, :job)", job=job)
+    legs = "select t.kind::text, t.job_id from wallet.transactions as t order by id desc limit 1"
+    assert (ledger.rows(made.engine, legs), made.account(9)) == ([("resync", job)], ("mirrored", D(5)))
+    done = undo(made.engine, made.settings, job, ACT)
+    assert [(one.key, one.bucket, one.why) for one in done.left] == [("9", "cash", "later transactions stand on it")]
+    assert made.account(9) == ("mirrored", D(5))
+    made.check()
+
+
+def test_a_batch_goes_on_behind_the_last_account_and_stays_in_its_mapping(made: Place) -> None:
+    job = filled(made)
+    query = "select account from wallet.undo_openings(:mapping, :job, null, :after, 3, 'a', 'r', true)"
+    ids = [number for (number,) in ledger.rows(made.engine, "select id from wallet.accounts order by id")]
+
+    def batch(after: int, mapping: str = "users") -> list[int]:
+        return [found for (found,) in ledger.rows(made.engine, query, mapping=mapping, job=job, after=after)]
+
+    assert [batch(0), batch(ids[2]), batch(ids[-2]), batch(ids[-1])] == [ids[:3], ids[3:6], ids[-1:], []]
+    assert batch(0, "another") == []
+
+
 def test_only_a_backfill_that_is_at_rest_can_be_taken_back(made: Place) -> None:
     job = filled(made)
     with pytest.raises(UsageError, match="999 is no job"):

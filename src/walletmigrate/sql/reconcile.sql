@@ -345,6 +345,9 @@ begin
         and a.bucket = p_request ->> 'bucket' and a.currency = p_request ->> 'currency'
     for no key update;
     if not found then
+        k.key := p_request ->> 'key';
+        k.bucket := p_request ->> 'bucket';
+        k.currency := p_request ->> 'currency';
         k.outcome := 'refused';
         k.refusal := 'absent';
         return k;
