@@ -386,7 +386,7 @@ def retired(end: End) -> LegacyBalanceAdapter:
     return end.adapter()
 
 
-@pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ"])
+@pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ"], ids=["read_committed", "repeatable_read"])
 def test_whoever_gets_the_key_of_a_deleted_row_after_the_drop_begins_at_nothing(end: End, isolation: str) -> None:
     adapter = retired(end)
     with end.engine.connect().execution_options(isolation_level=isolation) as connection, connection.begin():
