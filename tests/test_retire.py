@@ -508,3 +508,62 @@ def test_the_triggers_of_a_retired_mapping_have_names_of_their_own_for_every_map
     names = {guard_name(longest, event) for event in (*GUARDS, *KEPT)}
     assert len(names) == 5
     assert max(map(len, names)) <= 63
+
+
+def test_a_row_that_goes_closes_the_accounts_of_its_key_and_of_its_mapping_alone(end: End) -> None:
+    adapter = retired(end)
+    ledger.execute(
+        end.engine,
+        "insert into wallet.accounts (mapping, key, bucket, currency, state, balance) "
+        "values ('others', '3', 'cash', 'EUR', 'frozen', 50), ('others', '4', 'cash', 'EUR', 'frozen', 50)",
+    )
+    with end.engine.begin() as connection:
+        for bucket in ("cash", "promo"):
+            adapter.set_balance(connection, 3, 0, bucket=bucket, actor="admin:7", reason="case")
+    frozen = "select mapping, key from wallet.accounts where state = 'frozen' and key in ('3', '4', '5')"
+    ledger.execute(end.engine, "update public.users set id = 60 where id = 3")
+    ledger.execute(end.engine, "delete from public.users where id = 4")
+    others = [("others", "3"), ("others", "4")]
+    assert sorted(set(ledger.rows(end.engine, frozen))) == [*others, ("users", "5")]
+    told = (
+        "select key, bucket, state_at from wallet.accounts where key in ('3', '4') and state = 'closed' order by 1, 2"
+    )
+    before = ledger.rows(end.engine, told)
+    ledger.execute(end.engine, "insert into public.users values (4, 'acme', 'member')")
+    ledger.execute(end.engine, "delete from public.users where id = 4")
+    assert ledger.rows(end.engine, told) == before
+    # A partition that is emptied leaves the rows of the others.
+    ledger.execute(end.engine, "create table public.part (like public.users)")
+    ledger.execute(
+        end.engine,
+        "create trigger t after truncate on public.part for each statement execute function wallet.gone_users()",
+    )
+    ledger.execute(end.engine, "truncate public.part")
+    assert sorted(set(ledger.rows(end.engine, frozen))) == [*others, ("users", "5")]
+    ledger.execute(end.engine, "truncate public.users")
+    assert sorted(set(ledger.rows(end.engine, frozen))) == others
+    assert ledger.rows(end.engine, told) == before
+
+
+def test_a_key_that_changes_waits_for_a_posting_in_flight_and_then_keeps_the_money(end: End) -> None:
+    adapter = retired(end)
+    with end.engine.begin() as connection:
+        for bucket in ("cash", "promo"):
+            adapter.set_balance(connection, 3, 0, bucket=bucket, actor="admin:7", reason="case")
+    other, said = ledger.engine_named(end.url, "renamer"), []
+
+    def rename() -> None:
+        try:
+            ledger.execute(other, "update public.users set id = 60 where id = 3")
+        except DBAPIError as error:
+            said.append(getattr(error.orig, "sqlstate", None))
+
+    with end.engine.connect() as poster:
+        adapter.credit(poster, 3, 5, type="deposit")
+        renamer = threading.Thread(target=rename)
+        renamer.start()
+        ledger.until_blocked(end.engine, "renamer")
+        poster.commit()
+    renamer.join()
+    assert said == ["WM030"]
+    assert end.balance(adapter, 3) == 5
