@@ -567,3 +567,19 @@ def test_a_key_that_changes_waits_for_a_posting_in_flight_and_then_keeps_the_mon
     renamer.join()
     assert said == ["WM030"]
     assert end.balance(adapter, 3) == 5
+
+
+def test_the_triggers_of_retired_keys_fire_for_who_writes_as_a_replica_too(end: End) -> None:
+    adapter = retired(end)
+    with end.engine.connect() as connection:
+        connection.exec_driver_sql("set session_replication_role = replica")
+        connection.exec_driver_sql("delete from public.users where id = 3")
+        connection.commit()
+        with pytest.raises(DBAPIError, match="keeps a balance"):
+            connection.exec_driver_sql("update public.users set id = 60 where id = 4")
+        connection.rollback()
+        assert end.balance(adapter, 4) == 100
+        connection.exec_driver_sql("set session_replication_role = replica")
+        connection.exec_driver_sql("truncate public.users")
+        connection.commit()
+    assert ledger.rows(end.engine, "select distinct state::text from wallet.accounts") == [("closed",)]
