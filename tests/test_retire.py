@@ -575,6 +575,7 @@ def test_the_triggers_of_retired_keys_fire_for_who_writes_as_a_replica_too(end: 
         connection.exec_driver_sql("set session_replication_role = replica")
         connection.exec_driver_sql("delete from public.users where id = 3")
         connection.commit()
+        assert ledger.rows(end.engine, "select state::text from wallet.accounts where key = '3'") == [("closed",)] * 2
         with pytest.raises(DBAPIError, match="keeps a balance"):
             connection.exec_driver_sql("update public.users set id = 60 where id = 4")
         connection.rollback()
