@@ -9,7 +9,7 @@ from sqlalchemy import Connection, text
 
 import interleaving
 from adapting import Place
-from interleaving import Stage
+from interleaving import REPEATABLE_READ, Stage
 from ledger import execute, rows, scalar, unguarded
 from test_snapshots import at, credit, proof, take
 
@@ -98,6 +98,19 @@ def test_a_snapshot_begins_behind_the_last_one_and_leaves_its_cursor_and_totals_
     assert advanced(at, made, 100) == 0
 
 
+def test_what_came_between_the_view_of_the_database_and_the_look_at_the_last_id_is_outside(
+    at: Place, stage: Stage
+) -> None:
+    old = stage.session(REPEATABLE_READ)
+    old.look()
+    credit(at, 3, 1)
+    old.sql("select wallet.begin_snapshot('a', 'r')")
+    old.commit()
+    made = take(at)
+    assert (made.resumed, made.transactions, take(at).transactions) == (True, 10, 1)
+    assert proof(at).clean
+
+
 def test_what_came_with_a_restore_is_not_read_again(at: Place) -> None:
     """Its xids are another cluster's, and may be greater than any horizon."""
     last = scalar(at.engine, "select max(id) from wallet.transactions")
@@ -149,15 +162,18 @@ def test_a_prune_waits_for_who_holds_its_snapshot_and_for_no_other(at: Place, st
     lock = "select from wallet.snapshots where id {} :into for no key update"
 
     def prune(connection: Connection) -> None:
-        connection.exec_driver_sql("set local lock_timeout = '20s'")
         connection.execute(text(f"select wallet.{function}"), {"into": into})
 
     holder.sql(lock.format("<>"), into=into)
+    other.sql("set local lock_timeout = '2s'")
     other.do(prune)
     other.rollback()
     holder.rollback()
     holder.sql(lock.format("="), into=into)
     waiting = other.waiting(prune, on=holder)
+    # Nothing is locked before it.
+    for table in ("totals", "checksums", "balances"):
+        holder.sql(f"select from wallet.snapshot_{table} for update nowait")
     holder.rollback()
     waiting.result(interleaving.PATIENCE_SECONDS)
     other.commit()
