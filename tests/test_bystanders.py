@@ -190,7 +190,7 @@ def test_what_is_in_order_is_looked_at_once_each(town: Town) -> None:
 def test_each_balance_is_made_the_sum_of_its_own_journal(town: Town) -> None:
     sound = {account: found[:2] for account, found in town.accounts().items()}
     town.sql("update wallet.accounts set balance = balance + id")
-    for mapping in town.settings.mappings:
+    for mapping in reversed(town.settings.mappings):
         made = recalculate(town.engine, town.settings, mapping, ACT)
         assert {one.outcome for one in made.items} == {"recalculated"}
         assert len(made.items) == len(USERS)

@@ -96,6 +96,30 @@ def test_an_amount_that_is_no_exact_one_in_the_legacy_row_refuses_the_account_un
     assert world.account(3)[:2] == ("frozen", D(101))  # type: ignore[index]
 
 
+def test_a_frozen_account_is_held_against_its_ledger_whatever_the_legacy_row_holds(world: World) -> None:
+    frozen(world)
+    assert [adjusted(world, 5).difference, adjusted(world, 5).truth] == [D(5), D(110)]
+    assert called(world, truth="value", amount=100, tolerance=0, limit=20).outcome == "corrected"
+    assert world.account(3) == ("frozen", D(100), D(100))
+
+
+def test_what_is_too_far_away_is_left_as_it_is_also_where_the_sides_differ(database_url: str) -> None:
+    world = damaged_world(database_url)
+    world.damage("update users set total_coins = 103 where id = 3")
+    assert called(world, truth="value", amount=200, tolerance=0, limit=1).outcome == "reported"
+    assert called(world, truth="value", amount=200, tolerance=0, limit=1000, seen=100).outcome == "moved"
+    assert world.account(3) == ("mirrored", D(100), D(103))
+    assert rows(world.engine, "select action from wallet.audit_log where action like 'reconcile%'") == []
+
+
+def test_an_absent_account_is_opened_by_a_call_that_says_so_alone(world: World) -> None:
+    execute(world.engine, "insert into users values (11, 'acme', 'member', 7, 0)")
+    asked = {"key": 11, "truth": "legacy", "tolerance": 0, "limit": 0}
+    for fields in (asked, {**asked, "create": "false"}):
+        assert called(world, **fields).refusal == "absent"
+    assert called(world, **asked, create="true").outcome == "opened"
+
+
 @pytest.mark.parametrize("truth", [1000, -1000])
 def test_a_truth_that_does_not_fit_the_column_is_refused_before_it_is_written(database_url: str, truth: int) -> None:
     narrow = narrow_world(database_url)
@@ -122,6 +146,8 @@ def test_an_adjustment_is_on_record_as_such_and_its_notes_stand_beside_it(world:
     noted = adjusted(world, "-0.25", notes="call of Monday").transaction_id
     details = "select transaction_id, description from wallet.transaction_details"
     assert rows(world.engine, details) == [(noted, "call of Monday")]
+    after = "select debit_balance, credit_balance from wallet.transactions order by id desc limit 2"
+    assert rows(world.engine, after) == [(D("100.25"), None), (None, D("100.50"))]
     assert [one["transaction_id"] for one in world.audited("adjust")][1:] == [noted]
     assert adjusted(world, -100, allow_negative=True, dry_run=True).ledger_after == D("0.25")
     assert len(world.audited("adjust")) == 2
@@ -233,7 +259,8 @@ def test_a_frozen_account_is_corrected_back_whatever_the_legacy_row_holds(world:
     frozen(world)
     past_the_fence(world, NO_AMOUNT)
     audit = scalar(world.engine, "select id from wallet.audit_log where action = 'reconcile corrected'")
-    assert called(world, audit=audit, run=made.run, request="00000000-0000-4000-8000-000000000001").outcome == "undone"
+    done = called(world, audit=audit, run=made.run, request="00000000-0000-4000-8000-000000000001")
+    assert (done.outcome, done.difference) == ("undone", D(-1))
     assert world.account(3)[:2] == ("frozen", D(100))  # type: ignore[index]
     assert rows(world.engine, "select mode::text from wallet.idempotency_keys") == [("ledger",)]
 
@@ -261,6 +288,21 @@ def test_a_reversal_in_legacy_alone_and_one_whose_key_is_gone_count_too(world: W
     execute(world.engine, "delete from wallet.idempotency_keys where mode = 'dual_write'")
     assert undo(world, made) == [("3", "reversed_before"), ("4", "reversed_before")]
     assert (world.account(3), world.account(4)) == (("mirrored", D(100), D(100)), ("stale", D(101), D(100)))
+
+
+def test_a_correction_that_was_undone_is_not_undone_again_by_a_call_of_its_own(world: World) -> None:
+    """Of the second there is no transaction: the record alone says that it was undone."""
+    world.damage("update users set total_coins = 103 where id = 4")
+    runs = world.reconcile(told_of(k3=101)), world.reconcile(LEDGER, account="4")
+    assert [undo(world, made) for made in runs] == [[], []]
+    # The undo of the second wrote the row of an account that is stale, as the library and not past it.
+    assert (world.account(4), rows(world.engine, "select * from wallet.bypasses")) == (("stale", D(100), D(103)), [])
+    audits = rows(
+        world.engine, "select id, details ->> 'key' from wallet.audit_log where action = 'reconcile corrected'"
+    )
+    assert len(audits) == 2
+    for audit, key in audits:
+        assert called(world, audit=audit, key=key).refusal == "undone_before"
 
 
 def test_a_line_that_is_stopped_and_a_dry_run_take_nothing_back(world: World) -> None:
