@@ -529,17 +529,24 @@ def test_a_row_that_goes_closes_the_accounts_of_its_key_and_of_its_mapping_alone
         "select key, bucket, state_at from wallet.accounts where key in ('3', '4') and state = 'closed' order by 1, 2"
     )
     before = ledger.rows(end.engine, told)
-    ledger.execute(end.engine, "insert into public.users values (4, 'acme', 'member')")
-    ledger.execute(end.engine, "delete from public.users where id = 4")
-    assert ledger.rows(end.engine, told) == before
+    # Whoever has the key of a closed account may go, and may take another key: the balance is not theirs.
+    for goes in ("delete from public.users where id = 4", "update public.users set id = 61 where id = 4"):
+        ledger.execute(end.engine, "insert into public.users values (4, 'acme', 'member')")
+        ledger.execute(end.engine, goes)
+        assert ledger.rows(end.engine, told) == before
     # A partition that is emptied leaves the rows of the others.
     ledger.execute(end.engine, "create table public.part (like public.users)")
     ledger.execute(
         end.engine,
         "create trigger t after truncate on public.part for each statement execute function wallet.gone_users()",
     )
+    gone = (
+        "insert into wallet.accounts (mapping, key, bucket, currency, state, balance) values ('users', '70', 'cash', "
+    )
+    ledger.execute(end.engine, gone + "'EUR', 'frozen', 0)")
     ledger.execute(end.engine, "truncate public.part")
     assert sorted(set(ledger.rows(end.engine, frozen))) == [*others, ("users", "5")]
+    assert ledger.rows(end.engine, "select state::text from wallet.accounts where key = '70'") == [("closed",)]
     ledger.execute(end.engine, "truncate public.users")
     assert sorted(set(ledger.rows(end.engine, frozen))) == others
     assert ledger.rows(end.engine, told) == before
@@ -584,3 +591,18 @@ def test_the_triggers_of_retired_keys_fire_for_who_writes_as_a_replica_too(end: 
         connection.exec_driver_sql("truncate public.users")
         connection.commit()
     assert ledger.rows(end.engine, "select distinct state::text from wallet.accounts") == [("closed",)]
+
+
+@pytest.mark.parametrize("goes", ["delete from public.users where id = 3", "truncate public.users"])
+def test_a_row_that_goes_waits_for_nobody_who_holds_another_account(end: End, goes: str) -> None:
+    retired(end)
+    ledger.execute(
+        end.engine,
+        "insert into wallet.accounts (mapping, key, bucket, currency, state, balance) "
+        "values ('others', '3', 'cash', 'EUR', 'frozen', 50)",
+    )
+    held = "mapping = 'others'" if goes.startswith("truncate") else "mapping = 'others' or key <> '3'"
+    with end.engine.connect() as holder, end.engine.begin() as connection:
+        holder.exec_driver_sql(f"select from wallet.accounts where {held} for update")
+        connection.exec_driver_sql("set local lock_timeout = '2s'")
+        connection.exec_driver_sql(goes)
