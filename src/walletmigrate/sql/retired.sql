@@ -135,8 +135,8 @@ begin
 end
 $$;
 
--- Nobody else asks the table any more. A row that goes closes its accounts: whoever gets its key later is somebody else.
--- A key that changes would leave its money behind.
+-- Nobody else asks the table any more. A row that goes closes its accounts: whoever gets its key later is somebody
+-- else. A key that changes would leave its money behind.
 create or replace function {{ schema }}.gone_{{ mapping }}() returns trigger
 language plpgsql
 security definer
