@@ -9,6 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 import ledger
@@ -31,6 +32,27 @@ D = Decimal
 @pytest.fixture
 def end(database_url: str, tmp_path: Path) -> End:
     return End(database_url, tmp_path, with_promo=True, floor=D(0))
+
+
+def behind(end: End, first: Callable[[Connection], object], second: Callable[[Connection], object]) -> str | None:
+    """Let ``second`` come to wait for ``first``, which is in flight, then commit both; the SQLSTATE it failed with."""
+    other, said = ledger.engine_named(end.url, "second"), []
+
+    def follow() -> None:
+        try:
+            with other.begin() as connection:
+                second(connection)
+        except DBAPIError as error:
+            said.append(str(getattr(error.orig, "sqlstate", None)))
+
+    with end.engine.connect() as connection:
+        first(connection)
+        follower = threading.Thread(target=follow)
+        follower.start()
+        ledger.until_blocked(end.engine, "second")
+        connection.commit()
+    follower.join()
+    return said[0] if said else None
 
 
 def phase(end: End) -> str:
@@ -325,19 +347,9 @@ def test_two_first_postings_of_a_row_that_came_later_are_both_posted(end: End) -
     end.retire()
     end.migrate()
     ledger.execute(end.engine, "insert into public.users values (50, 'acme', 'member')")
-    adapter, other = end.adapter(), ledger.engine_named(end.url, "second")
-
-    def post() -> None:
-        with other.begin() as connection:
-            adapter.credit(connection, 50, 7, type="deposit")
-
-    with end.engine.connect() as first:
-        adapter.credit(first, 50, 5, type="deposit")
-        second = threading.Thread(target=post)
-        second.start()
-        ledger.until_blocked(end.engine, "second")
-        first.commit()
-    second.join()
+    adapter = end.adapter()
+    first, second = (lambda on, amount=amount: adapter.credit(on, 50, amount, type="deposit") for amount in (5, 7))
+    assert behind(end, first, second) is None
     assert end.balance(adapter, 50) == 12
     assert end.verify()
 
@@ -405,18 +417,9 @@ def test_whoever_gets_the_key_of_a_deleted_row_after_the_drop_begins_at_nothing(
 def test_a_row_without_an_account_leaves_no_account_to_whoever_comes_after_it(end: End) -> None:
     adapter = retired(end)
     ledger.execute(end.engine, "insert into public.users values (50, 'acme', 'member')")
-    with end.engine.connect() as poster:
-        adapter.credit(poster, 50, 5, type="deposit")  # opens it, and is in flight
-        other = ledger.engine_named(end.url, "deleter")
-
-        def delete() -> None:
-            ledger.execute(other, "delete from public.users where id = 50")
-
-        deleter = threading.Thread(target=delete)
-        deleter.start()
-        ledger.until_blocked(end.engine, "deleter")
-        poster.commit()
-    deleter.join()
+    delete = text("delete from public.users where id = 50")
+    # The posting opens the account, and is in flight.
+    behind(end, lambda on: adapter.credit(on, 50, 5, type="deposit"), lambda on: on.execute(delete))
     ledger.execute(end.engine, "insert into public.users values (50, 'acme', 'member')")
     assert end.balance(adapter, 50) == 0
     assert end.verify()
@@ -426,23 +429,9 @@ def test_a_row_without_an_account_leaves_no_account_to_whoever_comes_after_it(en
 def test_a_posting_that_waited_for_the_deletion_of_its_row_is_to_be_tried_again(end: End, key: int) -> None:
     adapter = retired(end)
     ledger.execute(end.engine, "insert into public.users values (50, 'acme', 'member')")
-    other, said = ledger.engine_named(end.url, "poster"), []
-
-    def post() -> None:
-        try:
-            with other.begin() as connection:
-                adapter.credit(connection, key, 5, type="deposit")
-        except DBAPIError as error:
-            said.append(getattr(error.orig, "sqlstate", None))
-
-    with end.engine.connect() as deleter:
-        deleter.exec_driver_sql(f"delete from public.users where id = {key}")
-        poster = threading.Thread(target=post)
-        poster.start()
-        ledger.until_blocked(end.engine, "poster")
-        deleter.commit()
-    poster.join()
-    assert said == ["40001"]
+    delete = text(f"delete from public.users where id = {key}")
+    said = behind(end, lambda on: on.execute(delete), lambda on: adapter.credit(on, key, 5, type="deposit"))
+    assert said == "40001"
     states = f"select distinct state::text from wallet.accounts where key = '{key}'"
     assert ledger.rows(end.engine, states) == [("closed",)]
     assert end.verify()
@@ -557,22 +546,9 @@ def test_a_key_that_changes_waits_for_a_posting_in_flight_and_then_keeps_the_mon
     with end.engine.begin() as connection:
         for bucket in ("cash", "promo"):
             adapter.set_balance(connection, 3, 0, bucket=bucket, actor="admin:7", reason="case")
-    other, said = ledger.engine_named(end.url, "renamer"), []
-
-    def rename() -> None:
-        try:
-            ledger.execute(other, "update public.users set id = 60 where id = 3")
-        except DBAPIError as error:
-            said.append(getattr(error.orig, "sqlstate", None))
-
-    with end.engine.connect() as poster:
-        adapter.credit(poster, 3, 5, type="deposit")
-        renamer = threading.Thread(target=rename)
-        renamer.start()
-        ledger.until_blocked(end.engine, "renamer")
-        poster.commit()
-    renamer.join()
-    assert said == ["WM030"]
+    rename = text("update public.users set id = 60 where id = 3")
+    said = behind(end, lambda on: adapter.credit(on, 3, 5, type="deposit"), lambda on: on.execute(rename))
+    assert said == "WM030"
     assert end.balance(adapter, 3) == 5
 
 
