@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import psycopg
 import pytest
 from pydantic import SecretStr
@@ -9,6 +11,7 @@ from sqlalchemy import URL, Engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
+import monitoring
 from servers import Postgres
 from walletmigrate import connect
 from walletmigrate.errors import ConfigError, DatabaseUnreachable
@@ -208,6 +211,23 @@ def test_a_scratch_database_is_dropped_under_open_sessions(server: Postgres) -> 
     with pytest.raises(psycopg.OperationalError):
         left_open.execute("select 1")
     left_open.close()
+
+
+def test_a_scratch_database_is_dropped_beside_a_session_that_its_user_may_not_end(server: Postgres) -> None:
+    """As autovacuum's workers are, which a DROP without FORCE ends."""
+    with psycopg.connect(server.url, autocommit=True) as superuser, ThreadPoolExecutor() as pool:
+        superuser.execute("create role humble login createdb password 'trusted'")
+        context = connect.scratch_database(make_url(server.url).set(username="humble", password="trusted"))
+        url = make_url(context.__enter__())
+        other = psycopg.connect(make_url(server.url).set(database=url.database).render_as_string())
+        dropped = pool.submit(context.__exit__, None, None, None)
+        drops = "select count(*) from pg_stat_activity where state = 'active' and query = %s"
+        query = f'drop database if exists "{url.database}"'
+        monitoring.until(lambda: superuser.execute(drops, (query,)).fetchone() == (1,), lambda: dropped)
+        other.close()
+        assert not dropped.result()
+        superuser.execute("drop role humble")
+    assert url.database not in database_names(server)
 
 
 def test_a_scratch_database_is_dropped_after_an_error(server: Postgres) -> None:

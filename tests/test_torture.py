@@ -88,6 +88,7 @@ class Theatre:
 
     def close(self) -> None:
         """Close the sessions and drop the database."""
+        self._arena = None
         self._stack.close()
 
 

@@ -33,6 +33,7 @@ STATEMENT_TIMEOUT_MS: Final = 300_000
 """How long a statement of a job may run, in milliseconds; 0 is no limit."""
 
 _CONNECT_SECONDS: Final = 10
+_INSUFFICIENT_PRIVILEGE: Final = "42501"
 _SCHEMES: Final = frozenset({"postgresql", "postgres", "postgresql+psycopg"})
 _SECRET_PARAMETERS: Final = frozenset({"password", "sslpassword", "passphrase", "oauth_client_secret"})
 _HIDDEN: Final = "***"
@@ -143,10 +144,24 @@ def scratch_database(server: str | SecretStr | URL | Engine, template: str | Non
         try:
             yield url.set(drivername="postgresql", database=name).render_as_string(hide_password=False)
         finally:
-            with admin.connect() as connection:
-                connection.exec_driver_sql(f'drop database if exists "{name}" with (force)')
+            _drop_database(admin, name)
     finally:
         admin.dispose()
+
+
+def _drop_database(admin: Engine, name: str) -> None:
+    """Drop a database and end the sessions in it.
+
+    An autovacuum worker belongs to nobody, so PostgreSQL forbids FORCE to a user who may not signal every session.
+    A plain DROP ends such a worker itself, and waits 5 s for the others.
+    """
+    with admin.connect() as connection:
+        try:
+            connection.exec_driver_sql(f'drop database if exists "{name}" with (force)')
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) != _INSUFFICIENT_PRIVILEGE:
+                raise
+            connection.exec_driver_sql(f'drop database if exists "{name}"')
 
 
 def _in_autocommit(connection: Connection) -> bool:
