@@ -14,6 +14,7 @@ from sqlalchemy import BigInteger, Engine, MetaData, Numeric, Table, Text, text
 
 from walletmigrate import connect
 from walletmigrate.audit import Act
+from walletmigrate.backfill import KEPT_PERCENT
 from walletmigrate.config import Column, Mapping, Settings
 from walletmigrate.embedded import Server
 from walletmigrate.flag_file import FlagFile
@@ -99,13 +100,14 @@ def install_ledger(url: str, phase: str) -> None:
 
 
 def mirror(engine: Engine, upto: int) -> None:
-    """Open the accounts of the keys 1 to ``upto`` at least, a batch at a time."""
+    """Open the accounts of the keys 1 to ``upto`` at least, a batch at a time, and leave them as a backfill does."""
     with engine.begin() as connection:
         for last in range(0, upto, 5_000):
             connection.execute(
                 text("select from wallet.backfill_users(cast(:after as text), cast(:upto as text), null)"),
                 {"after": str(last), "upto": str(min(last + 5_000, upto))},
             )
+        connection.execute(text("select wallet.fill_accounts(:percent)"), {"percent": KEPT_PERCENT})
 
 
 def settle(engine: Engine) -> None:

@@ -69,6 +69,30 @@ def test_every_row_gets_an_account_and_an_opening_that_names_the_job(made: Ledge
     assert audit == [(f"backfill {word}", ACT.actor, ACT.reason, result.job_id) for word in ("start", "done")]
 
 
+ROOM = "select reloptions from pg_class where oid = 'wallet.accounts'::regclass"
+
+
+def test_openings_leave_room_that_postings_then_use_up_before_they_look_for_dead_versions(made: Ledger) -> None:
+    engine, _ = made
+    seen = []
+    run(made)
+    assert scalar(engine, ROOM) == ["fillfactor=90"]
+    run(made, progress=lambda *_: seen.append(scalar(engine, ROOM)))
+    assert seen
+    assert set(map(tuple, seen)) == {("fillfactor=70",)}
+    assert scalar(engine, ROOM) == ["fillfactor=90"]
+
+
+def test_room_that_a_vacuum_holds_fast_stops_no_backfill(made: Ledger) -> None:
+    engine, _ = made
+    with engine.connect() as vacuum:
+        vacuum.exec_driver_sql("lock table wallet.accounts in share update exclusive mode")
+        assert run(made).opened == ROWS
+    assert scalar(engine, ROOM) == ["fillfactor=70"]
+    assert run(made).state == "done"
+    assert scalar(engine, ROOM) == ["fillfactor=90"]
+
+
 def test_running_twice_changes_nothing(made: Ledger) -> None:
     run(made)
     before = journal(made[0])

@@ -12,7 +12,8 @@ DEFINERS = {
     *("turn_stale", "diverged", "probe_account", "replay", "resolve", "enter_batch"),
     *("leg_users", "fence_users", "fence_truncate_users", "retired_users"),
     *("open_users", "seal_users", "unseal_users", "close_users", "amend_users", "recount_users"),
-    *("undo_openings", "adopt_journal", "erase", "fold_system_accounts", "set_line", "follow_phase"),
+    *("undo_openings", "adopt_journal", "erase", "fold_system_accounts", "fill_accounts", "set_line"),
+    "follow_phase",
 }
 """They write the ledger for those who may not, and decide for themselves what. All others run as who calls them."""
 

@@ -135,6 +135,7 @@ def test_the_flags_may_be_off_and_the_ledger_leg_may_fail_for_that_role_too(app:
         "select setval('wallet.line', 2)",
         "select wallet.set_line(false)",
         "select wallet.fold_system_accounts()",
+        "select wallet.fill_accounts(10)",
         "select * from wallet.backfill_users(null, null, null)",
         "select * from wallet.open_users(array[1]::bigint[], null)",
         "select * from wallet.freeze_users(null, null)",

@@ -19,6 +19,11 @@ from walletmigrate.standing import REASON
 
 KIND: Final = "backfill"
 _DUE: Final = ("stale", "closed")
+_FILLED_PERCENT: Final = 70
+"""How full openings leave a page of accounts."""
+
+KEPT_PERCENT: Final = 90
+"""How full a page may become before postings look for dead versions on it; more than 90 means 90 to PostgreSQL."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ def backfill(
             return _plan(connection, settings, mapping, began)
         total = jobs.count_items(connection, mapping)
     job = jobs.start_or_resume(engine, settings, KIND, mapping.name, act, total=total, force=force)
+    _fill(engine, settings, _FILLED_PERCENT)
     main, late = steps(settings, mapping, job.id)
     job = jobs.run_batches(
         engine,
@@ -90,6 +96,7 @@ def backfill(
         with engine.begin() as connection:
             connection.execute(text(f"select {quoted(settings.ledger_schema)}.fold_system_accounts()"))
             aside = len(job_batches.set_aside(connection, settings, job.id)) * len(mapping.columns)
+        _fill(engine, settings, KEPT_PERCENT)
         failed = job.counts.get("unfit", 0) + aside
         job = jobs.finish(engine, settings, mapping, job, act, failed=failed)
     counts = job.counts
@@ -104,6 +111,13 @@ def backfill(
         resumed=job.resumed,
         state=job.state,
     )
+
+
+def _fill(engine: Engine, settings: Settings, percent: int) -> None:
+    with engine.begin() as connection:
+        connection.execute(
+            text(f"select {quoted(settings.ledger_schema)}.fill_accounts(:percent)"), {"percent": percent}
+        )
 
 
 def _refuse(connection: Connection, settings: Settings, mapping: Mapping) -> None:

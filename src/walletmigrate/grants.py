@@ -23,7 +23,7 @@ SNAPSHOTS: Final = (
 )
 _POSTING: Final = ("turn_stale", "diverged", "resolve", "replay", "enter_batch", "labelled")
 _POSTING_OF: Final = ("post", "lock", "leg", "plain", "settle", "move")
-_WORKING: Final = (*SNAPSHOTS, "fold_system_accounts", "set_line", "undo_openings", "erase")
+_WORKING: Final = (*SNAPSHOTS, "fold_system_accounts", "fill_accounts", "set_line", "undo_openings", "erase")
 _WORKING_OF: Final = (
     *("cut", "last", "span", "backfill", "late", "open", "freeze", "seal", "unfreeze", "unseal", "close"),
     *("amend", "rewrite", "correct", "recount", "recalculate", "standing"),

@@ -77,7 +77,8 @@ class LegacyColumn:
     """A balance column as the catalog has it.
 
     ``minimum`` and ``maximum`` (major units, multiples of the currency's smallest unit) are the outermost
-    balances that the column keeps exactly, and at most the ledger's own 30 digits.
+    balances that the column keeps exactly, and at most the ledger's own 30 digits. ``finer`` says that its type
+    could keep fractions of the smallest unit.
     """
 
     name: str
@@ -86,6 +87,7 @@ class LegacyColumn:
     maximum: Decimal
     is_float: bool
     nullable: bool
+    finer: bool = True
 
 
 @dataclass(frozen=True)
@@ -297,7 +299,7 @@ def _column_problems(
         yield mapping.problem(f"column {name!r} is of type {row.sql_type}.", fix, "columns", index, "column")
         return
     decimals = _decimals(row)
-    needed = 0 if column.unit == "minor" else column.scale
+    needed = _needed(column)
     if decimals is not None and decimals < needed:
         fixes = [f"set scale = {decimals}"] if decimals >= 0 else []
         fixes += ['set unit = "minor" if the column counts the smallest unit'] if decimals >= 0 else []
@@ -320,8 +322,14 @@ def _decimals(row: Row[Any]) -> int | None:
     return 0 if row.base in INTEGER_BITS else precision[1] if precision else None
 
 
+def _needed(column: Column) -> int:
+    """How many decimals a balance has in the column."""
+    return 0 if column.unit == "minor" else column.scale
+
+
 def _legacy_column(column: Column, row: Row[Any]) -> LegacyColumn:
     minimum, maximum = _limits(column, row)
+    decimals = _decimals(row)
     return LegacyColumn(
         column.column,
         row.sql_type,
@@ -329,6 +337,7 @@ def _legacy_column(column: Column, row: Row[Any]) -> LegacyColumn:
         Decimal(maximum).scaleb(-column.scale, _WIDE),
         row.base in FLOAT_DIGITS,
         not row.not_null,
+        decimals is None or decimals > _needed(column),
     )
 
 
@@ -353,7 +362,7 @@ def _unconvertible_query(connection: Connection, mapping: Mapping, column: Colum
     """SQL for the values of one column that do not convert; every name in it is quoted."""
     quote: Callable[[str], str] = connection.dialect.identifier_preparer.quote_identifier
     name, key = quote(column.column), quote(mapping.key)
-    decimals = 0 if column.unit == "minor" else column.scale
+    decimals = _needed(column)
     wrong = f"{name} is null"
     if base not in INTEGER_BITS:
         largest = 10 ** (MAX_INTEGER_DIGITS + column.scale) - 1

@@ -27,12 +27,14 @@ perform nextval('rejected_{{ mapping }}') {{ counted() }};
    below the floor is left to the long way. #}
 {% macro fits(c) %}
 v_after - {{ c.before }} = v_label.change
-                and v_after = round(v_after, {{ c.scale }})
+                {% if c.finer %}
+                and v_after = round(v_after, {{ c.scale }}) -- its type keeps no such limit
+                {% endif %}
                 {% if c.floor != "null::numeric" %}
                 and v_after >= {{ c.floor }}
                 {% endif %}
                 {% if c.wide %}
-                and v_after between {{ c.minimum }} and {{ c.maximum }} -- its type keeps no such limit
+                and v_after between {{ c.minimum }} and {{ c.maximum }} -- nor this one
                 {% endif %}
                 {% for other in columns if other.bucket != c.bucket or other.currency != c.currency %}
                 and old.{{ other.column }} is not distinct from new.{{ other.column }}
