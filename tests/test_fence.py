@@ -291,7 +291,7 @@ def test_the_replica_role_does_not_get_past_the_fence(world: World) -> None:
     assert world.write("set local session_replication_role = replica", UPDATE.replace("= 1", "= 2")) == ""
     assert world.state(2) == "stale"
     world.bring("frozen", key=1)
-    for statement in (UPDATE, DELETE, TRUNCATE):
+    for statement in (UPDATE, DELETE, TRUNCATE, "update users set id = 11 where id = 1"):
         assert world.write("set local session_replication_role = replica", statement) == FROZEN
 
 
