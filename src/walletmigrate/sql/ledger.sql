@@ -540,9 +540,9 @@ begin
 end
 $$;
 
--- How full openings fill the pages of accounts, in per cent. PostgreSQL clears a page of its dead versions at each visit
--- as long as there is less room on it than the table asks for: with the 30 % that openings leave, after every posting.
--- A table that asks for 10 % then has the rest for some ten postings, and one look for all of them.
+-- How full openings fill the pages of accounts, in per cent. PostgreSQL clears a page of its dead versions at each
+-- visit as long as there is less room on it than the table asks for: with the 30 % that openings leave, after every
+-- posting. A table that asks for 10 % then has the rest for some ten postings, and one look for all of them.
 create function {{ schema }}.fill_accounts(p_percent integer) returns void
 language plpgsql
 security definer
