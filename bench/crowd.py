@@ -23,9 +23,9 @@ import handwritten
 import stage
 from figures import Figure, at_least, ratio_note
 from prometheus_client import CollectorRegistry
-from sqlalchemy import Engine
+from sqlalchemy import Engine, bindparam, update
 from sqlalchemy.orm import Session
-from stage import AMOUNT, USERS, Scale
+from stage import AMOUNT, BARE, USERS, Scale
 
 from walletmigrate import LegacyBalanceAdapter
 from walletmigrate.embedded import Server
@@ -35,8 +35,8 @@ from walletmigrate.observe import PrometheusObserver
 ROWS = 10_000
 CLIENTS = 8
 WARM_UP = 50
-RIVALS = (("adapter.core", "hand.core"), ("adapter.orm", "hand.orm"))
-"""Adapter and hand-written, on a Connection and on a Session."""
+RIVALS = (("adapter.orm", "hand.orm"), ("adapter.core", "hand.core"), ("bare.core", "hand.core"))
+"""Adapter and hand-written, on a Session and on a Connection; and what bounds any dual-write through Core."""
 
 Call = Callable[[int, str], object]
 """``call(key, idempotency_key)``, in a transaction of its own."""
@@ -54,28 +54,31 @@ def measure(server: Server, scale: Scale) -> list[Figure]:
     """Throughput ratios, adapter ÷ hand-written."""
     seconds = 2.0 if scale.quick else 8.0
     rounds = scale.rounds(full=7, quick=2)
-    found: dict[str, list[float]] = {variant: [] for pair in RIVALS for variant in pair}
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {pair: [] for pair in RIVALS}
     with tempfile.TemporaryDirectory() as folder, stage.database(server, "bench_crowd") as url:
         engine = stage.application(url)
         try:
             _prepare(engine, url)
             flags = stage.flag_file(Path(folder), on=True)
             with _workers(url, flags) as pipes:
-                for variant in found:
+                for variant in {variant for pair in RIVALS for variant in pair}:
                     _together(pipes, Task(variant, 0.5))
                 for number in range(rounds):
                     for pair in RIVALS:
+                        made = {}
                         for variant in reversed(pair) if number % 2 else pair:
                             stage.checkpoint(engine)
-                            found[variant].append(_together(pipes, Task(variant, seconds)))
+                            made[variant] = _together(pipes, Task(variant, seconds))
+                        found[pair].append((made[pair[0]], made[pair[1]]))
             _check(engine)
         finally:
             engine.dispose()
-    return [_figure(subject, rival, found) for subject, rival in RIVALS]
+    return [_figure(pair, runs) for pair, runs in found.items()]
 
 
 def _prepare(engine: Engine, url: str) -> None:
-    stage.make_users(engine, USERS, ROWS)
+    for table in (USERS, BARE):
+        stage.make_users(engine, table, ROWS)
     stage.install_ledger(url, "dual_write")
     stage.mirror(engine, ROWS)
     handwritten.make(engine, ROWS)
@@ -88,15 +91,18 @@ def _check(engine: Engine) -> None:
         raise RuntimeError(f"the hand-written dual-write got {wrong} accounts wrong")
 
 
-def _figure(subject: str, rival: str, found: dict[str, list[float]]) -> Figure:
-    kind = "Core" if rival.endswith("core") else "ORM"
+def _figure(pair: tuple[str, str], runs: list[tuple[float, float]]) -> Figure:
+    subject, rival = pair
+    kind = "ORM" if rival == "hand.orm" else "Core"
+    bare = subject == "bare.core"
+    first, second = zip(*runs, strict=True)
     return Figure(
-        f"crowd.{rival}",
-        f"{CLIENTS} clients: against a dual-write by hand, {kind}",
-        tuple(a / b for a, b in zip(found[subject], found[rival], strict=True)),
+        "crowd.bound" if bare else f"crowd.{rival}",
+        f"{CLIENTS} clients: {'a bare UPDATE ' if bare else ''}against a dual-write by hand, {kind}",
+        tuple(a / b for a, b in runs),
         "× its throughput",
-        at_least(2.5),
-        ratio_note(found[subject], found[rival], "a second"),
+        at_least(2.5, binding=kind == "ORM"),
+        ratio_note(first, second, "a second"),
     )
 
 
@@ -168,6 +174,7 @@ def _calls(engine: Engine, flags: str) -> dict[str, Call]:
     return {
         "adapter.core": _on_connection(engine, adapter),
         "adapter.orm": _on_session(engine, adapter),
+        "bare.core": _bare(engine),
         "hand.core": _by_hand(handwritten.core(engine)),
         "hand.orm": _by_hand(handwritten.orm(engine)),
     }
@@ -185,6 +192,17 @@ def _on_session(engine: Engine, adapter: LegacyBalanceAdapter) -> Call:
     def call(key: int, token: str) -> None:
         with Session(engine) as session, session.begin():
             adapter.credit(session, key, AMOUNT, type="deposit", reference=("deposit", key), idempotency_key=token)
+
+    return call
+
+
+def _bare(engine: Engine) -> Call:
+    """One UPDATE of a table without a fence, made once: what is left when nothing is written but the column."""
+    raise_balance = update(BARE).where(BARE.c.id == bindparam("key")).values(total_coins=BARE.c.total_coins + AMOUNT)
+
+    def call(key: int, _token: str) -> None:
+        with engine.begin() as connection:
+            connection.execute(raise_balance, {"key": key})
 
     return call
 
