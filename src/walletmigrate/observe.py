@@ -206,6 +206,21 @@ class Mismatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Adjusted:
+    """A balance that an operator adjusted (`corrections.adjust`), told after the commit. Its audit row has the same
+    correlation id. ``amount`` is signed, in major units.
+    """
+
+    mapping: str
+    bucket: str
+    currency: str
+    transaction_id: int | None
+    correlation_id: str | None
+    key: object = None
+    amount: Decimal | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class FlagsSeen:
     """The flag document in force, and its age then. Told by each call that decides by it, and by each beat of a
     `Heartbeat` that has observers, so that the age goes on in a process without work.
@@ -249,7 +264,7 @@ class Unrouted:
     key: object = None
 
 
-Event = Posted | Read | Mismatch | FlagsSeen | LostUpdate | Unrouted
+Event = Posted | Read | Mismatch | Adjusted | FlagsSeen | LostUpdate | Unrouted
 
 
 class Observer(Protocol):
@@ -326,7 +341,10 @@ class PrometheusObserver:
         self._ages = [age.labels(flag) for flag in FLAGS]
 
     def __call__(self, event: Event, /) -> None:
-        """Count the event. Raises KeyError for a label value outside the closed sets."""
+        """Count the event, unless it is an operator's deed (`Adjusted`), which is no traffic of the application.
+
+        Raises KeyError for a label value outside the closed sets.
+        """
         match event:
             case Posted():
                 self._writes[event.operation, event.outcome].inc()
@@ -358,8 +376,8 @@ def _counter(name: str, registry: CollectorRegistry) -> Counter:
 class LogObserver:
     """Writes events as structured log lines with their correlation id.
 
-    Without ``logger`` they go as JSON to the standard library's logger ``walletmigrate``: postings at INFO,
-    reads at DEBUG, a failed ledger leg, a mismatch, a lost update and an
+    Without ``logger`` they go as JSON to the standard library's logger ``walletmigrate``: postings and adjustments
+    at INFO, reads at DEBUG, a failed ledger leg, a mismatch, a lost update and an
     unrouted write at WARNING. Pass a structlog logger to use your own
     chain. Account keys, amounts and balances are left out unless ``log_values`` is true.
     """
@@ -383,6 +401,8 @@ class LogObserver:
                 self._log.warning("wallet.lost_update", **self._fields(event, values))
             case Unrouted():
                 self._log.warning("wallet.unrouted", **self._fields(event, ("key",)))
+            case Adjusted():
+                self._log.info("wallet.adjusted", **self._fields(event, ("key", "amount")))
             case FlagsSeen():
                 pass  # told with every call and beat; the metric has it
 
