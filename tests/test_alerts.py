@@ -216,7 +216,7 @@ def test_the_page_of_metrics_has_the_values_of_every_label() -> None:
         "`outcome` of watched writes": list(observe.WATCHED),
         "`mode`": list(observe.MODES),
         "`source`": list(observe.SOURCES),
-        "`where`": list(observe.PLACES),
+        "`where`": [*observe.PLACES, observe.VERIFIED],
         "`flag`": list(observe.FLAGS),
         "`phase`": list(facts.PHASES),
         "`state`": list(facts.STATES),

@@ -26,24 +26,25 @@ from sqlalchemy.pool import NullPool
 import capturing
 from binaries import program
 from flag_documents import document, segment, state, tenant
-from ledger import ACT, install_users, post
+from ledger import ACT, install_users, post, unguarded
 from walletmigrate import bypasses, connect
+from walletmigrate.backfill import backfill
 from walletmigrate.config import CaptureSettings, Column, Mapping, Settings
 from walletmigrate.errors import ConfigError, UsageError
 from walletmigrate.exporter import DatabaseFacts, serve
 from walletmigrate.facts import JOB_KINDS, PHASES, STATES, TREATMENTS, WHOLE_KINDS
 from walletmigrate.flag_impact import rollout
 from walletmigrate.flag_sources import FileSource
-from walletmigrate.observe import METRICS, PrometheusObserver
+from walletmigrate.observe import FLAGS, METRICS, PrometheusObserver
 from walletmigrate.schema import migrate, quoted
+from walletmigrate.verify import verify
 
 Samples = dict[tuple[str, str], float]
 Execute = Callable[[str], None]
 
 SCHEMA = "wallet"
 SCOPE = {("users", "EUR"), ("shops", "USD")}
-EXPORTED = {metric.full_name for metric in METRICS.values() if metric.served_by == "exporter"}
-ROLLOUT = "walletmigrate_flag_rollout_ratio"
+EXPORTED = {metric.full_name for metric in METRICS.values() if metric.served("exporter")}
 NO_JOBS = {kind + name: 0 for kind in JOB_KINDS for name in ("shops", "users")} | {
     kind + "(all)": 0 for kind in WHOLE_KINDS
 }
@@ -144,10 +145,12 @@ insert into transactions (id, debit_account, credit_account, kind, amount, curre
 
 def test_a_fresh_ledger_shows_every_label_set_at_zero_and_the_phase_legacy(ledger: str, engine: Engine) -> None:
     seen = facts(engine)
-    assert {name for name, _ in seen} == EXPORTED - {ROLLOUT}
+    assert {name for name, _ in seen} == EXPORTED
     assert of(seen, "bypass_writes_total") == dict.fromkeys(TREATMENTS, 0)
     assert of(seen, "phase") == dict.fromkeys(PHASES, 0) | {"legacy": 1}
     assert of(seen, "accounts") == dict.fromkeys(STATES, 0)
+    assert of(seen, "mismatch_total") == {"verify": 0}
+    assert of(seen, "flag_rollout_ratio") == dict.fromkeys(FLAGS, 0)
     for name in ("drift_accounts", "drift_amount", "ledger_imbalance"):
         assert of(seen, name) == {"EUR": 0, "USD": 0}
     for name in ("job_items", "job_failed", "job_paused", "job_remaining", "job_batch_seconds"):
@@ -290,6 +293,55 @@ def test_a_voided_verification_is_not_hidden_by_a_mapping_that_was_never_verifie
     assert (of(seen, name), of(seen, "drift_accounts")) == ({"": 1}, {"EUR": 0, "USD": 0})
 
 
+def test_mismatches_are_counted_once_for_each_verification_that_met_them_and_never_fall(
+    ledger: str, engine: Engine, execute: Execute
+) -> None:
+    def counted() -> float:
+        return of(facts(engine), "mismatch_total")["verify"]
+
+    execute(verified("users", "EUR", 1, missing=7))
+    assert counted() == 0, "an account that is missing is behind, and does not differ"
+    execute(verified("users", "EUR", 2, drift=(2, "10")) + ";" + verified("shops", "USD", 2, drift=(3, "10")))
+    assert counted() == 5
+    execute(verified("users", "EUR", 3, form="sample", drift=(1, "1")))
+    execute(verified("users", "EUR", 4, form="incremental", drift=(1, "1")))
+    assert counted() == 7
+    execute(verified("users", "EUR", 5) + ";" + verified("shops", "USD", 5))
+    execute(verified("gone", "EUR", 6, drift=(10, "1")))
+    seen = samples(DatabaseFacts(engine, SCHEMA, {("shops", "USD")}))
+    assert of(seen, "mismatch_total") == {"verify": 17}, "a mapping that leaves the configuration takes nothing along"
+
+
+def test_a_verification_by_the_command_shows_in_the_next_scrape(database_url: str) -> None:
+    engine, settings = install_users(database_url, rows=5, phase="dual_write")
+    backfill(engine, settings, settings.mapping(None), ACT)
+    with unguarded(engine, "public.users") as connection:
+        connection.exec_driver_sql("update users set total_coins = 90 where id in (1, 2)")
+    found = verify(engine, settings, settings.mapping(None), ACT, dry_run=True)
+    assert (found.drift_accounts, of(facts(engine), "mismatch_total")) == (2, {"verify": 0}), "nothing is on record"
+    verify(engine, settings, settings.mapping(None), ACT)
+    assert of(facts(engine), "mismatch_total") == {"verify": 2}
+
+
+def test_what_processes_count_and_what_the_exporter_counts_are_different_series(ledger: str, engine: Engine) -> None:
+    registry = CollectorRegistry()
+    PrometheusObserver(registry)
+    processes = {
+        (sample.name, tuple(sorted(sample.labels.items())))
+        for family in registry.collect()
+        for sample in family.samples
+    }
+    exporters = {
+        (sample.name, tuple(sorted(sample.labels.items())))
+        for family in DatabaseFacts(engine, SCHEMA, SCOPE).collect()
+        for sample in family.samples
+    }
+    assert not processes & exporters
+    name = "walletmigrate_mismatch_total"
+    places = {labels[0][1] for metric, labels in processes | exporters if metric == name}
+    assert places == {"write", "read", "verify"}
+
+
 def job(kind: str, mapping: str, state: str, total: str, done: int, failed: int = 0) -> str:
     return (
         "insert into jobs"
@@ -416,7 +468,7 @@ def test_without_a_ledger_only_the_exporters_own_state_is_served_and_it_recovers
     install(database_url)
     seen = samples(collector)
     assert of(seen, "exporter_up") == {"": 1}
-    assert {name for name, _ in seen} == EXPORTED - {ROLLOUT}
+    assert {name for name, _ in seen} == EXPORTED
 
 
 def free_port() -> int:
@@ -450,7 +502,7 @@ def test_serve_answers_a_scrape_over_http_and_close_frees_the_port(ledger: str, 
     finally:
         exporter.close()
     exporter.wait()
-    assert {name for name, _ in seen} == EXPORTED - {ROLLOUT}
+    assert {name for name, _ in seen} == EXPORTED
     assert of(seen, "accounts")["mirrored"] == 2
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", exporter.port), timeout=5)
@@ -529,12 +581,27 @@ def test_the_rollout_of_a_percentage_is_estimated_from_a_sample_of_a_large_table
     assert ratio == pytest.approx(0.25, abs=5 * math.sqrt(0.25 * 0.75 / 8_000))
 
 
-def test_a_rollout_that_cannot_be_counted_costs_no_other_fact(ledger: str, engine: Engine) -> None:
-    def broken(_: object) -> dict[str, float]:
-        raise UsageError("no such trait")
+def test_a_rollout_that_cannot_be_counted_is_unknown_until_it_can_and_costs_no_other_fact(
+    ledger: str, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers: list[dict[str, float] | None] = [None, {"wallet.dualWrite": 0.5}, None]
 
-    seen = samples(DatabaseFacts(engine, SCHEMA, SCOPE, rollout=broken))
-    assert {name for name, _ in seen} == EXPORTED - {ROLLOUT}
+    def asked(_: object) -> dict[str, float]:
+        if (answer := answers.pop(0)) is None:
+            raise UsageError("no such trait")
+        return answer
+
+    clock = Clock()
+    collector = DatabaseFacts(engine, SCHEMA, SCOPE, rollout=asked, clock=clock)
+    seen = samples(collector)
+    assert {name for name, _ in seen} == EXPORTED
+    ratios = of(seen, "flag_rollout_ratio")
+    assert (set(ratios), all(map(math.isnan, ratios.values()))) == (set(FLAGS), True), "a 0 would say: nobody has it"
+    assert "cannot count for whom the flags are on" in caplog.text
+    clock.now += 60
+    assert of(samples(collector), "flag_rollout_ratio") == dict.fromkeys(FLAGS, 0) | {"wallet.dualWrite": 0.5}
+    clock.now += 60
+    assert all(map(math.isnan, of(samples(collector), "flag_rollout_ratio").values())), "what it was may be no more"
 
 
 def test_promtool_finds_nothing_wrong_with_a_scrape(ledger: str, tmp_path: Path) -> None:

@@ -133,8 +133,11 @@ def test_every_panel_shows_data_of_a_database_and_a_process_with_traffic(databas
         assert value(server, 'walletmigrate_bypass_writes_total{treatment="turned_stale"}') == 1
         assert value(server, 'sum(walletmigrate_dual_write_total{outcome="ok"})') == 11
         assert value(server, 'sum(walletmigrate_dual_write_total{outcome="ledger_failed"})') == 1
-        for where in ("read", "write"):
-            assert value(server, f'walletmigrate_mismatch_total{{where="{where}"}}') == 1
+        for where, count in {"read": 1, "write": 1, "verify": 2}.items():
+            (one,) = server.query(f'walletmigrate_mismatch_total{{where="{where}"}}')
+            assert float(one["value"][1]) == count, "one source has it, and no other"
+        panel = expressions()["reconciliation: Mismatches B"].replace("$__rate_interval", "5m")
+        assert value(server, panel) > 0, "the dashboard shows what a verification found"
 
 
 class Receiver:

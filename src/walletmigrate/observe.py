@@ -32,7 +32,7 @@ Mode = Literal["legacy", "dual_write", "ledger"]
 Outcome = Literal["ok", "ledger_failed", "skipped", "replayed", "refused"]
 Source = Literal["legacy", "ledger", "fallback"]
 Compare = Literal["match", "mismatch", "stale"]
-Where = Literal["write", "read", "verify"]
+Where = Literal["write", "read"]
 
 OPERATIONS: Final[tuple[Operation, ...]] = get_args(Operation)
 MODES: Final[tuple[Mode, ...]] = get_args(Mode)
@@ -40,6 +40,8 @@ OUTCOMES: Final[tuple[Outcome, ...]] = get_args(Outcome)
 SOURCES: Final[tuple[Source, ...]] = get_args(Source)
 COMPARES: Final[tuple[Compare, ...]] = get_args(Compare)
 PLACES: Final[tuple[Where, ...]] = get_args(Where)
+VERIFIED: Final = "verify"
+"""The further place of a mismatch, which the exporter serves: a verification mostly is a command, and never scraped."""
 WATCHED: Final = ("lost_update", "unrouted")
 FLAGS: Final = ("wallet.dualWrite", "wallet.readFromLedger", "wallet.enableWithdrawals")
 
@@ -49,13 +51,19 @@ BUCKETS: Final = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.025, 0.05,
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric as it is scraped: ``name`` without prefix, ``labels`` in order, where it is counted."""
+    """One metric as it is scraped: ``name`` without prefix, ``labels`` in order, where it is counted. Of one that both
+    serve, each has label values of its own: a sum over all counts nothing twice.
+    """
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     help: str
     labels: tuple[str, ...] = ()
-    served_by: Literal["process", "exporter"] = "exporter"
+    served_by: Literal["process", "exporter", "both"] = "exporter"
+
+    def served(self, by: Literal["process", "exporter"]) -> bool:
+        """Whether a scrape of it shows the metric."""
+        return self.served_by in (by, "both")
 
     @property
     def full_name(self) -> str:
@@ -91,7 +99,7 @@ METRICS: Final = _catalogue(
     ),
     Metric("read_total", "counter", "Balance reads by the side that answered.", ("source",), "process"),
     Metric("read_compare_total", "counter", "Compared balance reads by result.", ("outcome",), "process"),
-    Metric("mismatch_total", "counter", "Differences seen between legacy and ledger.", ("where",), "process"),
+    Metric("mismatch_total", "counter", "Differences seen between legacy and ledger.", ("where",), "both"),
     Metric(
         "watched_write_total",
         "counter",
