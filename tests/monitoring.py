@@ -66,11 +66,16 @@ def until(holds: Callable[[], bool], told: Callable[[], object] = str, seconds: 
 
 @contextmanager
 def prometheus(
-    folder: Path, targets: dict[str, int], *, rules: Sequence[Path] = (), alertmanager: int | None = None
+    folder: Path,
+    targets: dict[str, int],
+    *,
+    rules: Sequence[Path] = (),
+    alertmanager: int | None = None,
+    times: dict[str, str] | None = None,
 ) -> Iterator[Server]:
-    """Prometheus on ``targets`` (job → port), scraped each second, as rules are evaluated."""
+    """Prometheus on ``targets`` (job → port), scraped each second, as rules are evaluated; or as ``times`` say."""
     config: dict[str, Any] = {
-        "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
+        "global": times or {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
         "rule_files": [str(path) for path in rules],
         "scrape_configs": [
             {"job_name": job, "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]} for job, port in targets.items()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from alert_cases import CASES, WINDOWS, Case, Firing
 from alert_rules import FOLDER, PREFIX, ROOT, RULES, RUNBOOKS, Alert, alerts, recorded, rules
@@ -173,6 +174,13 @@ def test_promtool_tells_a_case_that_does_not_hold(tmp_path: Path) -> None:
 def test_alertmanager_can_read_the_example_routes() -> None:
     amtool = program("prometheus-alertmanager", "amtool")
     assert "SUCCESS" in run(amtool, "check-config", "alertmanager.yml")
+
+
+def test_every_receiver_of_the_example_is_told_that_an_alert_is_over() -> None:
+    receivers = yaml.safe_load((FOLDER / "alertmanager.yml").read_text(encoding="utf-8"))["receivers"]
+    assert {one["name"]: [hook["send_resolved"] for hook in one["webhook_configs"]] for one in receivers} == {
+        name: [True] for name in SEVERITIES.values()
+    }
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=named)
