@@ -19,7 +19,9 @@ import adapting
 import ledger
 from commandline import Project, project_at
 from walletmigrate.audit import Act
+from walletmigrate.console import INTERRUPTED
 from walletmigrate.corrections import adjust
+from walletmigrate.invocation import Run
 from walletmigrate.observe import LogObserver
 from walletmigrate.recalculate import recalculate
 from walletmigrate.reconcile import reconcile
@@ -218,6 +220,22 @@ def test_every_audit_row_has_a_correlation_id_and_those_of_one_command_have_the_
     of = dict(found)
     assert of["backfill start"] == of["backfill done"]
     assert len({of[action] for action in ("phase advance", "flags set", "backfill done", "verify")}) == 4
+
+
+def test_the_audit_row_of_a_job_that_is_cut_short_has_the_id_of_its_command_and_the_next_command_has_another(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, engine = project_at(tmp_path, database_url, "dual_write")
+    monkeypatch.setattr(Run, "stop", lambda _: True)
+    assert project.run("backfill", "--reason", "cut short").exit_code == INTERRUPTED
+    monkeypatch.undo()
+    project.change("backfill")
+    newest = (
+        "select action, correlation_id from wallet.audit_log where action like 'backfill%' order by id desc limit 4"
+    )
+    (done, last), (resumed, again), (paused, left), (started, first) = ledger.rows(engine, newest)
+    assert [started, paused, resumed, done] == ["backfill start", "backfill pause", "backfill resume", "backfill done"]
+    assert first == left != again == last
 
 
 def test_nothing_found_is_no_error_of_the_library(place: adapting.Place) -> None:

@@ -145,7 +145,11 @@ class Run:
     @cached_property
     def _correlation_id(self) -> str:
         """One for all that a command does, so that `walletmigrate trace` finds it together."""
-        return correlation_id()
+        from structlog.contextvars import bound_contextvars  # not above: a command that only looks needs none
+
+        made = correlation_id()
+        self._stack.enter_context(bound_contextvars(correlation_id=made))  # for what is written under another act
+        return made
 
     def mappings(self, name: str | None) -> tuple[Mapping, ...]:
         """The mapping of that name, or all of them. Raises UsageError."""
