@@ -216,6 +216,13 @@ def test_the_rollout_ratio_is_the_share_of_accounts_for_which_a_flag_is_on(datab
     assert seen == {"wallet.dualWrite": 0.5, "wallet.readFromLedger": 0, "wallet.enableWithdrawals": 1}
 
 
+def test_without_a_flag_document_every_flag_is_off_and_its_share_is_0(database_url: str, tmp_path: Path) -> None:
+    engine, settings = install_users(database_url, rows=10)
+    source = FileSource(tmp_path / "none.json")
+    exporter = DatabaseFacts(engine, SCHEMA, SCOPE, rollout=lambda c: rollout(c, settings, source.snapshot()))
+    assert of(samples(exporter), "flag_rollout_ratio") == dict.fromkeys(FLAGS, 0)
+
+
 def test_the_rollout_of_a_percentage_is_estimated_from_a_sample_of_a_large_table(
     database_url: str, tmp_path: Path
 ) -> None:
