@@ -8,6 +8,10 @@ from typing import Final
 from panels import AGE, Board, Panel, by, counted, lines
 
 WRITES: Final = "walletmigrate_dual_write_total"
+MISMATCHES: Final = "walletmigrate_mismatch_total"
+PROCESSES: Final = '{where!="verify"}'
+VERIFIED: Final = f'{MISMATCHES}{{where="verify"}}[$__rate_interval]'
+"""Served by the exporter; of several exporters of one database the highest value is taken, not the sum."""
 
 
 def reconciliation() -> Board:
@@ -56,8 +60,9 @@ def _live() -> Sequence[Panel]:
     return (
         lines(
             "Mismatches",
-            "Differences between legacy and ledger since the point before, by where they were seen.",
-            [(counted("walletmigrate_mismatch_total", "where"), "{{where}}")],
+            "Differences between legacy and ledger since the point before, by where they were seen: by processes that "
+            "write and read, and by verifications, each of which counts an account that differs anew.",
+            [(counted(MISMATCHES, "where", PROCESSES), "{{where}}"), (f"max(increase({VERIFIED}))", "verify")],
             unit="short",
         ),
         lines(

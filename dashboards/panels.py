@@ -60,9 +60,9 @@ def per_second(metric: str, by: str, selector: str = "") -> str:
     return f"sum by ({by}) (rate({metric}{selector}[$__rate_interval]))"
 
 
-def counted(metric: str, by: str) -> str:
+def counted(metric: str, by: str, selector: str = "") -> str:
     """How many a counter saw since the point before, summed over all processes."""
-    return f"sum by ({by}) (increase({metric}[$__rate_interval]))"
+    return f"sum by ({by}) (increase({metric}{selector}[$__rate_interval]))"
 
 
 def by(labels: str, metric: str) -> str:

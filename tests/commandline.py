@@ -158,3 +158,23 @@ def project_at(folder: Path, url: str, phase: str, *, rows: int = 10, window: st
 
     made.flag_path.write_bytes(copied(url, f"project_at {phase} {rows} {window}", walk))
     return made, ledger.engine_named(url)
+
+
+def first_document(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """The document that a service prints when it is ready; it goes on running."""
+    assert process.stdout is not None
+    text = ""
+    for line in process.stdout:
+        text += line
+        if line == "}\n":
+            found: dict[str, Any] = json.loads(text)
+            return found
+    assert process.stderr is not None
+    raise AssertionError(process.stderr.read())
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Leave no process behind, and no pipe open."""
+    if process.poll() is None:
+        process.kill()
+    process.communicate()

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+import yaml
 
-from alert_cases import CASES, WINDOWS, Case, Firing
-from alert_rules import FOLDER, PREFIX, ROOT, RULES, RUNBOOKS, Alert, alerts, recorded, rules
-from binaries import Program, program
+from alert_cases import CASES, WINDOWS
+from alert_rules import FOLDER, PREFIX, ROOT, RULES, RUNBOOKS, Alert, recorded, rules
+from binaries import program
+from promtool import ALERTS, NAMED, played, promtools, run
 from walletmigrate import facts, observe
 from walletmigrate.observe import METRICS
 
-ALERTS = alerts()
-NAMED = {(alert.name, alert.window): alert for alert in ALERTS}
 SEVERITIES = {"critical": "pager", "warning": "chat", "info": "inbox"}
 EXPECTED = {
     "LedgerImbalance",
@@ -35,16 +32,6 @@ EXPECTED = {
     "LineStopped",
     "ExporterDown",
 }
-
-
-def run(tool: Program, *arguments: str | Path) -> str:
-    """What the program said; the test fails unless it ended with 0."""
-    command = [str(tool.path), *map(str, arguments)]
-    done = subprocess.run(
-        command, env=tool.environment, capture_output=True, text=True, timeout=120, check=False, cwd=FOLDER
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def named(alert: Alert) -> str:
@@ -101,78 +88,30 @@ def test_every_alert_has_a_case_of_firing_of_silence_and_of_resolving(alert: Ale
         ], case
 
 
-def rendered(alert: Alert, firing: Firing) -> dict[str, str]:
-    """The annotations with the labels and the value at their places."""
-    # Prometheus fills in the labels of the series alone, not those that the rule adds.
-    given = alert.annotations["description"]
-    told = re.sub(r"\{\{ \$labels\.(\w+) \}\}", lambda found: firing.labels[found[1]], given)
-    told = re.sub(r"\{\{ \$value.*?\}\}", firing.value, told)
-    assert "{{" not in told
-    return {**alert.annotations, "description": told}
-
-
-def labels(alert: Alert, firing: Firing) -> dict[str, str]:
-    return {**firing.labels, **alert.labels}
-
-
-def stated(case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
-    """promtool's tests of a case. Only where it fires, the texts are compared too: later the values are others."""
-    for when, firing in case.looks.items():
-        expected = [(NAMED[case.alert, one.window], one) for one in firing]
-        samples = [
-            {
-                "labels": written({"alertname": PREFIX + case.alert, "alertstate": "firing", **labels(*one)}),
-                "value": 1,
-            }
-            for one in expected
-        ]
-        query = f'ALERTS{{alertname="{PREFIX}{case.alert}", alertstate="firing"}}'
-        yield "promql_expr_test", {"expr": query, "eval_time": when, "exp_samples": samples}
-        if case.kind == "fires":
-            told = [{"exp_labels": labels(*one), "exp_annotations": rendered(*one)} for one in expected]
-            yield "alert_rule_test", {"eval_time": when, "alertname": PREFIX + case.alert, "exp_alerts": told}
-
-
-def written(given: dict[str, str]) -> str:
-    return "ALERTS{" + ", ".join(f'{label}="{value}"' for label, value in given.items()) + "}"
-
-
-def promtools(case: Case) -> dict[str, Any]:
-    """The case as promtool's file of tests has it."""
-    test: dict[str, Any] = {
-        "interval": f"{case.minutes}m",
-        "input_series": [{"series": name, "values": values} for name, values in case.series.items()],
-    }
-    for kind, one in stated(case):
-        test.setdefault(kind, []).append(one)
-    return test
-
-
 @pytest.mark.parametrize("minutes", sorted({case.minutes for case in CASES}))
 def test_promtool_sees_each_alert_fire_stay_silent_and_resolve(minutes: int, tmp_path: Path) -> None:
-    promtool = program("prometheus", "promtool")
     texts = [json.dumps(promtools(case)) for case in CASES if case.minutes == minutes]
     cases = [json.loads(text) for text in dict.fromkeys(texts)]  # the windows of the error budget share some
-    file = tmp_path / "cases.yml"
-    content = {"rule_files": [str(RULES)], "evaluation_interval": f"{minutes}m", "tests": cases}
-    file.write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
-    assert "SUCCESS" in run(promtool, "test", "rules", file)
+    assert "SUCCESS" in played(RULES, cases, tmp_path, minutes)
 
 
 def test_promtool_tells_a_case_that_does_not_hold(tmp_path: Path) -> None:
-    promtool = program("prometheus", "promtool")
     wrong = promtools(next(case for case in CASES if case.kind == "fires"))
     wrong["input_series"][0]["values"] = "0x20"
-    file = tmp_path / "cases.yml"
-    content = {"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": [wrong]}
-    file.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(AssertionError, match="FAILED"):
-        run(promtool, "test", "rules", file)
+        played(RULES, [wrong], tmp_path)
 
 
 def test_alertmanager_can_read_the_example_routes() -> None:
     amtool = program("prometheus-alertmanager", "amtool")
     assert "SUCCESS" in run(amtool, "check-config", "alertmanager.yml")
+
+
+def test_every_receiver_of_the_example_is_told_that_an_alert_is_over() -> None:
+    receivers = yaml.safe_load((FOLDER / "alertmanager.yml").read_text(encoding="utf-8"))["receivers"]
+    assert {one["name"]: [hook["send_resolved"] for hook in one["webhook_configs"]] for one in receivers} == {
+        name: [True] for name in SEVERITIES.values()
+    }
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=named)
@@ -216,7 +155,7 @@ def test_the_page_of_metrics_has_the_values_of_every_label() -> None:
         "`outcome` of watched writes": list(observe.WATCHED),
         "`mode`": list(observe.MODES),
         "`source`": list(observe.SOURCES),
-        "`where`": list(observe.PLACES),
+        "`where`": [*observe.PLACES, observe.VERIFIED],
         "`flag`": list(observe.FLAGS),
         "`phase`": list(facts.PHASES),
         "`state`": list(facts.STATES),

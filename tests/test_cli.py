@@ -26,7 +26,7 @@ from typer.main import get_command
 
 import ledger
 import walletmigrate.rehearse
-from commandline import REASON, SCRIPT, Project, app, project_at
+from commandline import REASON, SCRIPT, Project, app, end, first_document, project_at
 from walletmigrate import __version__, connect
 from walletmigrate.cli import ROOMS, program
 from walletmigrate.config import Settings
@@ -691,26 +691,6 @@ def everything(project: Project) -> tuple[Any, ...]:
     line = ledger.scalar(engine, "select last_value from wallet.line")
     triggers = ledger.rows(engine, "select tgname, xmin::text from pg_trigger where not tgisinternal order by 1")
     return names, content, line, triggers, project.flag_path.read_bytes()
-
-
-def first_document(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """The document that a service prints when it is ready; it goes on running."""
-    assert process.stdout is not None
-    text = ""
-    for line in process.stdout:
-        text += line
-        if line == "}\n":
-            found: dict[str, Any] = json.loads(text)
-            return found
-    assert process.stderr is not None
-    raise AssertionError(process.stderr.read())
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    """Leave no process behind, and no pipe open."""
-    if process.poll() is None:
-        process.kill()
-    process.communicate()
 
 
 def test_the_version_is_that_of_the_release_and_of_what_it_installs(database_url: str, tmp_path: Path) -> None:

@@ -1,59 +1,38 @@
-"""The exporter: what stands in a real database, as a real scrape over HTTP shows it."""
+"""What the exporter finds in a real database, fact by fact."""
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import socket
-import subprocess
-import threading
-import urllib.request
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from datetime import UTC, datetime
 
-import psycopg
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.parser import text_string_to_metric_families
-from psycopg import sql
-from pydantic import SecretStr
+from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine, event, text
-from sqlalchemy.pool import NullPool
 
-import capturing
-from binaries import program
-from flag_documents import document, segment, state, tenant
-from ledger import ACT, install_users, post
-from walletmigrate import bypasses, connect
-from walletmigrate.config import CaptureSettings, Column, Mapping, Settings
-from walletmigrate.errors import ConfigError, UsageError
-from walletmigrate.exporter import DatabaseFacts, serve
+from exporting import (
+    EXPORTED,
+    POSTINGS,
+    SCHEMA,
+    SCOPE,
+    Execute,
+    engine_of,
+    executing,
+    facts,
+    install,
+    of,
+    samples,
+)
+from ledger import ACT, install_users, unguarded
+from walletmigrate.backfill import backfill
+from walletmigrate.exporter import DatabaseFacts
 from walletmigrate.facts import JOB_KINDS, PHASES, STATES, TREATMENTS, WHOLE_KINDS
-from walletmigrate.flag_impact import rollout
-from walletmigrate.flag_sources import FileSource
-from walletmigrate.observe import METRICS, PrometheusObserver
-from walletmigrate.schema import migrate, quoted
+from walletmigrate.observe import FLAGS, PrometheusObserver
+from walletmigrate.verify import verify
 
-Samples = dict[tuple[str, str], float]
-Execute = Callable[[str], None]
-
-SCHEMA = "wallet"
-SCOPE = {("users", "EUR"), ("shops", "USD")}
-EXPORTED = {metric.full_name for metric in METRICS.values() if metric.served_by == "exporter"}
-ROLLOUT = "walletmigrate_flag_rollout_ratio"
 NO_JOBS = {kind + name: 0 for kind in JOB_KINDS for name in ("shops", "users")} | {
     kind + "(all)": 0 for kind in WHOLE_KINDS
 }
-
-
-def install(url: str, schema: str = SCHEMA) -> None:
-    engine = connect.engine(url, application_name="walletmigrate-test", poolclass=NullPool)
-    with engine.begin() as connection:
-        connection.exec_driver_sql(f"create schema {quoted(schema)}")
-        migrate(connection, schema)
 
 
 @pytest.fixture
@@ -65,89 +44,25 @@ def ledger(database_url: str) -> str:
 
 @pytest.fixture
 def execute(database_url: str) -> Iterator[Execute]:
-    with psycopg.connect(database_url, autocommit=True) as connection:
-        connection.execute(sql.SQL("set search_path = {}").format(sql.Identifier(SCHEMA)))
-        yield lambda statement: void(connection.execute(statement.encode()))
-
-
-def void(_: object) -> None:
-    return None
+    with executing(database_url) as made:
+        yield made
 
 
 @pytest.fixture
 def engine(database_url: str) -> Iterator[Engine]:
-    made = connect.engine(database_url, application_name="walletmigrate-test", poolclass=NullPool)
+    made = engine_of(database_url)
     yield made
     made.dispose()
 
 
-class Clock:
-    """Seconds that pass when the test says so."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def samples(collector: DatabaseFacts) -> Samples:
-    """(name, label values) → value."""
-    return {
-        (sample.name, "".join(sample.labels.values())): sample.value
-        for family in collector.collect()
-        for sample in family.samples
-    }
-
-
-def of(seen: Samples, name: str) -> dict[str, float]:
-    return {label: value for (metric, label), value in seen.items() if metric == f"walletmigrate_{name}"}
-
-
-def facts(engine: Engine, schema: str = SCHEMA) -> Samples:
-    seen = samples(DatabaseFacts(engine, schema, SCOPE))
-    assert of(seen, "exporter_up") == {"": 1}
-    return seen
-
-
-def scrape(port: int) -> Samples:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
-        page = answer.read().decode()
-    return {
-        (sample.name, "".join(sample.labels.values())): sample.value
-        for family in text_string_to_metric_families(page)
-        for sample in family.samples
-    }
-
-
-def settings(url: str | None) -> Settings:
-    mappings = tuple(
-        Mapping(
-            name=name,
-            table=name,
-            key="id",
-            columns=(Column(bucket="cash", column="balance", currency=currency, scale=2),),
-        )
-        for name, currency in SCOPE
-    )
-    return Settings(database_url=SecretStr(url) if url else None, mappings=mappings)
-
-
-POSTINGS = """
-insert into system_accounts (id, name, currency) values (-1, 'opening', 'EUR'), (-2, 'external', 'EUR');
-insert into accounts (mapping, key, bucket, currency, state, balance) values
-    ('users', '1', 'cash', 'EUR', 'mirrored', 12.50), ('users', '2', 'cash', 'EUR', 'mirrored', -2.25),
-    ('users', '3', 'cash', 'EUR', 'stale', 0), ('users', '4', 'cash', 'EUR', 'frozen', 0);
-insert into transactions (id, debit_account, credit_account, kind, amount, currency, type) values
-    (1, -1, 1, 'opening', 12.50, 'EUR', 'opening'), (2, 2, -2, 'posting', 2.25, 'EUR', 'booking');
-"""
-
-
 def test_a_fresh_ledger_shows_every_label_set_at_zero_and_the_phase_legacy(ledger: str, engine: Engine) -> None:
     seen = facts(engine)
-    assert {name for name, _ in seen} == EXPORTED - {ROLLOUT}
+    assert {name for name, _ in seen} == EXPORTED
     assert of(seen, "bypass_writes_total") == dict.fromkeys(TREATMENTS, 0)
     assert of(seen, "phase") == dict.fromkeys(PHASES, 0) | {"legacy": 1}
     assert of(seen, "accounts") == dict.fromkeys(STATES, 0)
+    assert of(seen, "mismatch_total") == {"verify": 0}
+    assert of(seen, "flag_rollout_ratio") == dict.fromkeys(FLAGS, 0)
     for name in ("drift_accounts", "drift_amount", "ledger_imbalance"):
         assert of(seen, name) == {"EUR": 0, "USD": 0}
     for name in ("job_items", "job_failed", "job_paused", "job_remaining", "job_batch_seconds"):
@@ -290,6 +205,55 @@ def test_a_voided_verification_is_not_hidden_by_a_mapping_that_was_never_verifie
     assert (of(seen, name), of(seen, "drift_accounts")) == ({"": 1}, {"EUR": 0, "USD": 0})
 
 
+def test_mismatches_are_counted_once_for_each_verification_that_met_them_and_never_fall(
+    ledger: str, engine: Engine, execute: Execute
+) -> None:
+    def counted() -> float:
+        return of(facts(engine), "mismatch_total")["verify"]
+
+    execute(verified("users", "EUR", 1, missing=7))
+    assert counted() == 0, "an account that is missing is behind, and does not differ"
+    execute(verified("users", "EUR", 2, drift=(2, "10")) + ";" + verified("shops", "USD", 2, drift=(3, "10")))
+    assert counted() == 5
+    execute(verified("users", "EUR", 3, form="sample", drift=(1, "1")))
+    execute(verified("users", "EUR", 4, form="incremental", drift=(1, "1")))
+    assert counted() == 7
+    execute(verified("users", "EUR", 5) + ";" + verified("shops", "USD", 5))
+    execute(verified("gone", "EUR", 6, drift=(10, "1")))
+    seen = samples(DatabaseFacts(engine, SCHEMA, {("shops", "USD")}))
+    assert of(seen, "mismatch_total") == {"verify": 17}, "a mapping that leaves the configuration takes nothing along"
+
+
+def test_a_verification_by_the_command_shows_in_the_next_scrape(database_url: str) -> None:
+    engine, settings = install_users(database_url, rows=5, phase="dual_write")
+    backfill(engine, settings, settings.mapping(None), ACT)
+    with unguarded(engine, "public.users") as connection:
+        connection.exec_driver_sql("update users set total_coins = 90 where id in (1, 2)")
+    found = verify(engine, settings, settings.mapping(None), ACT, dry_run=True)
+    assert (found.drift_accounts, of(facts(engine), "mismatch_total")) == (2, {"verify": 0}), "nothing is on record"
+    verify(engine, settings, settings.mapping(None), ACT)
+    assert of(facts(engine), "mismatch_total") == {"verify": 2}
+
+
+def test_what_processes_count_and_what_the_exporter_counts_are_different_series(ledger: str, engine: Engine) -> None:
+    registry = CollectorRegistry()
+    PrometheusObserver(registry)
+    processes = {
+        (sample.name, tuple(sorted(sample.labels.items())))
+        for family in registry.collect()
+        for sample in family.samples
+    }
+    exporters = {
+        (sample.name, tuple(sorted(sample.labels.items())))
+        for family in DatabaseFacts(engine, SCHEMA, SCOPE).collect()
+        for sample in family.samples
+    }
+    assert not processes & exporters
+    name = "walletmigrate_mismatch_total"
+    places = {labels[0][1] for metric, labels in processes | exporters if metric == name}
+    assert places == {"write", "read", "verify"}
+
+
 def job(kind: str, mapping: str, state: str, total: str, done: int, failed: int = 0) -> str:
     return (
         "insert into jobs"
@@ -354,221 +318,3 @@ def test_a_job_that_is_held_is_paused_until_nobody_says_so_any_more(
 def test_what_remains_of_a_job_of_unknown_size_is_not_zero(ledger: str, engine: Engine, execute: Execute) -> None:
     execute(job("backfill", "users", "running", "null", 30))
     assert math.isnan(of(facts(engine), "job_remaining")["backfillusers"])
-
-
-@pytest.mark.parametrize("schema", ["Wallet", "wallet 2", 'a"b'])
-def test_the_schemas_name_is_quoted(database_url: str, engine: Engine, schema: str) -> None:
-    install(database_url, schema)
-    assert of(facts(engine, schema), "phase")["legacy"] == 1
-
-
-def test_a_look_is_one_read_only_transaction(
-    ledger: str, engine: Engine, execute: Execute, caplog: pytest.LogCaptureFixture
-) -> None:
-    execute("alter table control rename to control_rows")
-    execute(
-        "create function intrude() returns text language sql volatile"
-        " as 'insert into wallet.control_rows (phase) values (''frozen'') returning phase'"
-    )
-    execute("create view control as select intrude() as phase")
-    assert samples(DatabaseFacts(engine, SCHEMA)) == {("walletmigrate_exporter_up", ""): 0}
-    assert "ReadOnlySqlTransaction (25006)" in caplog.text
-
-
-def test_a_storm_of_scrapes_costs_one_look_until_the_time_is_up(ledger: str, engine: Engine, execute: Execute) -> None:
-    looks: list[object] = []
-    event.listen(engine, "begin", looks.append)
-    clock = Clock()
-    collector = DatabaseFacts(engine, SCHEMA, SCOPE, ttl=10, clock=clock)
-    phases: list[float] = []
-    threads = [
-        threading.Thread(target=lambda: phases.append(of(samples(collector), "phase")["legacy"])) for _ in range(16)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (phases, len(looks)) == ([1.0] * 16, 1)
-    execute("update control set phase = 'frozen'")
-    clock.now += 9.9
-    assert of(samples(collector), "phase")["legacy"] == 1
-    clock.now += 0.1
-    assert of(samples(collector), "phase")["frozen"] == 1
-    assert len(looks) == 2
-
-
-def test_registering_does_not_touch_the_database(ledger: str, engine: Engine) -> None:
-    looks: list[object] = []
-    event.listen(engine, "begin", looks.append)
-    CollectorRegistry().register(DatabaseFacts(engine, SCHEMA))
-    assert looks == []
-
-
-def test_without_a_ledger_only_the_exporters_own_state_is_served_and_it_recovers(
-    database_url: str, engine: Engine, caplog: pytest.LogCaptureFixture
-) -> None:
-    clock = Clock()
-    collector = DatabaseFacts(engine, SCHEMA, SCOPE, clock=clock)
-    for _ in range(3):
-        assert samples(collector) == {("walletmigrate_exporter_up", ""): 0}
-        clock.now += 60
-    assert [record.levelno for record in caplog.records] == [logging.WARNING], "once per outage"
-    install(database_url)
-    seen = samples(collector)
-    assert of(seen, "exporter_up") == {"": 1}
-    assert {name for name, _ in seen} == EXPORTED - {ROLLOUT}
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def test_a_database_that_is_down_is_told_without_an_error_and_without_its_password(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    url = f"postgresql://someone:s3cret@127.0.0.1:{free_port()}/bank"
-    exporter = serve(settings(url), 0)
-    try:
-        seen = scrape(exporter.port)
-    finally:
-        exporter.close()
-    assert seen == {("walletmigrate_exporter_up", ""): 0}
-    assert "OperationalError" in caplog.text
-    assert "s3cret" not in caplog.text
-
-
-def test_serve_answers_a_scrape_over_http_and_close_frees_the_port(ledger: str, execute: Execute) -> None:
-    execute(POSTINGS)
-    exporter = serve(settings(ledger), 0)
-    try:
-        seen = scrape(exporter.port)
-        with pytest.raises(UsageError, match=f"127.0.0.1:{exporter.port}"):
-            serve(settings(ledger), exporter.port)
-    finally:
-        exporter.close()
-    exporter.wait()
-    assert {name for name, _ in seen} == EXPORTED - {ROLLOUT}
-    assert of(seen, "accounts")["mirrored"] == 2
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", exporter.port), timeout=5)
-
-
-def test_without_a_database_url_serve_says_how_to_set_one() -> None:
-    with pytest.raises(ConfigError, match="WALLETMIGRATE_DATABASE_URL"):
-        serve(settings(None), 0)
-
-
-def test_the_exporters_connection_is_named_and_limited(ledger: str) -> None:
-    made: list[dict[str, Any]] = []
-
-    def note(_dialect: object, _record: object, _arguments: object, parameters: dict[str, Any]) -> None:
-        made.append(parameters)
-
-    event.listen(Engine, "do_connect", note)
-    exporter = serve(settings(ledger), 0)
-    try:
-        scrape(exporter.port)
-    finally:
-        exporter.close()
-        event.remove(Engine, "do_connect", note)
-    assert [(one["application_name"], one["connect_timeout"]) for one in made] == [("walletmigrate exporter", 3)]
-
-
-def test_writes_past_the_adapter_are_counted_by_treatment_and_never_fall(database_url: str) -> None:
-    place = capturing.Place(database_url)
-    place.write("update users set total_coins = total_coins + 1 where id = 3")
-    place.write(capturing.ADD)
-    place.mode("reject")
-    place.write("update users set total_coins = total_coins + 1 where id = 4")
-    place.mode("stale")
-    counted = of(facts(place.engine), "bypass_writes_total")
-    assert counted == dict.fromkeys(TREATMENTS, 0) | {"absent": 2, "turned_stale": 1}
-    with place.engine.begin() as connection:
-        post(connection, place.settings, "credit", 5, 1)
-    place.mode("reject")
-    assert place.write("update users set total_coins = total_coins + 1 where id = 5") == capturing.REJECTED
-    place.mode("stale")
-    settings_now = place.settings.model_copy(update={"capture": CaptureSettings(retention=timedelta(0))})
-    assert bypasses.prune(place.engine, settings_now, ACT) == 3
-    place.write("update users set total_coins = total_coins + 1 where id = 3")
-    assert of(facts(place.engine), "bypass_writes_total") == counted | {"absent": 3, "rejected": 1}
-
-
-def test_the_rollout_ratio_is_the_share_of_accounts_for_which_a_flag_is_on(database_url: str, tmp_path: Path) -> None:
-    _, settings = install_users(database_url, rows=10)
-    acme = tenant(1, "acme", "wallet.dualWrite")
-    (tmp_path / "flags.json").write_text(json.dumps(document("wallet.enableWithdrawals", segments=[acme])))
-    source = FileSource(tmp_path / "flags.json")
-    engine = connect.engine(database_url, application_name="walletmigrate-test", poolclass=NullPool)
-    with engine.begin() as connection:
-        connection.exec_driver_sql("analyze users")
-    exporter = DatabaseFacts(engine, SCHEMA, SCOPE, rollout=lambda c: rollout(c, settings, source.snapshot()))
-    seen = of(samples(exporter), "flag_rollout_ratio")
-    assert seen == {"wallet.dualWrite": 0.5, "wallet.readFromLedger": 0, "wallet.enableWithdrawals": 1}
-
-
-def test_the_rollout_of_a_percentage_is_estimated_from_a_sample_of_a_large_table(
-    database_url: str, tmp_path: Path
-) -> None:
-    _, settings = install_users(database_url, rows=40_000)
-    split = segment(1, "PERCENTAGE_SPLIT", "", "25", [state("wallet.dualWrite", enabled=True, priority=0)])
-    (tmp_path / "flags.json").write_text(json.dumps(document(segments=[split])))
-    source = FileSource(tmp_path / "flags.json")
-    engine = connect.engine(database_url, application_name="walletmigrate-test", poolclass=NullPool)
-    with engine.begin() as connection:
-        connection.exec_driver_sql("analyze users")
-    sampled: list[str] = []
-    event.listen(engine, "after_cursor_execute", lambda *given: sampled.append(given[2]))
-    with engine.connect() as connection:
-        ratio = rollout(connection, settings, source.snapshot())["wallet.dualWrite"]
-    assert sum("tablesample" in query for query in sampled) == 1
-    # About 10,000 accounts decide: five standard deviations of that estimate.
-    assert ratio == pytest.approx(0.25, abs=5 * math.sqrt(0.25 * 0.75 / 8_000))
-
-
-def test_a_rollout_that_cannot_be_counted_costs_no_other_fact(ledger: str, engine: Engine) -> None:
-    def broken(_: object) -> dict[str, float]:
-        raise UsageError("no such trait")
-
-    seen = samples(DatabaseFacts(engine, SCHEMA, SCOPE, rollout=broken))
-    assert {name for name, _ in seen} == EXPORTED - {ROLLOUT}
-
-
-def test_promtool_finds_nothing_wrong_with_a_scrape(ledger: str, tmp_path: Path) -> None:
-    promtool = program("prometheus", "promtool")
-    exporter = serve(settings(ledger), 0, rollout=lambda _: {"wallet.dualWrite": 0.5})
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{exporter.port}/metrics", timeout=30) as answer:
-            page = answer.read()
-    finally:
-        exporter.close()
-    registry = CollectorRegistry()
-    PrometheusObserver(registry)
-    for scraped in (page, generate_latest(registry)):
-        checked = subprocess.run(
-            [str(promtool.path), "check", "metrics"],
-            input=scraped,
-            env=promtool.environment,
-            capture_output=True,
-            timeout=60,
-            check=False,
-        )
-        assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
-
-
-def test_ten_thousand_users_add_no_series(database_url: str) -> None:
-    engine, users = install_users(database_url, rows=1, phase="dual_write")
-    before = set(facts(engine))
-    with engine.begin() as connection:
-        connection.exec_driver_sql(
-            "insert into users (id, tenant, role, total_coins) "
-            "select g, 'tenant ' || g, 'role ' || g, 1 from generate_series(2, 10001) as g"
-        )
-        connection.exec_driver_sql("select * from wallet.backfill_users(null, null, null)")
-        post(connection, users, "credit", 7, 1)
-    after = facts(engine)
-    assert set(after) == before
-    assert of(after, "accounts")["mirrored"] == 10_001

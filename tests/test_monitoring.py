@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from prometheus_client import start_http_server
 import adapting
 from alert_rules import FOLDER, PREFIX, ROOT, RULES, RUNBOOKS
 from board_files import expressions
+from commandline import Project, end, first_document, project_at
 from flag_documents import document
 from ledger import ACT, execute, set_phase, unguarded
 from monitoring import Server, alertmanager, prometheus, until
@@ -133,8 +135,11 @@ def test_every_panel_shows_data_of_a_database_and_a_process_with_traffic(databas
         assert value(server, 'walletmigrate_bypass_writes_total{treatment="turned_stale"}') == 1
         assert value(server, 'sum(walletmigrate_dual_write_total{outcome="ok"})') == 11
         assert value(server, 'sum(walletmigrate_dual_write_total{outcome="ledger_failed"})') == 1
-        for where in ("read", "write"):
-            assert value(server, f'walletmigrate_mismatch_total{{where="{where}"}}') == 1
+        for where, count in {"read": 1, "write": 1, "verify": 2}.items():
+            (one,) = server.query(f'walletmigrate_mismatch_total{{where="{where}"}}')
+            assert float(one["value"][1]) == count, "one source has it, and no other"
+        panel = expressions()["reconciliation: Mismatches B"].replace("$__rate_interval", "5m")
+        assert value(server, panel) > 0, "the dashboard shows what a verification found"
 
 
 class Receiver:
@@ -168,40 +173,81 @@ class Receiver:
         self._thread.join()
 
 
+def example(name: str) -> dict[str, Any]:
+    """A committed example of a configuration."""
+    config: dict[str, Any] = yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
+    return config
+
+
 def example_routes(port: int) -> dict[str, Any]:
-    """The committed example with its receivers at this port."""
-    config: dict[str, Any] = yaml.safe_load((FOLDER / "alertmanager.yml").read_text(encoding="utf-8"))
+    """The committed example with its receivers at this port. The end of an alert is told with the next interval of its
+    group: a second here, and not five minutes.
+    """
+    config = example("alertmanager.yml")
+    config["route"]["group_interval"] = "1s"
     for receiver in config["receivers"]:
         for hook in receiver["webhook_configs"]:
             hook["url"] = f"http://127.0.0.1:{port}/{receiver['name']}"
     return config
 
 
-@pytest.mark.timeout(240)
-def test_an_imbalance_in_the_database_reaches_the_pager_with_its_runbook_within_a_minute(
+@contextmanager
+def exporter_command(project: Project) -> Iterator[int]:
+    """The port of `walletmigrate exporter`, run as an operator runs it: a process of its own."""
+    process = project.start("exporter", "--port", "0", "--json")
+    try:
+        yield int(first_document(process)["url"].rpartition(":")[2].partition("/")[0])
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+    finally:
+        end(process)
+
+
+def told(path: str, message: dict[str, Any]) -> dict[str, Any]:
+    """The one alert of a message, which must be that of the imbalance, for the pager."""
+    (alert,) = message["alerts"]
+    labels: dict[str, str] = alert["labels"]
+    assert (path, message["status"]) == ("/pager", alert["status"])
+    assert {name: labels[name] for name in ("alertname", "severity", "currency")} == {
+        "alertname": f"{PREFIX}LedgerImbalance",
+        "severity": "critical",
+        "currency": "EUR",
+    }
+    url = alert["annotations"]["runbook_url"]
+    assert url == f"{RUNBOOKS}ledger-imbalance.md"
+    assert (ROOT / "runbooks" / url.removeprefix(RUNBOOKS)).is_file()
+    found: dict[str, Any] = alert
+    return found
+
+
+@pytest.mark.timeout(300)
+def test_an_imbalance_reaches_the_pager_within_a_minute_with_its_runbook_and_so_does_its_end(
     database_url: str, tmp_path: Path
 ) -> None:
-    place = adapting.place(database_url)
-    backfill(place.engine, place.settings, place.mapping, ACT)
+    project, engine = project_at(tmp_path, database_url, "dual_write")
+    times = example("prometheus.yml")["global"]
     with ExitStack() as stack:
         receiver = stack.enter_context(Receiver())
-        targets = {EXPORTER: stack.enter_context(exporting(place))}
+        targets = {EXPORTER: stack.enter_context(exporter_command(project))}
         routes = stack.enter_context(alertmanager(tmp_path, example_routes(receiver.port)))
-        server = stack.enter_context(prometheus(tmp_path, targets, rules=[RULES], alertmanager=routes.port))
+        server = stack.enter_context(
+            prometheus(tmp_path, targets, rules=[RULES], alertmanager=routes.port, times=times)
+        )
         until(lambda: bool(server.query('walletmigrate_ledger_imbalance{currency="EUR"} == 0')))
         assert receiver.received == []
 
-        execute(place.engine, "update wallet.accounts set balance = balance + 0.01 where key = '1'")
+        execute(engine, "update wallet.accounts set balance = balance + 0.01 where key = '1'")
         broken_at = time.monotonic()
         until(lambda: bool(receiver.received), lambda: server.get("/api/v1/alerts"))
         assert time.monotonic() - broken_at < 60
+        firing = told(*receiver.received[0])
+        assert firing["status"] == "firing"
+        assert "together are 0.01" in firing["annotations"]["description"]
 
-        ((path, message),) = receiver.received
-        (alert,) = message["alerts"]
-        assert (path, message["status"]) == ("/pager", "firing")
-        assert alert["labels"]["alertname"] == f"{PREFIX}LedgerImbalance"
-        assert (alert["labels"]["severity"], alert["labels"]["currency"]) == ("critical", "EUR")
-        assert "together are 0.01" in alert["annotations"]["description"]
-        url = alert["annotations"]["runbook_url"]
-        assert url == f"{RUNBOOKS}ledger-imbalance.md"
-        assert (ROOT / "runbooks" / url.removeprefix(RUNBOOKS)).is_file()
+        project.change("recalculate", "--account", "1")
+        until(lambda: len(receiver.received) > 1, lambda: server.get("/api/v1/alerts"))
+        over = told(*receiver.received[1])
+        assert (over["status"], over["fingerprint"]) == ("resolved", firing["fingerprint"])
+        assert over["endsAt"] > over["startsAt"] == firing["startsAt"]
+        assert server.query(f'ALERTS{{alertname="{PREFIX}LedgerImbalance"}}') == []
+        assert len(receiver.received) == 2

@@ -10,7 +10,6 @@ import sys
 import threading
 import urllib.request
 from decimal import Decimal
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,8 @@ import structlog
 from opentelemetry.sdk.trace import TracerProvider
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector
-from prometheus_client.parser import text_string_to_metric_families
 
+from scrapes import Series, process_series, scraped
 from walletmigrate import flags, observe
 from walletmigrate.observe import (
     Event,
@@ -31,8 +30,6 @@ from walletmigrate.observe import (
     PrometheusObserver,
     Read,
 )
-
-Series = tuple[str, tuple[tuple[str, str], ...]]
 
 POSTED = Posted(
     operation="credit",
@@ -55,35 +52,6 @@ MISMATCH = Mismatch("read", "users", "cash", "EUR", "c-1", None, 4711, Decimal("
 def posted(**changes: object) -> Posted:
     fields = {name: getattr(POSTED, name) for name in POSTED.__slots__}
     return Posted(**{**fields, **changes})
-
-
-def process_series() -> set[Series]:
-    """Every series that a process must have from its start, without histogram buckets and creation times."""
-    series: set[Series] = set()
-    calls = [
-        (("operation", operation), ("outcome", name))
-        for operation, name in product(observe.OPERATIONS, observe.OUTCOMES)
-    ]
-    series |= {("walletmigrate_dual_write_total", labels) for labels in calls}
-    for mode, operation in product(observe.MODES, observe.OPERATIONS):
-        timing = (("mode", mode), ("operation", operation))
-        series.add(("walletmigrate_dual_write_duration_seconds_count", timing))
-        series.add(("walletmigrate_dual_write_duration_seconds_sum", timing))
-    series |= {("walletmigrate_read_total", (("source", source),)) for source in observe.SOURCES}
-    series |= {("walletmigrate_read_compare_total", (("outcome", name),)) for name in observe.COMPARES}
-    series |= {("walletmigrate_mismatch_total", (("where", where),)) for where in observe.PLACES}
-    series |= {("walletmigrate_watched_write_total", (("outcome", name),)) for name in observe.WATCHED}
-    series |= {("walletmigrate_flag_age_seconds", (("flag", flag),)) for flag in observe.FLAGS}
-    return series
-
-
-def scraped(text: str) -> dict[Series, float]:
-    samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for sample in samples
-        if not sample.name.endswith(("_created", "_bucket"))
-    }
 
 
 def scrape(registry: CollectorRegistry) -> dict[Series, float]:

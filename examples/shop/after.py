@@ -35,7 +35,7 @@ heartbeat = Heartbeat(settings, flags, name="shop", observers=observers).start()
 
 @app.before_request
 def correlate() -> None:
-    """The request's id stands in the log, in the ledger and in the audit log."""
+    """The request's id stands in the log and in the ledger, where `walletmigrate trace` finds it."""
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(correlation_id=request.headers.get("X-Request-Id") or uuid.uuid4().hex)
 

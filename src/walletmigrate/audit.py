@@ -8,13 +8,16 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+from walletmigrate import observe
 from walletmigrate.config import Settings
 from walletmigrate.schema import quoted
 
 
 @dataclass(frozen=True)
 class Act:
-    """Who changes something and why; both are words for the auditor, neither may be empty."""
+    """Who changes something and why; both are words for the auditor, neither may be empty. What is done under
+    it has its ``correlation_id``; without one, each audit row has that of the context in which it is written.
+    """
 
     actor: str
     reason: str
@@ -23,6 +26,10 @@ class Act:
     def __post_init__(self) -> None:
         if not self.actor.strip() or not self.reason.strip():
             raise ValueError("an act has an actor and a reason")
+
+    def correlation(self) -> str:
+        """The correlation id of what is done now: its own, else that of the caller's context, else one made."""
+        return self.correlation_id or observe.correlation_id()
 
 
 def record(
@@ -49,7 +56,7 @@ def record(
                 "reason": act.reason,
                 "mapping": mapping,
                 "job": job_id,
-                "correlation": act.correlation_id,
+                "correlation": act.correlation(),
                 "details": json.dumps(details or {}, default=str),
             },
         ).scalar_one()

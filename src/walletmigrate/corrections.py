@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final
@@ -18,6 +18,7 @@ from walletmigrate.audit import Act
 from walletmigrate.config import Column, KeyType, Settings, exact, key_text
 from walletmigrate.errors import InvalidAmount, InvalidKey, InvalidMovement, LedgerNotInstalled, PreconditionRefused
 from walletmigrate.functions import fingerprint
+from walletmigrate.observe import Adjusted, Observer, Observers
 from walletmigrate.schema import quoted
 from walletmigrate.standing import REASON, show
 
@@ -55,7 +56,8 @@ class Correction:
     ``outcome`` is in_order, corrected, opened, resynced, reported (too large to correct), refused (``refusal`` says
     why), failed (``error``), undone, recalculated or turned_stale; ``unlisted`` where the truth does not know it.
     ``state`` is the account's before, None if there was none. ``difference`` is the truth less the balance that is
-    true in that state; of a mirrored account whose sides differ, of the side that is further away.
+    true in that state; of a mirrored account whose sides differ, of the side that is further away. ``correlation_id``
+    stands in the transaction and in the audit row; None of one read from the record.
     """
 
     outcome: str
@@ -73,6 +75,7 @@ class Correction:
     ledger_after: Decimal | None = None
     transaction_id: int | None = None
     error: str | None = None
+    correlation_id: str | None = None
 
     @property
     def why(self) -> str:
@@ -93,7 +96,9 @@ class Corrector:
         self.settings: Final = settings
         self.mapping: Final = mapping
         self._schema: Final = quoted(settings.ledger_schema)
-        self._common: Final = {"fingerprint": fingerprint(mapping), "actor": act.actor, "reason": act.reason}
+        self.correlation_id: Final = act.correlation()
+        words = {"actor": act.actor, "reason": act.reason, "correlation": self.correlation_id}
+        self._common: Final = {"fingerprint": fingerprint(mapping), **words}
 
     def call(self, function: str, key: str, column: Column, **request: Any) -> Correction:
         """Run ``correct`` or ``recalculate`` on one account. What fails for it alone comes back as ``failed``.
@@ -108,7 +113,7 @@ class Corrector:
             try:
                 with jobs.begin(self._engine) as connection:
                     row = connection.execute(query, {"request": given}).one()
-                return Correction(**row._mapping)
+                return Correction(**row._mapping, correlation_id=self.correlation_id)
             except DBAPIError as error:
                 state = str(getattr(error.orig, "sqlstate", None) or "")
                 if state in _NO_FUNCTIONS:
@@ -160,11 +165,13 @@ def adjust(
     notes: str | None = None,
     allow_negative: bool = False,
     dry_run: bool = False,
+    observers: Iterable[Observer] = (),
 ) -> Correction:
     """An operator's correction of one account by ``amount``, signed and in major units, on both sides.
 
     ``key`` is the key's text. The floor does not bind, but a balance below zero is refused unless ``allow_negative``.
     ``notes`` stand beside the transaction, in the table whose texts can be erased; reason and actor stand in it.
+    ``observers`` are told `Adjusted` after the commit, with the correlation id of the transaction and the audit row.
     Unlike the adapter's `set_balance` it needs no flag, never leaves the ledger behind, and moves by an amount, so
     that a posting that comes between is kept. Not idempotent: look at the history before you repeat one whose end
     you have not seen. Raises PreconditionRefused with the reason, InvalidAmount, InvalidMovement and UnknownBucket.
@@ -178,11 +185,18 @@ def adjust(
         text_key = key_of(key, survey.inspect_mapping(connection, mapping).key_type, mapping)
     request = {"truth": "change", "amount": str(signed), "negative": allow_negative, "dry": dry_run, "notes": notes}
     corrector = Corrector(engine, settings, mapping, act, alone=True)
-    made = corrector.call("correct", text_key, column, type="adjust", correlation=act.correlation_id, **request)
+    made = corrector.call("correct", text_key, column, type="adjust", **request)
     if made.outcome == "refused":
         what, mend = REFUSALS[made.refusal or ""]
         refuse("adjust", [(f"account {key}: {what}", mend.replace("KEY", key))])
+    if not dry_run:
+        Observers(observers).tell(_event(made, mapping))
     return made
+
+
+def _event(made: Correction, mapping: config.Mapping) -> Adjusted:
+    place = (mapping.name, made.bucket, made.currency)
+    return Adjusted(*place, made.transaction_id, made.correlation_id, key=made.key, amount=made.difference)
 
 
 def stopped(connection: Connection, settings: Settings) -> list[tuple[str, str]]:

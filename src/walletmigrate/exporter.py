@@ -7,6 +7,7 @@ them and outlives the short commands that made it, so one exporter serves it. It
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -24,7 +25,7 @@ from sqlalchemy.pool import NullPool
 from walletmigrate import connect
 from walletmigrate.errors import ConfigError, UsageError, WalletMigrateError
 from walletmigrate.facts import PHASES, Facts, read_facts
-from walletmigrate.observe import METRICS
+from walletmigrate.observe import FLAGS, METRICS, VERIFIED
 
 if TYPE_CHECKING:
     from walletmigrate.config import Settings
@@ -61,6 +62,7 @@ def _by_job(facts: Facts, what: str) -> Family:
 def families(facts: Facts) -> Iterator[Family]:
     """The facts as Prometheus' metric families. Only here does money become a float, to be drawn."""
     yield _by_label("bypass_writes_total", facts.bypasses)
+    yield _family("mismatch_total", ((VERIFIED,), facts.mismatches))
     yield _family("flag_documents", ((), facts.documents))
     yield _by_label("phase", {phase: float(phase == facts.phase) for phase in PHASES})
     yield _family("line_stopped", ((), facts.line_stopped))
@@ -80,7 +82,8 @@ class DatabaseFacts(Collector):
     scrapes that come together, so that a storm of them costs the database one look; a failed look is kept
     too. When the database does not answer, only ``walletmigrate_exporter_up 0`` is served: a 0 for a
     stopped line or a drift would be a false all-clear. ``rollout`` is asked once a minute, since it may have to
-    decide for many accounts; without it, and while it fails, ``flag_rollout_ratio`` is not served.
+    decide for many accounts. Until it has been asked ``flag_rollout_ratio`` is 0; while it fails, it is NaN: a 0
+    would say that nobody has the flag.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class DatabaseFacts(Collector):
         self._schema = schema
         self._scope = frozenset(scope)
         self._rollout = rollout
-        self._ratios: Mapping[str, float] = {}
+        self._ratios: Mapping[str, float] = dict.fromkeys(FLAGS, 0.0)
         self._asked_at: float | None = None
         self._ttl = ttl
         self._clock = clock
@@ -107,7 +110,7 @@ class DatabaseFacts(Collector):
 
     def describe(self) -> Iterator[Family]:
         """The families without samples, so that registering does not touch the database."""
-        return (_family(metric.name) for metric in METRICS.values() if metric.served_by == "exporter")
+        return (_family(metric.name) for metric in METRICS.values() if metric.served("exporter"))
 
     def collect(self) -> Iterator[Family]:
         """Never raises for the database's sake."""
@@ -115,8 +118,7 @@ class DatabaseFacts(Collector):
         yield _family("exporter_up", ((), facts is not None))
         if facts is not None:
             yield from families(facts)
-            if self._ratios:
-                yield _by_label("flag_rollout_ratio", self._ratios)
+            yield _by_label("flag_rollout_ratio", self._ratios)
 
     def _current(self) -> Facts | None:
         with self._lock:
@@ -145,9 +147,10 @@ class DatabaseFacts(Collector):
         self._asked_at = self._clock()
         try:
             with self._engine.connect() as plain:
-                self._ratios = self._rollout(plain.execution_options(postgresql_readonly=True))
+                counted = self._rollout(plain.execution_options(postgresql_readonly=True))
+            self._ratios = dict.fromkeys(FLAGS, 0.0) | dict(counted)
         except (SQLAlchemyError, WalletMigrateError) as error:
-            self._ratios = {}
+            self._ratios = dict.fromkeys(FLAGS, math.nan)
             _log.warning("exporter cannot count for whom the flags are on: %s", type(error).__name__)
 
 

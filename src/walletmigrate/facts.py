@@ -57,7 +57,7 @@ class JobFacts:
 class Facts:
     """What one look at the ledger's schema saw. Amounts are in major units, by currency; ``last_success`` is Unix time:
     `VOIDED` if a mapping's clean full verification was followed by one of any form that was not clean, else 0 if a
-    mapping never had any.
+    mapping never had any. ``mismatches`` counts an account that differs once for each verification that met it.
     """
 
     phase: str
@@ -70,6 +70,7 @@ class Facts:
     last_success: float
     bypasses: Mapping[str, int] = field(default_factory=dict)
     documents: int = 0
+    mismatches: int = 0
 
 
 def read_facts(connection: sa.Connection, schema: str, scope: Collection[tuple[str, str]] = ()) -> Facts:
@@ -97,6 +98,7 @@ def read_facts(connection: sa.Connection, schema: str, scope: Collection[tuple[s
         last_success=_last_success(connection, schema, scope),
         bypasses=dict.fromkeys(TREATMENTS, 0) | _bypasses(connection, schema),
         documents=_documents(connection, schema),
+        mismatches=_mismatches(connection, schema),
     )
 
 
@@ -117,6 +119,14 @@ def _bypasses(connection: sa.Connection, schema: str) -> dict[str, int]:
     )
     counts["rejected"] += int(connection.scalar(refused, {"schema": quoted(schema)}) or 0)
     return dict(counts)
+
+
+def _mismatches(connection: sa.Connection, schema: str) -> int:
+    """Accounts that differed in the verifications on record, of all mappings there ever were: a sum that never falls,
+    since a counter that does is taken for one that began anew. Nobody may remove a row.
+    """
+    runs = _table(schema, "verifications", "drift_accounts")
+    return int(connection.scalar(sa.select(sa.func.sum(runs.c.drift_accounts))) or 0)
 
 
 def _documents(connection: sa.Connection, schema: str) -> int:

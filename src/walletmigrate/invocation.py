@@ -29,6 +29,7 @@ from walletmigrate.errors import ConfigError, PreconditionRefused, UnknownMappin
 from walletmigrate.flag_editor import FlagEditor
 from walletmigrate.flag_server import FlagsmithSource
 from walletmigrate.flags import FlagSource
+from walletmigrate.observe import correlation_id
 from walletmigrate.sources import editor_of, source_of
 from walletmigrate.standing import confirmation, refreshed
 
@@ -134,11 +135,21 @@ class Run:
         return self.editor
 
     def act(self, default_reason: str | None = None) -> Act:
-        """Who does this and why. Raises UsageError without a reason; a dry run needs none."""
+        """Who does this and why, under one correlation id. Raises UsageError without a reason; a dry run needs none."""
         reason = (self._reason or "").strip() or default_reason or ("dry run" if self.dry_run else "")
         if not reason:
             raise UsageError("say why: add --reason '…' (it goes into the audit log)")
-        return Act((self._actor or os.environ.get(f"{ENVIRONMENT_PREFIX}ACTOR") or "").strip() or _user(), reason)
+        actor = (self._actor or os.environ.get(f"{ENVIRONMENT_PREFIX}ACTOR") or "").strip() or _user()
+        return Act(actor, reason, self._correlation_id)
+
+    @cached_property
+    def _correlation_id(self) -> str:
+        """One for all that a command does, so that `walletmigrate trace` finds it together."""
+        from structlog.contextvars import bound_contextvars  # not above: a command that only looks needs none
+
+        made = correlation_id()
+        self._stack.enter_context(bound_contextvars(correlation_id=made))  # for what is written under another act
+        return made
 
     def mappings(self, name: str | None) -> tuple[Mapping, ...]:
         """The mapping of that name, or all of them. Raises UsageError."""

@@ -32,7 +32,7 @@ Mode = Literal["legacy", "dual_write", "ledger"]
 Outcome = Literal["ok", "ledger_failed", "skipped", "replayed", "refused"]
 Source = Literal["legacy", "ledger", "fallback"]
 Compare = Literal["match", "mismatch", "stale"]
-Where = Literal["write", "read", "verify"]
+Where = Literal["write", "read"]
 
 OPERATIONS: Final[tuple[Operation, ...]] = get_args(Operation)
 MODES: Final[tuple[Mode, ...]] = get_args(Mode)
@@ -40,6 +40,8 @@ OUTCOMES: Final[tuple[Outcome, ...]] = get_args(Outcome)
 SOURCES: Final[tuple[Source, ...]] = get_args(Source)
 COMPARES: Final[tuple[Compare, ...]] = get_args(Compare)
 PLACES: Final[tuple[Where, ...]] = get_args(Where)
+VERIFIED: Final = "verify"
+"""The further place of a mismatch, which the exporter serves: a verification mostly is a command, and never scraped."""
 WATCHED: Final = ("lost_update", "unrouted")
 FLAGS: Final = ("wallet.dualWrite", "wallet.readFromLedger", "wallet.enableWithdrawals")
 
@@ -49,13 +51,19 @@ BUCKETS: Final = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.025, 0.05,
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric as it is scraped: ``name`` without prefix, ``labels`` in order, where it is counted."""
+    """One metric as it is scraped: ``name`` without prefix, ``labels`` in order, where it is counted. Of one that both
+    serve, each has label values of its own: a sum over all counts nothing twice.
+    """
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     help: str
     labels: tuple[str, ...] = ()
-    served_by: Literal["process", "exporter"] = "exporter"
+    served_by: Literal["process", "exporter", "both"] = "exporter"
+
+    def served(self, by: Literal["process", "exporter"]) -> bool:
+        """Whether a scrape of it shows the metric."""
+        return self.served_by in (by, "both")
 
     @property
     def full_name(self) -> str:
@@ -91,7 +99,7 @@ METRICS: Final = _catalogue(
     ),
     Metric("read_total", "counter", "Balance reads by the side that answered.", ("source",), "process"),
     Metric("read_compare_total", "counter", "Compared balance reads by result.", ("outcome",), "process"),
-    Metric("mismatch_total", "counter", "Differences seen between legacy and ledger.", ("where",), "process"),
+    Metric("mismatch_total", "counter", "Differences seen between legacy and ledger.", ("where",), "both"),
     Metric(
         "watched_write_total",
         "counter",
@@ -206,6 +214,21 @@ class Mismatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Adjusted:
+    """A balance that an operator adjusted (`corrections.adjust`), told after the commit. Its audit row has the same
+    correlation id. ``amount`` is signed, in major units.
+    """
+
+    mapping: str
+    bucket: str
+    currency: str
+    transaction_id: int | None
+    correlation_id: str | None
+    key: object = None
+    amount: Decimal | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class FlagsSeen:
     """The flag document in force, and its age then. Told by each call that decides by it, and by each beat of a
     `Heartbeat` that has observers, so that the age goes on in a process without work.
@@ -249,7 +272,7 @@ class Unrouted:
     key: object = None
 
 
-Event = Posted | Read | Mismatch | FlagsSeen | LostUpdate | Unrouted
+Event = Posted | Read | Mismatch | Adjusted | FlagsSeen | LostUpdate | Unrouted
 
 
 class Observer(Protocol):
@@ -326,7 +349,10 @@ class PrometheusObserver:
         self._ages = [age.labels(flag) for flag in FLAGS]
 
     def __call__(self, event: Event, /) -> None:
-        """Count the event. Raises KeyError for a label value outside the closed sets."""
+        """Count the event, unless it is an operator's deed (`Adjusted`), which is no traffic of the application.
+
+        Raises KeyError for a label value outside the closed sets.
+        """
         match event:
             case Posted():
                 self._writes[event.operation, event.outcome].inc()
@@ -358,8 +384,8 @@ def _counter(name: str, registry: CollectorRegistry) -> Counter:
 class LogObserver:
     """Writes events as structured log lines with their correlation id.
 
-    Without ``logger`` they go as JSON to the standard library's logger ``walletmigrate``: postings at INFO,
-    reads at DEBUG, a failed ledger leg, a mismatch, a lost update and an
+    Without ``logger`` they go as JSON to the standard library's logger ``walletmigrate``: postings and adjustments
+    at INFO, reads at DEBUG, a failed ledger leg, a mismatch, a lost update and an
     unrouted write at WARNING. Pass a structlog logger to use your own
     chain. Account keys, amounts and balances are left out unless ``log_values`` is true.
     """
@@ -383,6 +409,8 @@ class LogObserver:
                 self._log.warning("wallet.lost_update", **self._fields(event, values))
             case Unrouted():
                 self._log.warning("wallet.unrouted", **self._fields(event, ("key",)))
+            case Adjusted():
+                self._log.info("wallet.adjusted", **self._fields(event, ("key", "amount")))
             case FlagsSeen():
                 pass  # told with every call and beat; the metric has it
 

@@ -146,7 +146,6 @@ class Settling:
             "dry": self.run is None,
             "run": self.run,
             "type": "reconcile",
-            "correlation": self.act.correlation_id,
         }
         place = (key, column.bucket, column.currency)
         for _ in range(_ASKED):

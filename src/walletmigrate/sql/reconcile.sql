@@ -220,13 +220,13 @@ begin
         update accounts set balance = k.ledger_after where id = s.account;
         insert into transactions (
             id, debit_account, credit_account, kind, type, amount, debit_balance, credit_balance, currency,
-            actor, reason, reverses, job_id
+            correlation_id, actor, reason, reverses, job_id
         )
         values (
             k.transaction_id, t.credit_account, t.debit_account, 'reversal', t.type, t.amount,
             case when t.credit_account = s.account then k.ledger_after end,
             case when t.debit_account = s.account then k.ledger_after end,
-            t.currency, q ->> 'actor', q ->> 'reason', t.id, (q ->> 'run')::bigint
+            t.currency, q ->> 'correlation', q ->> 'actor', q ->> 'reason', t.id, (q ->> 'run')::bigint
         );
     end if;
     if s.state = 'mirrored' and k.ledger_after <> k.legacy_after then
@@ -315,10 +315,11 @@ begin
     k := {{ schema }}.amend_{{ mapping }}(p_request, v_undo);
     if k.outcome in ('corrected', 'opened', 'resynced', 'undone') and (p_request ->> 'dry')::boolean is not true then
         perform {{ schema }}.rewrite_{{ mapping }}(v_key, k.bucket, k.currency, k.legacy_before, k.legacy_after);
-        insert into {{ schema }}.audit_log (action, actor, reason, mapping, job_id, details)
+        insert into {{ schema }}.audit_log (action, actor, reason, mapping, job_id, correlation_id, details)
         values (
             case p_request ->> 'type' when 'adjust' then 'adjust' else 'reconcile ' || k.outcome end,
             p_request ->> 'actor', p_request ->> 'reason', '{{ mapping }}', (p_request ->> 'run')::bigint,
+            p_request ->> 'correlation',
             jsonb_strip_nulls(to_jsonb(k) || jsonb_build_object('undoes', (p_request ->> 'audit')::bigint))
         );
     end if;
@@ -394,9 +395,9 @@ begin
     perform {{ schema }}.lock_{{ mapping }}(array[p_request ->> 'key']::{{ key_type }}[]);
     k := {{ schema }}.recount_{{ mapping }}(p_request);
     if k.outcome in ('recalculated', 'turned_stale') and (p_request ->> 'dry')::boolean is not true then
-        insert into {{ schema }}.audit_log (action, actor, reason, mapping, details)
+        insert into {{ schema }}.audit_log (action, actor, reason, mapping, correlation_id, details)
         values (
-            'recalculate', p_request ->> 'actor', p_request ->> 'reason', '{{ mapping }}',
+            'recalculate', p_request ->> 'actor', p_request ->> 'reason', '{{ mapping }}', p_request ->> 'correlation',
             jsonb_strip_nulls(to_jsonb(k))
         );
     end if;
