@@ -101,7 +101,7 @@ def _figure(pair: tuple[str, str], runs: list[tuple[float, float]]) -> Figure:
         f"{CLIENTS} clients: {'a bare UPDATE ' if bare else ''}against a dual-write by hand, {kind}",
         tuple(a / b for a, b in runs),
         "× its throughput",
-        at_least(2.5, binding=kind == "ORM"),
+        at_least(2.5, binding=not bare),
         ratio_note(first, second, "a second"),
     )
 
