@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ import psycopg
 from sqlalchemy import Engine, make_url
 
 from ledger import ACT, engine_named, execute, install_users, unguarded, until_blocked
+from runbook_alerts import Scrape, Shop, scraped
 from servers import Postgres
 from walletmigrate import LegacyBalanceAdapter, Settings, line, phases
 from walletmigrate.audit import Act
@@ -91,7 +93,9 @@ class Shell:
 class Stage:
     """A database of ten users, the odd ones of tenant acme, and the files that fit it.
 
-    ``variables`` are set in the shell besides; what was entered into ``cleanup`` ends with the test.
+    ``variables`` are set in the shell besides; what was entered into ``cleanup`` ends with the test. ``shop`` is what a
+    process of the application counts, ``seen`` what was served before the fault; ``meanwhile`` is what others do while
+    the runbook is worked through, by the name that the runbook has for it.
     """
 
     server: Postgres
@@ -101,6 +105,19 @@ class Stage:
     folder: Path
     variables: dict[str, str] = field(default_factory=dict)
     cleanup: ExitStack = field(default_factory=ExitStack)
+    shop: Shop = field(default_factory=Shop)
+    seen: list[Scrape] = field(default_factory=list)
+    meanwhile: dict[str, Callable[[], object]] = field(default_factory=dict)
+    exporter_url: str | None = None
+
+    def scrape(self) -> Scrape:
+        """What the exporter and the application's process serve now."""
+        return scraped(self.engine, self.settings, self.shop, self.exporter_url)
+
+    def adapter(self) -> LegacyBalanceAdapter:
+        """The adapter of the application's process, by the stage's flag file."""
+        source = FileSource(self.settings.flags.path)
+        return LegacyBalanceAdapter(self.settings, source, observers=[self.shop.observer])
 
     def shell(self) -> Shell:
         """A shell whose database role is the operators', beside the address of the tables' owner."""
@@ -134,6 +151,7 @@ def backfilled(
     phases.set_flag(engine, settings, stage.flags, DUAL_WRITE, True, ACT, everyone=True)
     if opened:
         backfill(engine, settings, settings.mapping(None), ACT)
+    stage.seen.append(stage.scrape())
     return stage
 
 
@@ -173,6 +191,7 @@ def cut_over_from(stage: Stage) -> Stage:
     phases.exercise(engine, settings, source, ACT)
     phases.advance(engine, settings, source, ACT)
     phases.cutover(engine, settings, stage.flags, ACME, ACT)
+    stage.seen.append(stage.scrape())
     return stage
 
 

@@ -3,13 +3,14 @@
 A runbook is read with sybil. A ``bash`` block is run; ``<!-- exit: 3 -->`` before it says how it ends, if not
 with 0; the ``output`` block after it is what a person sees. ``...`` in a line stands for any text of that line,
 alone in a line for any lines; white space counts as one blank. What a command prints must be in the runbook.
+``<!-- meanwhile: payments -->`` is where others do something that the text speaks of, and that no command here does.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from sybil.example import SybilFailure
 from sybil.parsers.markdown import CodeBlockParser
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer
 
+from alert_rules import alerts
+from runbook_alerts import assert_it_fires_and_ends
 from runbook_incidents import INCIDENTS
 from runbook_procedures import (
     Terminal,
@@ -78,6 +81,8 @@ SITUATIONS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
     **INCIDENTS,
 }
 
+OF_ALERTS = {alert.runbook.removesuffix(".md"): alert.name for alert in alerts()}
+
 ALERT_SECTIONS = [
     *("Meaning", "Impact", "Verify", "Diagnosis", "Mitigation", "Rollback"),
     *("Confirm resolved", "Silencing", "Escalation"),
@@ -92,8 +97,9 @@ PROCEDURE_SECTIONS = ["Before you start", "Steps", "How to know it worked", "How
 class Reader:
     """Somebody who works through a runbook, block by block, and minds every difference."""
 
-    def __init__(self, shell: Shell | Terminal) -> None:
+    def __init__(self, shell: Shell | Terminal, meanwhile: Mapping[str, Callable[[], object]] | None = None) -> None:
         self.shell = shell
+        self.meanwhile = dict(meanwhile or {})
         self.ran: Ran | None = None
         self.exit: int | None = None
         self.blocks = 0
@@ -101,16 +107,32 @@ class Reader:
     def work_through(self, path: Path) -> int:
         """Run the blocks of a document in order; how many there were. Raises SybilFailure, with the line."""
         commands, outputs = CodeBlockParser("bash", self.run), CodeBlockParser("output", self.compare)
-        for example in Document.parse(str(path), commands, outputs, self.exits):
+        for example in Document.parse(str(path), commands, outputs, self.exits, self.others):
             example.evaluate()
         end = self.loose_end()
         assert end is None, f"{path.name}, at its end: {end}"
+        assert not self.meanwhile, f"{path.name} does not say when: {', '.join(self.meanwhile)}"
         return self.blocks
 
     def exits(self, document: Document) -> Iterator[Region]:
         """The comments that announce an exit code."""
         for found in DirectiveInHTMLCommentLexer("exit")(document):
             yield Region(found.start, found.end, found.lexemes["arguments"], self.announce)
+
+    def others(self, document: Document) -> Iterator[Region]:
+        """The comments at which others do something."""
+        for found in DirectiveInHTMLCommentLexer("meanwhile")(document):
+            yield Region(found.start, found.end, found.lexemes["arguments"], self.let)
+
+    def let(self, example: Example) -> str | None:
+        """Let others do what the comment names, once."""
+        if end := self.loose_end():
+            return end
+        act = self.meanwhile.pop(example.parsed.strip(), None)
+        if act is None:
+            return f"nobody does {example.parsed!r} here, or it was done already"
+        act()
+        return None
 
     def announce(self, example: Example) -> str | None:
         """Remember the exit code of the block that follows."""
@@ -160,13 +182,24 @@ def lines(text: str) -> list[str]:
     return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("name", SITUATIONS)
+@pytest.mark.parametrize("name", sorted(SITUATIONS.keys() - OF_ALERTS.keys()))
 def test_every_command_of_a_runbook_does_what_the_runbook_says(
     name: str, server: Postgres, database_url: str, tmp_path: Path
 ) -> None:
     stage = SITUATIONS[name](server, database_url, tmp_path)
     with stage.cleanup:
-        assert Reader(stage.shell()).work_through(FOLDER / f"{name}.md") > 0
+        assert Reader(stage.shell(), stage.meanwhile).work_through(FOLDER / f"{name}.md") > 0
+
+
+@pytest.mark.parametrize("name", OF_ALERTS)
+def test_an_alert_fires_in_its_situation_and_the_commands_of_its_runbook_end_it(
+    name: str, server: Postgres, database_url: str, tmp_path: Path
+) -> None:
+    stage = SITUATIONS[name](server, database_url, tmp_path)
+    with stage.cleanup:
+        during = stage.scrape()
+        assert Reader(stage.shell(), stage.meanwhile).work_through(FOLDER / f"{name}.md") > 0
+        assert_it_fires_and_ends(OF_ALERTS[name], stage.seen, during, stage.scrape(), tmp_path)
 
 
 def test_a_newcomer_comes_from_a_clone_to_a_cut_over_tenant_and_back(tmp_path: Path) -> None:
