@@ -1,7 +1,7 @@
 """Whether a runbook's alert fires in its situation, and ends with it: Prometheus' own rules, on what was really served.
 
 What the exporter and the application's process serve is taken at a few moments. promtool then plays the committed rules
-on it, as if each had been served for as long as the rule waits. Its clock begins at 0, so served times are moved as far.
+on it, as if each had gone on for as long as the rule waits. Its clock begins at 0, so served times are moved as far.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ EXPORTER: Final = {"job": "walletmigrate-exporter", "instance": "db"}
 SHOP: Final = {"job": "shop", "instance": "a"}
 BEGIN: Final = 27 * 60
 """Minutes of promtool's time before the first sample: longer than any age that a rule asks for."""
-BEFORE, DURING, AFTER = 20, 45, 8 * 60
-"""Minutes for which a state is served. The last is longer than the short window of every error budget."""
+BEFORE, DURING, AFTER = 20, 45, 60
+"""Minutes for which a state is served; a counter rises evenly to what is served at their end."""
+SLOWEST: Final = {"DualWriteErrorBudgetBurn": 8 * 60}
+"""An alert that looks back further than `AFTER`: the longest of its short windows is six hours."""
+COUNTERS: Final = ("_total", "_bucket", "_count", "_sum")
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def _series(name: str, labels: Mapping[str, str]) -> str:
 
 def assert_it_fires_and_ends(alert: str, before: Sequence[Scrape], during: Scrape, after: Scrape, folder: Path) -> None:
     """Fail unless the alert is silent ``before``, fires with what was served in the fault, and is silent at the end."""
-    stretches = [*((one, BEFORE) for one in before), (during, DURING), (after, AFTER)]
+    rest = SLOWEST.get(alert, AFTER)
+    stretches = [*((one, BEFORE) for one in before), (during, DURING), (after, rest)]
     broken = BEGIN + BEFORE * len(before)
     firing = f'ALERTS{{alertname="{PREFIX}{alert}", alertstate="firing"}}'
 
@@ -97,9 +101,9 @@ def assert_it_fires_and_ends(alert: str, before: Sequence[Scrape], during: Scrap
 
     fired = [{"labels": "{}", "value": 1}]
     looks = [
-        {"expr": ever(broken), "eval_time": f"{broken - 1}m", "exp_samples": []},
+        {"expr": ever(BEFORE * len(before) - 2), "eval_time": f"{broken - 1}m", "exp_samples": []},
         {"expr": ever(DURING), "eval_time": f"{broken + DURING - 1}m", "exp_samples": fired},
-        {"expr": f"count({firing})", "eval_time": f"{broken + DURING + AFTER - 1}m", "exp_samples": []},
+        {"expr": f"count({firing})", "eval_time": f"{broken + DURING + rest - 1}m", "exp_samples": []},
     ]
     mine = _rules(alert)
     named = set(re.findall(r"\w+", " ".join(rule["expr"] for rule in mine)))
@@ -132,15 +136,18 @@ def _rules(alert: str) -> list[dict[str, Any]]:
 def _values(name: str, stretches: Sequence[tuple[Scrape, int]]) -> str:
     """The series in promtool's notation: a sample each minute."""
     values, begins = f"_x{BEGIN}", BEGIN * 60
-    there = False
+    there, last = False, 0.0
     for scrape, minutes in stretches:
         value = scrape.samples.get(name)
         if value is None:
             values += f" {'stale' if there else '_'} _x{minutes - 1}"
         elif math.isnan(value):
             values += " NaN" * minutes
+        elif there and name.partition("{")[0].endswith(COUNTERS):
+            step = (value - last) / minutes
+            values += f" {last + step:.9g}{step:+.9g}x{minutes - 1}"
         else:
             moved = "timestamp_seconds" in name and value > 1  # 0 and 1 are no times
             values += f" {value - scrape.at + begins if moved else value:.9g}x{minutes - 1}"
-        there, begins = value is not None, begins + minutes * 60
+        there, last, begins = value is not None, value or 0.0, begins + minutes * 60
     return values

@@ -142,7 +142,7 @@ FAULTS = {
         "releases",
     ),
     PROCESS.format(7, "1", "a", 301, "null", 0): ("shop (pid 7) were last confirmed 301 s ago", "flags-stale"),
-    PROCESS.format(7, "1", "a", 0, "'no such file'", 0): ("shop (pid 7): no such file", "flags-stale"),
+    PROCESS.format(7, "1", "a", 0, "'no such file'", 0): ("shop (pid 7) cannot read its flags: no such file", "flags-stale"),
     PROCESS.format(7, "1", "a", 0, "null", 90): ("s in the future: the database's clock went back", "clocks"),
 }  # fmt: skip
 

@@ -21,7 +21,9 @@ from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer
 
 from alert_rules import alerts
 from runbook_alerts import assert_it_fires_and_ends
+from runbook_faults import FAULTS
 from runbook_incidents import INCIDENTS
+from runbook_installations import INSTALLATIONS
 from runbook_procedures import (
     Terminal,
     before_the_backfill,
@@ -30,7 +32,6 @@ from runbook_procedures import (
     mid_posting,
     newcomer,
     with_history,
-    with_migrations,
 )
 from runbook_stage import (
     Ran,
@@ -39,15 +40,9 @@ from runbook_stage import (
     backfilled,
     bypassed,
     cut_over,
-    disagreeing,
-    drifted,
     failed_job,
-    failing,
     imbalanced,
-    stalled,
     stopped,
-    unreadable_flags,
-    waiting,
 )
 from servers import Postgres
 
@@ -59,26 +54,18 @@ SITUATIONS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
     "README": backfilled,
     "archive": frozen,
     "backfill": before_the_backfill,
-    "backfill-stalled": stalled,
-    "balance-drift": drifted,
     "bypass-writes": bypassed,
     "cutover": backfilled,
-    "dual-write-error-budget-burn": failing,
-    "exporter-down": cut_over,
-    "flag-disagreement": disagreeing,
-    "flags-stale": unreadable_flags,
     "freeze": before_the_freeze,
     "job-failed": failed_job,
     "ledger-imbalance": imbalanced,
-    "ledger-latency-high": waiting,
     "line-stopped": stopped,
-    "read-mismatch": drifted,
     "rehearse": with_history,
-    "retire": with_migrations,
     "rollback": cut_over,
     "stop-the-line": mid_posting,
-    "verification-stale": backfilled,
+    **FAULTS,
     **INCIDENTS,
+    **INSTALLATIONS,
 }
 
 OF_ALERTS = {alert.runbook.removesuffix(".md"): alert.name for alert in alerts()}
@@ -241,7 +228,7 @@ def test_whatever_a_runbook_changes_has_a_reason(path: Path) -> None:
     assert [line for line in changes if "--reason '" not in line and "--dry-run" not in line] == []
 
 
-FAULTS = {
+WRONG = {
     "another exit code": ("```bash\nexit 3\n```\n", "exit code 3, not 0"),
     "no failure where one is announced": ("<!-- exit: 3 -->\n```bash\ntrue\n```\n", "exit code 0, not 3"),
     "a failure before the last command": ("```bash\nfalse\ntrue\n```\n", "exit code 1, not 0"),
@@ -255,7 +242,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(("text", "said"), FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize(("text", "said"), WRONG.values(), ids=WRONG)
 def test_a_runbook_that_is_wrong_is_found_out(text: str, said: str, tmp_path: Path) -> None:
     runbook = tmp_path / "wrong.md"
     runbook.write_text(text, encoding="utf-8")
