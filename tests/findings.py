@@ -10,7 +10,7 @@ from pathlib import Path
 from walletmigrate.doctor import Finding
 
 ROOT = Path(__file__).parents[1]
-LETTERS = 12
+LETTERS = 7
 """A text with fewer letters of its own would tell of everything."""
 
 

@@ -127,7 +127,7 @@ def assert_it_fires_and_ends(alert: str, before: Sequence[Scrape], during: Scrap
 
 
 def _rules(alert: str) -> list[dict[str, Any]]:
-    """The alert's rules, and the recordings where they need any, in order: all of them take promtool ten times as long."""
+    """The alert's rules, and the recordings where they need any, in order: all rules take promtool much longer."""
     mine = [rule for rule in rules() if rule.get("alert") == PREFIX + alert]
     recordings = [rule for rule in rules() if "record" in rule]
     return [*(recordings if any("walletmigrate:" in rule["expr"] for rule in mine) else []), *mine]

@@ -46,8 +46,8 @@ def altered(server: Postgres, url: str, folder: Path) -> Stage:
 
 
 def disallowed(server: Postgres, url: str, folder: Path) -> Stage:
-    """As `cut_over`; then a right was taken from the operators, and everybody may read the accounts. The application has
-    a new login, which nobody has made a member of its role.
+    """As `cut_over`; then a right was taken from the operators, and everybody may read the accounts. The application
+    has a new login, which nobody has made a member of its role.
     """
     stage = cut_over(server, url, folder)
     login = f"shop_{make_url(url).database}"
@@ -86,7 +86,9 @@ def half_deployed(server: Postgres, url: str, folder: Path) -> Stage:
         old.kill()
         old.wait()
         alive.enter_context(running(stage, *beat))
-        execute(stage.engine, f"update wallet.processes set seen_at = seen_at - interval '1 minute' where pid = {old.pid}")
+        execute(
+            stage.engine, f"update wallet.processes set seen_at = seen_at - interval '1 minute' where pid = {old.pid}"
+        )
         _alive(stage, 2)
 
     stage.meanwhile["deployed"] = deployed
@@ -100,8 +102,8 @@ def _alive(stage: Stage, count: int) -> None:
 
 
 def apart(server: Postgres, _url: str, folder: Path) -> Stage:
-    """As `cut_over`, on a primary with a standby that somebody told to pause its replay, and on a machine whose clock is
-    90 s ahead (for what runs in this shell; no machine's clock is set).
+    """As `cut_over`, on a primary with a standby that somebody told to pause its replay, and on a machine whose clock
+    is 90 s ahead (for what runs in this shell; no machine's clock is set).
     """
     with ExitStack() as cleanup:
         servers = cleanup.enter_context(pair(server))
@@ -134,7 +136,7 @@ def _paused(replica: psycopg.Connection, stage: Stage) -> bool:
 
 
 def retiring(server: Postgres, url: str, folder: Path) -> Stage:
-    """As `with_migrations`; after the column is gone, a restructuring of the table loses a trigger, and user 9 is deleted."""
+    """As `with_migrations`; when the column is gone, the table is restructured, loses a trigger, and user 9 goes."""
     stage = with_migrations(server, url, folder)
 
     def lose() -> None:

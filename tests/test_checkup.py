@@ -78,26 +78,26 @@ OF_DATABASE = "do $$ begin execute format('alter database %I set session_replica
 
 FAULTS = {
     # What is gone
-    "drop sequence wallet.line cascade": ("the sequence wallet.line is missing", "installation"),
-    "drop sequence wallet.ceiling": ("the sequence wallet.ceiling is missing", "installation"),
-    "drop sequence wallet.transaction_ids": ("the sequence wallet.transaction_ids is missing", "installation"),
-    "drop sequence wallet.rejected_users": ('"wallet".rejected_users is missing', "installation"),
-    "drop table wallet.failures": ("the table wallet.failures is missing", "installation"),
-    "drop view wallet.wallet_entries cascade": ("the view wallet.wallet_entries is missing", "installation"),
-    "drop function wallet.cut_users(text, text, integer)": ("wallet.cut_users is missing", "installation"),
-    "update wallet.system_accounts set name = 'x' where name = 'transit'": ("system account 'transit' of EUR", "installation"),
+    "drop sequence wallet.line cascade": ("the sequence wallet.line is missing", "altered"),
+    "drop sequence wallet.ceiling": ("the sequence wallet.ceiling is missing", "altered"),
+    "drop sequence wallet.transaction_ids": ("the sequence wallet.transaction_ids is missing", "altered"),
+    "drop sequence wallet.rejected_users": ('"wallet".rejected_users is missing', "altered"),
+    "drop table wallet.failures": ("the table wallet.failures is missing", "altered"),
+    "drop view wallet.wallet_entries cascade": ("the view wallet.wallet_entries is missing", "altered"),
+    "drop function wallet.cut_users(text, text, integer)": ("wallet.cut_users is missing", "altered"),
+    "update wallet.system_accounts set name = 'x' where name = 'transit'": ("account 'transit' of EUR", "altered"),
     # What is another than was made
-    f"create or replace function wallet.refuse_change() {HOLLOW}": ("refuse_change was replaced", "installation"),
-    "alter function wallet.follow_phase() security invoker": ("follow_phase runs as its caller", "installation"),
-    "alter function wallet.lock_users(bigint[]) security definer": ("lock_users runs as its owner", "installation"),
-    "alter function wallet.set_line(boolean) reset search_path": ("wallet.set_line has not the search_path", "installation"),
-    "alter function wallet.fence_users() owner to current_user": ("wallet.fence_users() is postgres's", "installation"),
-    "alter table wallet.accounts owner to current_user": ("the table wallet.accounts is postgres's", "installation"),
-    "alter sequence wallet.line owner to current_user": ("the sequence wallet.line is postgres's", "installation"),
-    "alter schema wallet owner to current_user": ("the schema wallet is postgres's", "installation"),
-    "alter table wallet.control disable trigger ceiling": ("the trigger ceiling on wallet.control", "installation"),
+    f"create or replace function wallet.refuse_change() {HOLLOW}": ("refuse_change was replaced", "altered"),
+    "alter function wallet.follow_phase() security invoker": ("follow_phase runs as its caller", "altered"),
+    "alter function wallet.lock_users(bigint[]) security definer": ("lock_users runs as its owner", "altered"),
+    "alter function wallet.set_line(boolean) reset search_path": ("wallet.set_line has not the search_path", "altered"),
+    "alter function wallet.fence_users() owner to current_user": ("wallet.fence_users() is postgres's", "altered"),
+    "alter table wallet.accounts owner to current_user": ("the table wallet.accounts is postgres's", "altered"),
+    "alter sequence wallet.line owner to current_user": ("the sequence wallet.line is postgres's", "altered"),
+    "alter schema wallet owner to current_user": ("the schema wallet is postgres's", "altered"),
+    "alter table wallet.control disable trigger ceiling": ("the trigger ceiling on wallet.control", "altered"),
     # Releases
-    "update wallet.schema_version set version_num = '9999'": ("revision 9999, this release has 0001: a newer", "releases"),
+    "update wallet.schema_version set version_num = '9999'": ("revision 9999, this release has 0001: a ", "releases"),
     "delete from wallet.schema_version": ("revision None, this release has 0001: it was not installed", "releases"),
     "update wallet.mappings set functions_version = 99": ("of version 99, this release makes 1: a newer", "releases"),
     # Rights
@@ -142,7 +142,7 @@ FAULTS = {
         "releases",
     ),
     PROCESS.format(7, "1", "a", 301, "null", 0): ("shop (pid 7) were last confirmed 301 s ago", "flags-stale"),
-    PROCESS.format(7, "1", "a", 0, "'no such file'", 0): ("shop (pid 7) cannot read its flags: no such file", "flags-stale"),
+    PROCESS.format(7, "1", "a", 0, "'no such file'", 0): ("shop (pid 7) cannot read its flags: no ", "flags-stale"),
     PROCESS.format(7, "1", "a", 0, "null", 90): ("s in the future: the database's clock went back", "clocks"),
 }  # fmt: skip
 

@@ -134,8 +134,8 @@ def test_install_puts_up_what_is_missing_says_so_on_record_and_closes_rows_that_
         assert doctor.examine(connection, end.settings) == ()
     said = scalar(end.engine, "select details -> 'mended' from wallet.audit_log order by id desc limit 1")
     assert said == [
-        f'{DELETE} on public.users is missing',
-        f'{UPDATE} on public.users is disabled, or does not fire in replica role',
+        f"{DELETE} on public.users is missing",
+        f"{UPDATE} on public.users is disabled, or does not fire in replica role",
     ]
     execute(end.engine, "delete from users where id = 1")
     assert rows(end.engine, "select state::text from wallet.accounts where key = '1'") == [("closed",)]
@@ -157,7 +157,7 @@ def test_the_triggers_of_each_partition_are_looked_at(database_url: str, tmp_pat
         run(connection, f"drop trigger {EMPTY} on users_low")
         found = [one.what for one in doctor.examine(connection, end.settings)]
     assert found == [
-        f'the retired table: {DELETE} on public.users_high is disabled, or does not fire in replica role',
-        f'the retired table: {EMPTY} on public.users_high is disabled, or does not fire in replica role',
-        f'the retired table: {EMPTY} on public.users_low is missing',
+        f"the retired table: {DELETE} on public.users_high is disabled, or does not fire in replica role",
+        f"the retired table: {EMPTY} on public.users_high is disabled, or does not fire in replica role",
+        f"the retired table: {EMPTY} on public.users_low is missing",
     ]

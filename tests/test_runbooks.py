@@ -44,6 +44,7 @@ from runbook_stage import (
     imbalanced,
     stopped,
 )
+from runbook_watched import WATCHED
 from servers import Postgres
 
 FOLDER = Path(__file__).parents[1] / "runbooks"
@@ -64,6 +65,7 @@ SITUATIONS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
     "rollback": cut_over,
     "stop-the-line": mid_posting,
     **FAULTS,
+    **WATCHED,
     **INCIDENTS,
     **INSTALLATIONS,
 }

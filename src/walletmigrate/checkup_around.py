@@ -82,7 +82,11 @@ def processes(connection: Connection, settings: Settings) -> Iterator[Finding]:
             mend = "set the clock of the database's machine by NTP; time columns of the ledger are in doubt since"
             yield Finding(what, mend, AROUND)
         if row.problem:
-            yield Finding(f"{who} cannot read its flags: {row.problem}", "mend its flag source; then: walletmigrate flags check", FLAGS)
+            yield Finding(
+                f"{who} cannot read its flags: {row.problem}",
+                "mend its flag source; then: walletmigrate flags check",
+                FLAGS,
+            )
         elif row.age > FLAGS_SECONDS:
             what = f"the flags of {who} were last confirmed {row.age:.0f} s ago"
             yield Finding(what, "see that it reaches its flag source, or restart it", FLAGS)

@@ -47,7 +47,9 @@ def missing(connection: Connection, settings: Settings) -> list[Finding]:
     )
     there = {tuple(row) for row in rows}
     gone = sorted(one for one in wanted if (_KINDS[one[0]], one[1]) not in there)
-    return [Finding(f"the {kind} {name}.{one} is missing", _again(settings, kind, one), INSTALLATION) for kind, one in gone]
+    return [
+        Finding(f"the {kind} {name}.{one} is missing", _again(settings, kind, one), INSTALLATION) for kind, one in gone
+    ]
 
 
 def _again(settings: Settings, kind: str, name: str) -> str:
@@ -97,7 +99,9 @@ def of_mapping(connection: Connection, settings: Settings, mapping: Mapping) -> 
     yield from _version(mapping, stands)
     counter = f"{quoted(settings.ledger_schema)}.rejected_{mapping.name}"
     if connection.scalar(text("select to_regclass(:name) is null"), {"name": counter}):
-        yield Finding(f"the sequence {counter} is missing: raw writes to frozen accounts fail by it", INSTALL, INSTALLATION)
+        yield Finding(
+            f"the sequence {counter} is missing: raw writes to frozen accounts fail by it", INSTALL, INSTALLATION
+        )
     if same and not altered and stands.functions_version == functions.FUNCTIONS_VERSION:
         yield from _as_made(connection, settings, mapping)
     replaced = capture.function_problems(connection, settings, mapping)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import Connection, text
 
@@ -101,8 +101,8 @@ def problems(connection: Connection, settings: Settings, mapping: Mapping) -> li
     found = []
     for event, function, watched, columns in wanted:
         name = guard_name(mapping, event)
-        values = {"name": name, "relations": relations, "function": f"{schema}.{function}_{mapping.name}"}
-        values |= {"type": _TYPES[event], "watched": watched, "columns": columns}
+        values: dict[str, Any] = {"name": name, "relations": relations, "columns": columns, "watched": watched}
+        values |= {"type": _TYPES[event], "function": f"{schema}.{function}_{mapping.name}"}
         for row in connection.execute(text(_STATES), values):
             how = "is missing" if row.missing else "is disabled, or does not fire in replica role" if row.sleeps else ""
             if how or row.differs:
@@ -117,4 +117,5 @@ def columns_stand(connection: Connection, mapping: Mapping) -> bool:
         "where attrelid = to_regclass(:table) and attname = any(:columns) and not attisdropped"
     )
     columns = [column.column for column in mapping.columns]
-    return connection.scalar(query, {"table": functions.relation(mapping), "columns": columns}) == len(columns)
+    found = connection.scalar(query, {"table": functions.relation(mapping), "columns": columns})
+    return bool(found == len(columns))
