@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from sybil.parsers.markdown import CodeBlockParser
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer
 
 from alert_rules import alerts
-from runbook_alerts import assert_it_fires_and_ends
+from runbook_alerts import Scrape, assert_it_fires_and_ends
 from runbook_faults import FAULTS
 from runbook_incidents import INCIDENTS
 from runbook_installations import INSTALLATIONS
@@ -240,6 +241,7 @@ WRONG = {
     "a complaint on stderr": ("```bash\necho one; echo no >&2\n```\n\n```output\none\n```\n", "is another"),
     "an output that is not shown": ("```bash\necho one\n```\n\n```bash\ntrue\n```\n", "does not show it:\none"),
     "an output of nothing": ("```output\none\n```\n", "belongs to no block"),
+    "something that nobody does": ("<!-- meanwhile: rain -->\n\n```bash\ntrue\n```\n", "nobody does 'rain' here"),
     "an exit code of nothing": ("<!-- exit: 3 -->\n\n<!-- exit: 4 -->\n```bash\nexit 4\n```\n", "an exit code without"),
 }
 
@@ -250,6 +252,49 @@ def test_a_runbook_that_is_wrong_is_found_out(text: str, said: str, tmp_path: Pa
     runbook.write_text(text, encoding="utf-8")
     with pytest.raises(SybilFailure, match=re.escape(said)):
         Reader(Shell(tmp_path, {"PATH": os.defpath})).work_through(runbook)
+
+
+def test_what_others_do_is_done_where_the_runbook_says_it_and_a_runbook_that_does_not_is_found_out(
+    tmp_path: Path,
+) -> None:
+    runbook, done = tmp_path / "short.md", tmp_path / "done"
+    runbook.write_text("<!-- meanwhile: work -->\n```bash\nls done\n```\n\n```output\ndone\n```\n", encoding="utf-8")
+    shell = Shell(tmp_path, {"PATH": os.defpath})
+    assert Reader(shell, {"work": done.touch}).work_through(runbook) == 1
+    with pytest.raises(AssertionError, match=r"short\.md does not say when: more"):
+        Reader(shell, {"work": done.touch, "more": done.touch}).work_through(runbook)
+
+
+def of_the_line(stopped: int) -> Scrape:
+    """What is served of the line; 2: nothing is."""
+    series = 'walletmigrate_line_stopped{job="walletmigrate-exporter", instance="db"}'
+    return Scrape(0.0, {series: float(stopped)} if stopped < 2 else {})
+
+
+@pytest.mark.parametrize(
+    ("before", "during", "after", "holds"),
+    [(0, 1, 0, True), (0, 0, 0, False), (1, 1, 0, False), (0, 1, 1, False), (0, 1, 2, True), (2, 1, 0, True)],
+)
+def test_an_alert_that_does_not_fire_or_does_not_end_is_found_out(
+    before: int, during: int, after: int, holds: bool, tmp_path: Path
+) -> None:
+    said = nullcontext() if holds else pytest.raises(AssertionError, match="LineStopped: silent, fires, silent")
+    with said:
+        looks = [of_the_line(one) for one in (before, during, after)]
+        assert_it_fires_and_ends("LineStopped", looks[:1], looks[1], looks[2], tmp_path)
+
+
+def test_a_time_that_is_served_is_moved_with_promtools_clock_and_a_counter_rises_evenly(tmp_path: Path) -> None:
+    name = 'walletmigrate_verification_last_success_timestamp_seconds{job="walletmigrate-exporter", instance="db"}'
+    phase = 'walletmigrate_phase{job="walletmigrate-exporter", instance="db", phase="read_ledger"}'
+    young, old = (Scrape(1e9, {name: 1e9 - hours * 3600, phase: 1.0}) for hours in (1, 27))
+    assert_it_fires_and_ends("VerificationStale", [young], old, young, tmp_path)
+    with pytest.raises(AssertionError, match="silent, fires, silent"):
+        assert_it_fires_and_ends("VerificationStale", [young], young, young, tmp_path)
+    none, some = (Scrape(0.0, {'walletmigrate_bypass_writes_total{treatment="stale"}': count}) for count in (5.0, 6.0))
+    assert_it_fires_and_ends("BypassWrites", [none], some, some, tmp_path)
+    with pytest.raises(AssertionError, match="silent, fires, silent"):
+        assert_it_fires_and_ends("BypassWrites", [none], none, some, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["```bash\necho one\n```\n", "```bash\ntrue\n```\n\n<!-- exit: 3 -->\n"])
