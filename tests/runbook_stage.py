@@ -9,15 +9,15 @@ import os
 import re
 import subprocess
 import sys
-import threading
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psycopg
 from sqlalchemy import Engine, make_url
 
-from ledger import ACT, engine_named, execute, install_users, unguarded, until_blocked
+from ledger import ACT, engine_named, execute, install_users, unguarded
+from runbook_alerts import Scrape, Shop, scraped
 from servers import Postgres
 from walletmigrate import LegacyBalanceAdapter, Settings, line, phases
 from walletmigrate.audit import Act
@@ -27,7 +27,6 @@ from walletmigrate.flag_file import FlagFile
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.flags import DUAL_WRITE
 from walletmigrate.functions import relation
-from walletmigrate.heartbeat import Heartbeat
 from walletmigrate.starter import write_configuration
 from walletmigrate.verify import verify
 
@@ -91,7 +90,9 @@ class Shell:
 class Stage:
     """A database of ten users, the odd ones of tenant acme, and the files that fit it.
 
-    ``variables`` are set in the shell besides; what was entered into ``cleanup`` ends with the test.
+    ``variables`` are set in the shell besides; what was entered into ``cleanup`` ends with the test. ``shop`` is what a
+    process of the application counts, ``seen`` what was served before the fault; ``meanwhile`` is what others do while
+    the runbook is worked through, by the name that the runbook has for it.
     """
 
     server: Postgres
@@ -101,6 +102,19 @@ class Stage:
     folder: Path
     variables: dict[str, str] = field(default_factory=dict)
     cleanup: ExitStack = field(default_factory=ExitStack)
+    shop: Shop = field(default_factory=Shop)
+    seen: list[Scrape] = field(default_factory=list)
+    meanwhile: dict[str, Callable[[], object]] = field(default_factory=dict)
+    exporter_url: str | None = None
+
+    def scrape(self) -> Scrape:
+        """What the exporter and the application's process serve now."""
+        return scraped(self.engine, self.settings, self.shop, self.exporter_url)
+
+    def adapter(self) -> LegacyBalanceAdapter:
+        """The adapter of the application's process, by the stage's flag file."""
+        source = FileSource(self.settings.flags.path)
+        return LegacyBalanceAdapter(self.settings, source, observers=[self.shop.observer])
 
     def shell(self) -> Shell:
         """A shell whose database role is the operators', beside the address of the tables' owner."""
@@ -122,10 +136,16 @@ class Stage:
 
 
 def backfilled(
-    server: Postgres, url: str, folder: Path, *, opened: bool = True, configuration: str = CONFIGURATION
+    server: Postgres,
+    url: str,
+    folder: Path,
+    *,
+    opened: bool = True,
+    configuration: str = CONFIGURATION,
+    users: int = 10,
 ) -> Stage:
     """Phase dual_write, dual-write on for everyone, every account open (or none yet) and none verified."""
-    engine, _ = install_users(url)
+    engine, _ = install_users(url, rows=users)
     config = folder / "walletmigrate.toml"
     write_configuration(config, configuration)
     settings = Settings.load(config, database_url=url)
@@ -134,6 +154,7 @@ def backfilled(
     phases.set_flag(engine, settings, stage.flags, DUAL_WRITE, True, ACT, everyone=True)
     if opened:
         backfill(engine, settings, settings.mapping(None), ACT)
+    stage.seen.append(stage.scrape())
     return stage
 
 
@@ -143,21 +164,6 @@ def failed_job(server: Postgres, url: str, folder: Path) -> Stage:
     execute(stage.engine, "alter table wallet.transactions add constraint no_openings check (type <> 'opening')")
     with suppress(WalletMigrateError):
         backfill(stage.engine, stage.settings, stage.settings.mapping(None), ACT)
-    return stage
-
-
-def stalled(server: Postgres, url: str, folder: Path) -> Stage:
-    """As `backfilled`, but the backfill's process is gone after four rows; it counts as running since an hour."""
-    stage = backfilled(server, url, folder, opened=False)
-    batches = 0
-
-    def gone() -> bool:
-        nonlocal batches
-        batches += 1
-        return batches > 2
-
-    backfill(stage.engine, stage.settings, stage.settings.mapping(None), ACT, batch_size=2, stop=gone)
-    execute(stage.engine, "update wallet.jobs set state = 'running', updated_at = updated_at - interval '1 hour'")
     return stage
 
 
@@ -173,6 +179,7 @@ def cut_over_from(stage: Stage) -> Stage:
     phases.exercise(engine, settings, source, ACT)
     phases.advance(engine, settings, source, ACT)
     phases.cutover(engine, settings, stage.flags, ACME, ACT)
+    stage.seen.append(stage.scrape())
     return stage
 
 
@@ -212,54 +219,4 @@ def stopped(server: Postgres, url: str, folder: Path) -> Stage:
     with stage.engine.begin() as connection:
         for key in (1, 2):
             adapter.credit(connection, key, 10, type="deposit")
-    return stage
-
-
-def unreadable_flags(server: Postgres, url: str, folder: Path) -> Stage:
-    """As `cut_over`; then somebody edited the flag file by hand. The last good one stands beside it."""
-    stage = cut_over(server, url, folder)
-    file = stage.settings.flags.path
-    (file.parent / "last-good.json").write_bytes(file.read_bytes())
-    file.write_text(file.read_text(encoding="utf-8").replace("true", "ture", 1), encoding="utf-8")
-    return stage
-
-
-def disagreeing(server: Postgres, url: str, folder: Path) -> Stage:
-    """As `cut_over`; two workers decide by the flag file, a third by a copy of it from before the last flip."""
-    path = folder / "old-copy.json"
-    stage = backfilled(server, url, folder)
-    path.write_bytes(stage.settings.flags.path.read_bytes())
-    stage = cut_over_from(stage)
-    for file in (stage.settings.flags.path, stage.settings.flags.path, path):
-        Heartbeat(stage.settings, FileSource(file), name="shop").beat()
-    return stage
-
-
-def failing(server: Postgres, url: str, folder: Path) -> Stage:
-    """As `cut_over`; then somebody added a constraint that every booking breaks, and three users booked."""
-    stage = cut_over(server, url, folder)
-    rule = "alter table wallet.transactions add constraint no_bookings check (type <> 'booking') not valid"
-    execute(stage.engine, rule)
-    adapter = LegacyBalanceAdapter(stage.settings, FileSource(stage.settings.flags.path), observers=())
-    with stage.engine.begin() as connection:
-        for key in (1, 2, 3):
-            adapter.debit(connection, key, 10, type="booking")
-    return stage
-
-
-def waiting(server: Postgres, url: str, folder: Path) -> Stage:
-    """As `cut_over`; then a report forgot its transaction, which locks user 1, and a payment waits for it."""
-    stage = cut_over(server, url, folder)
-    adapter = LegacyBalanceAdapter(stage.settings, FileSource(stage.settings.flags.path), observers=())
-    holder = psycopg.connect(url, application_name="reporting")
-    holder.execute("select 1 from users where id = 1 for update")
-
-    def pay() -> None:
-        with engine_named(url, "shop", connect_args={}).begin() as connection:
-            connection.exec_driver_sql("set local lock_timeout = 0")
-            adapter.credit(connection, 1, 10, type="deposit")
-        holder.close()  # ended by the runbook by then; named here so that it lives as long
-
-    threading.Thread(target=pay, daemon=True).start()
-    until_blocked(stage.engine, "shop")
     return stage

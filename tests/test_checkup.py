@@ -17,6 +17,7 @@ from sqlalchemy import Connection
 import flag_documents
 from capturing import Place
 from commandline import Project, parsed
+from findings import ROOT, assert_told
 from ledger import ACT, execute, install_users
 from servers import Postgres
 from walletmigrate import Settings, connect, doctor
@@ -28,8 +29,6 @@ from walletmigrate.flag_sources import FileSource
 from walletmigrate.flags import DUAL_WRITE, READ_FROM_LEDGER
 from walletmigrate.heartbeat import Heartbeat
 from walletmigrate.install import install
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -79,42 +78,42 @@ OF_DATABASE = "do $$ begin execute format('alter database %I set session_replica
 
 FAULTS = {
     # What is gone
-    "drop sequence wallet.line cascade": ("the sequence wallet.line is missing", "dual-write-error"),
-    "drop sequence wallet.ceiling": ("the sequence wallet.ceiling is missing", "dual-write-error"),
-    "drop sequence wallet.transaction_ids": ("the sequence wallet.transaction_ids is missing", "dual-write-error"),
-    "drop sequence wallet.rejected_users": ('"wallet".rejected_users is missing', "dual-write-error"),
-    "drop table wallet.failures": ("the table wallet.failures is missing", "dual-write-error"),
-    "drop view wallet.wallet_entries cascade": ("the view wallet.wallet_entries is missing", "dual-write-error"),
-    "drop function wallet.cut_users(text, text, integer)": ("wallet.cut_users is missing", "dual-"),
-    "update wallet.system_accounts set name = 'x' where name = 'transit'": ("system account 'transit' of EUR", "dual-"),
+    "drop sequence wallet.line cascade": ("the sequence wallet.line is missing", "altered"),
+    "drop sequence wallet.ceiling": ("the sequence wallet.ceiling is missing", "altered"),
+    "drop sequence wallet.transaction_ids": ("the sequence wallet.transaction_ids is missing", "altered"),
+    "drop sequence wallet.rejected_users": ('"wallet".rejected_users is missing', "altered"),
+    "drop table wallet.failures": ("the table wallet.failures is missing", "altered"),
+    "drop view wallet.wallet_entries cascade": ("the view wallet.wallet_entries is missing", "altered"),
+    "drop function wallet.cut_users(text, text, integer)": ("wallet.cut_users is missing", "altered"),
+    "update wallet.system_accounts set name = 'x' where name = 'transit'": ("account 'transit' of EUR", "altered"),
     # What is another than was made
-    f"create or replace function wallet.refuse_change() {HOLLOW}": ("refuse_change was replaced", "balance-drift"),
-    "alter function wallet.follow_phase() security invoker": ("follow_phase runs as its caller", "balance-drift"),
-    "alter function wallet.lock_users(bigint[]) security definer": ("lock_users runs as its owner", "balance-drift"),
-    "alter function wallet.set_line(boolean) reset search_path": ("wallet.set_line has not the search_path", "drift"),
-    "alter function wallet.fence_users() owner to current_user": ("wallet.fence_users() is postgres's", "drift"),
-    "alter table wallet.accounts owner to current_user": ("the table wallet.accounts is postgres's", "drift"),
-    "alter sequence wallet.line owner to current_user": ("the sequence wallet.line is postgres's", "drift"),
-    "alter schema wallet owner to current_user": ("the schema wallet is postgres's", "drift"),
-    "alter table wallet.control disable trigger ceiling": ("the trigger ceiling on wallet.control", "drift"),
+    f"create or replace function wallet.refuse_change() {HOLLOW}": ("refuse_change was replaced", "altered"),
+    "alter function wallet.follow_phase() security invoker": ("follow_phase runs as its caller", "altered"),
+    "alter function wallet.lock_users(bigint[]) security definer": ("lock_users runs as its owner", "altered"),
+    "alter function wallet.set_line(boolean) reset search_path": ("wallet.set_line has not the search_path", "altered"),
+    "alter function wallet.fence_users() owner to current_user": ("wallet.fence_users() is postgres's", "altered"),
+    "alter table wallet.accounts owner to current_user": ("the table wallet.accounts is postgres's", "altered"),
+    "alter sequence wallet.line owner to current_user": ("the sequence wallet.line is postgres's", "altered"),
+    "alter schema wallet owner to current_user": ("the schema wallet is postgres's", "altered"),
+    "alter table wallet.control disable trigger ceiling": ("the trigger ceiling on wallet.control", "altered"),
     # Releases
-    "update wallet.schema_version set version_num = '9999'": ("revision 9999, this release has 0001: a newer", "dep"),
-    "delete from wallet.schema_version": ("revision None, this release has 0001: it was not installed", "deploys"),
-    "update wallet.mappings set functions_version = 99": ("of version 99, this release makes 1: a newer", "deploys"),
+    "update wallet.schema_version set version_num = '9999'": ("revision 9999, this release has 0001: a ", "releases"),
+    "delete from wallet.schema_version": ("revision None, this release has 0001: it was not installed", "releases"),
+    "update wallet.mappings set functions_version = 99": ("of version 99, this release makes 1: a newer", "releases"),
     # Rights
-    "revoke execute on function wallet.set_line(boolean) from wallet_operator": ("operator lacks execute", "roles"),
-    "revoke select on wallet.line from wallet_app": ('wallet_app lacks select on sequence "wallet"."line"', "roles"),
-    "revoke usage on schema wallet from wallet_auditor": ("wallet_auditor lacks usage on schema", "roles"),
-    "revoke insert on wallet.transactions from wallet_owner": ("wallet_owner lacks insert on table", "roles"),
-    "revoke select on public.users from wallet_auditor": ("wallet_auditor lacks select on public.users", "roles"),
-    "revoke usage on schema public from public, wallet_operator": ("operator lacks usage on schema public", "roles"),
-    "alter table users enable row level security": ("has row-level security, and wallet_owner no policy", "roles"),
-    "grant select on wallet.accounts to public": ('PUBLIC has select on table "wallet"."accounts"', "roles"),
-    "grant execute on function wallet.set_line(boolean) to public": ("PUBLIC has execute on function", "roles"),
-    "grant create on schema wallet to public": ("PUBLIC has create on schema", "roles"),
-    "grant update (balance) on wallet.accounts to wallet_app": ("wallet_app has update on table", "roles"),
-    "create role bi; grant delete on wallet.failures to bi": ('bi has delete on table "wallet"."failures"', "roles"),
-    "alter role wallet_owner login": ("wallet_owner can log in", "roles"),
+    "revoke execute on function wallet.set_line(boolean) from wallet_operator": ("operator lacks execute", "rights"),
+    "revoke select on wallet.line from wallet_app": ('wallet_app lacks select on sequence "wallet"."line"', "rights"),
+    "revoke usage on schema wallet from wallet_auditor": ("wallet_auditor lacks usage on schema", "rights"),
+    "revoke insert on wallet.transactions from wallet_owner": ("wallet_owner lacks insert on table", "rights"),
+    "revoke select on public.users from wallet_auditor": ("wallet_auditor lacks select on public.users", "rights"),
+    "revoke usage on schema public from public, wallet_operator": ("operator lacks usage on schema public", "rights"),
+    "alter table users enable row level security": ("has row-level security, and wallet_owner no policy", "rights"),
+    "grant select on wallet.accounts to public": ('PUBLIC has select on table "wallet"."accounts"', "rights"),
+    "grant execute on function wallet.set_line(boolean) to public": ("PUBLIC has execute on function", "rights"),
+    "grant create on schema wallet to public": ("PUBLIC has create on schema", "rights"),
+    "grant update (balance) on wallet.accounts to wallet_app": ("wallet_app has update on table", "rights"),
+    "create role bi; grant delete on wallet.failures to bi": ('bi has delete on table "wallet"."failures"', "rights"),
+    "alter role wallet_owner login": ("wallet_owner can log in", "rights"),
     # Sessions in which the application's triggers do not fire
     OF_DATABASE.format("current_database()"): ("begin with session_replication_role=replica", "bypass-writes"),
     "alter role wallet_app set session_replication_role = local": ("role \"wallet_app\" begin with", "bypass-writes"),
@@ -140,11 +139,11 @@ FAULTS = {
     ),
     PROCESS.format(7, "1", "a", 0, "null", 0) + PROCESS.format(8, "2", "a", 0, "null", 0): (
         "different releases: 1: shop (pid 7); 2: shop (pid 8)",
-        "deploys",
+        "releases",
     ),
     PROCESS.format(7, "1", "a", 301, "null", 0): ("shop (pid 7) were last confirmed 301 s ago", "flags-stale"),
-    PROCESS.format(7, "1", "a", 0, "'no such file'", 0): ("shop (pid 7): no such file", "flags-stale"),
-    PROCESS.format(7, "1", "a", 0, "null", 90): ("s in the future: the database's clock went back", "latency"),
+    PROCESS.format(7, "1", "a", 0, "'no such file'", 0): ("shop (pid 7) cannot read its flags: no ", "flags-stale"),
+    PROCESS.format(7, "1", "a", 0, "null", 90): ("s in the future: the database's clock went back", "clocks"),
 }  # fmt: skip
 
 
@@ -154,8 +153,7 @@ def test_each_fault_is_found_with_its_runbook(connection: Connection, place: Pla
     run(connection, fault)
     found = doctor.examine(connection, place.settings)
     assert [one for one in found if what in one.what and runbook in one.runbook and one.mend], found
-    for one in found:
-        assert (ROOT / one.runbook).is_file(), one
+    assert_told(found)
     assert_it_can_be_run(found)
 
 
@@ -208,9 +206,9 @@ def test_what_is_in_order_is_not_found(connection: Connection, place: Place, har
 def test_every_runbook_that_doctor_can_name_exists() -> None:
     named = set()
     for file in (ROOT / "src" / "walletmigrate").glob("checkup*.py"):
-        named |= set(re.findall(r'"((?:runbooks|docs)/[\w-]+\.md)"', file.read_text(encoding="utf-8")))
+        named |= set(re.findall(r'"([\w-]+/[\w-]+\.md)"', file.read_text(encoding="utf-8")))
     assert len(named) > 8
-    assert [one for one in sorted(named) if not (ROOT / one).is_file()] == []
+    assert [one for one in sorted(named) if not (ROOT / one).is_file() or not one.startswith("runbooks/")] == []
 
 
 def test_a_role_that_is_not_there_is_found(connection: Connection, place: Place) -> None:
@@ -225,6 +223,7 @@ def test_a_login_of_the_application_must_be_a_member_of_its_role(connection: Con
         "shop is no member of wallet_app: its postings are refused",
         "there is no role 'shopp'",
     ]
+    assert_told(found)
     run(connection, found[0].mend)
     assert doctor.examine(connection, place.settings, logins=("shop",)) == ()
 
@@ -303,7 +302,7 @@ def test_flags_that_cannot_be_read_are_found(connection: Connection, place: Plac
         file.unlink() if content is None else file.write_text(content, encoding="utf-8")
         found = doctor.examine(connection, place.settings, FileSource(file))
         assert any(what in one.what for one in found), found
-        assert {one.runbook.partition("/")[0] for one in found} == {"runbooks"}
+        assert_told(found)
 
 
 @pytest.mark.parametrize(("off", "said"), [(60, "60 s behind this machine's"), (-60, "60 s ahead of this machine's")])
@@ -311,6 +310,7 @@ def test_a_clock_that_is_off_is_found(connection: Connection, place: Place, off:
     """The clock of a machine that runs tests is not set: doctor takes it as a function."""
     found = doctor.examine(connection, place.settings, now=lambda: time.time() + off)
     assert [one.what for one in found] == [f"the database's clock is {said}"]
+    assert_told(found)
     assert doctor.examine(connection, place.settings, now=lambda: time.time() + off / 20) == ()
 
 
@@ -334,12 +334,14 @@ def test_statistics_that_are_missing_or_old_are_found_and_analyze_mends_them(dat
     flushed(grow)
     (one,) = found()
     assert "was never analysed, and has about 100" in one.what
+    assert_told([one])
     flushed(one.mend.rpartition(": ")[2])
     assert found() == []
     for _ in range(2):
         flushed("update wallet.accounts set state_reason = 'test'")
     (one,) = found()
     assert "has changed more than all its rows" in one.what
+    assert_told([one])
 
 
 # The exporter
@@ -360,6 +362,7 @@ class Stranger(BaseHTTPRequestHandler):
 def of_exporter(connection: Connection, settings: Settings, port: int) -> list[str]:
     found = doctor.examine(connection, settings, exporter=f"http://127.0.0.1:{port}")
     assert {one.runbook for one in found} <= {"runbooks/exporter-down.md"}
+    assert_told(found)
     return [one.what for one in found]
 
 
@@ -415,11 +418,8 @@ def test_the_command_looks_at_flags_logins_and_the_exporter(database_url: str, t
     said = project.run("doctor")
     assert (said.exit_code, said.stderr) == (0, "")
     assert said.stdout.startswith("note: no process has a heartbeat, ")
-    assert said.stdout.endswith("  runbook: docs/deploys.md\neverything else is as it should be\n")
-    (note,) = project.run("doctor", "--json").document["findings"]
-    assert (note["severity"], note["what"].partition(",")[0]) == ("note", "no process has a heartbeat")
+    assert said.stdout.endswith("everything else is as it should be\n")
     Heartbeat(project.settings, FileSource(project.flag_path)).beat()
-    assert project.run("doctor").stdout == "everything is as it should be\n"
     project.flags.set(READ_FROM_LEDGER, True, trait=("tenant", "acme"))
     said = project.run("doctor", "--exporter", "http://127.0.0.1:1", "--login", "nobody", "--json")
     assert said.exit_code == 3
@@ -431,3 +431,44 @@ def test_the_command_looks_at_flags_logins_and_the_exporter(database_url: str, t
     assert all(set(one) == {"what", "mend", "runbook", "severity"} for one in said.document["findings"])
     assert project.run("doctor", "--exporter", "nowhere").exit_code == 2
     assert project.run("doctor", url="postgresql://nobody@127.0.0.1:1/nowhere").exit_code == 5
+
+
+def test_without_its_address_doctor_says_that_it_did_not_look_at_the_exporter_and_how_to(
+    database_url: str, tmp_path: Path
+) -> None:
+    place = Place(database_url)
+    project = Project(tmp_path, database_url)
+    Heartbeat(project.settings, FileSource(project.flag_path)).beat()
+    said = project.run("doctor")
+    assert (said.exit_code, said.stderr) == (0, "")
+    assert said.stdout == (
+        "note: the exporter was not looked at: its address was not named\n"
+        "  mend: walletmigrate doctor --exporter http://127.0.0.1:9464  # or wherever it is\n"
+        "  runbook: runbooks/exporter-down.md\n"
+        "everything else is as it should be\n"
+    )
+    (note,) = project.run("doctor", "--json").document["findings"]
+    assert (note["severity"], note["what"].partition(":")[0]) == ("note", "the exporter was not looked at")
+    execute(place.engine, "drop view wallet.wallet_entries cascade")
+    said = project.run("doctor")
+    assert said.exit_code == 3
+    assert "\nnote: the exporter was not looked at" in said.stdout
+    execute(place.engine, "drop table wallet.processes")
+    with place.engine.connect() as connection:
+        assert_told(doctor.notes(connection, place.settings))
+    served = serve(project.settings, 0)
+    try:
+        url = f"http://127.0.0.1:{served.port}"
+        assert "exporter" not in Project(tmp_path, database_url).run("doctor", "--exporter", url).stdout
+    finally:
+        served.close()
+
+
+def test_each_note_is_told_by_its_runbook(connection: Connection, place: Place) -> None:
+    told = doctor.notes(connection, place.settings)
+    assert [one.what.partition(",")[0].partition(":")[0] for one in told] == [
+        "no process has a heartbeat",
+        "the exporter was not looked at",
+    ]
+    assert_told(told)
+    assert_it_can_be_run(told)

@@ -12,6 +12,7 @@ from pydantic import SecretStr
 from sqlalchemy import make_url
 from sqlalchemy.pool import NullPool
 
+from findings import assert_told
 from ledger import execute, install_users
 from monitoring import until
 from servers import Postgres
@@ -34,7 +35,9 @@ class Pair:
 
     def found(self, settings: Settings | None = None) -> list[str]:
         with self.primary.connect() as connection:
-            return [one.what for one in doctor.examine(connection, settings or self.settings)]
+            found = doctor.examine(connection, settings or self.settings)
+        assert_told(found)
+        return [one.what for one in found]
 
     def found_after_a_write(self, settings: Settings | None = None) -> list[str]:
         self.write()
@@ -115,3 +118,4 @@ def test_a_doctor_that_was_sent_to_the_replica_says_so(pair: Pair) -> None:
     with pair.standby.connect() as connection:
         found = doctor.examine(connection, pair.settings)
     assert [one.what for one in found] == ["this database is a replica itself: nothing can be posted in it"]
+    assert_told(found)

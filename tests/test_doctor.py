@@ -7,6 +7,7 @@ from decimal import Decimal
 import pytest
 
 from capturing import ADD, Place
+from findings import assert_told
 from ledger import ACT, execute, rows, set_phase, unguarded
 from walletmigrate import LegacyBalanceAdapter, StaticSource, doctor, fences, phases
 from walletmigrate.backfill import backfill
@@ -48,7 +49,9 @@ def test_the_fence_does_not_come_down_over_frozen_accounts(place: Place) -> None
 
 def findings(place: Place) -> list[str]:
     with place.engine.connect() as connection:
-        return [one.what for one in doctor.examine(connection, place.settings)]
+        found = doctor.examine(connection, place.settings)
+    assert_told(found)
+    return [one.what for one in found]
 
 
 HOLLOW = "returns trigger language plpgsql as 'begin return null; end'"

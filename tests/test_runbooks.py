@@ -3,13 +3,15 @@
 A runbook is read with sybil. A ``bash`` block is run; ``<!-- exit: 3 -->`` before it says how it ends, if not
 with 0; the ``output`` block after it is what a person sees. ``...`` in a line stands for any text of that line,
 alone in a line for any lines; white space counts as one blank. What a command prints must be in the runbook.
+``<!-- meanwhile: payments -->`` is where others do something that the text speaks of, and that no command here does.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,11 @@ from sybil.example import SybilFailure
 from sybil.parsers.markdown import CodeBlockParser
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer
 
+from alert_rules import alerts
+from runbook_alerts import Scrape, assert_it_fires_and_ends
+from runbook_faults import FAULTS
 from runbook_incidents import INCIDENTS
+from runbook_installations import INSTALLATIONS
 from runbook_procedures import (
     Terminal,
     before_the_backfill,
@@ -27,7 +33,6 @@ from runbook_procedures import (
     mid_posting,
     newcomer,
     with_history,
-    with_migrations,
 )
 from runbook_stage import (
     Ran,
@@ -36,16 +41,11 @@ from runbook_stage import (
     backfilled,
     bypassed,
     cut_over,
-    disagreeing,
-    drifted,
     failed_job,
-    failing,
     imbalanced,
-    stalled,
     stopped,
-    unreadable_flags,
-    waiting,
 )
+from runbook_watched import WATCHED
 from servers import Postgres
 
 FOLDER = Path(__file__).parents[1] / "runbooks"
@@ -56,27 +56,22 @@ SITUATIONS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
     "README": backfilled,
     "archive": frozen,
     "backfill": before_the_backfill,
-    "backfill-stalled": stalled,
-    "balance-drift": drifted,
     "bypass-writes": bypassed,
     "cutover": backfilled,
-    "dual-write-error-budget-burn": failing,
-    "exporter-down": cut_over,
-    "flag-disagreement": disagreeing,
-    "flags-stale": unreadable_flags,
     "freeze": before_the_freeze,
     "job-failed": failed_job,
     "ledger-imbalance": imbalanced,
-    "ledger-latency-high": waiting,
     "line-stopped": stopped,
-    "read-mismatch": drifted,
     "rehearse": with_history,
-    "retire": with_migrations,
     "rollback": cut_over,
     "stop-the-line": mid_posting,
-    "verification-stale": backfilled,
+    **FAULTS,
+    **WATCHED,
     **INCIDENTS,
+    **INSTALLATIONS,
 }
+
+OF_ALERTS = {alert.runbook.removesuffix(".md"): alert.name for alert in alerts()}
 
 ALERT_SECTIONS = [
     *("Meaning", "Impact", "Verify", "Diagnosis", "Mitigation", "Rollback"),
@@ -92,8 +87,9 @@ PROCEDURE_SECTIONS = ["Before you start", "Steps", "How to know it worked", "How
 class Reader:
     """Somebody who works through a runbook, block by block, and minds every difference."""
 
-    def __init__(self, shell: Shell | Terminal) -> None:
+    def __init__(self, shell: Shell | Terminal, meanwhile: Mapping[str, Callable[[], object]] | None = None) -> None:
         self.shell = shell
+        self.meanwhile = dict(meanwhile or {})
         self.ran: Ran | None = None
         self.exit: int | None = None
         self.blocks = 0
@@ -101,16 +97,32 @@ class Reader:
     def work_through(self, path: Path) -> int:
         """Run the blocks of a document in order; how many there were. Raises SybilFailure, with the line."""
         commands, outputs = CodeBlockParser("bash", self.run), CodeBlockParser("output", self.compare)
-        for example in Document.parse(str(path), commands, outputs, self.exits):
+        for example in Document.parse(str(path), commands, outputs, self.exits, self.others):
             example.evaluate()
         end = self.loose_end()
         assert end is None, f"{path.name}, at its end: {end}"
+        assert not self.meanwhile, f"{path.name} does not say when: {', '.join(self.meanwhile)}"
         return self.blocks
 
     def exits(self, document: Document) -> Iterator[Region]:
         """The comments that announce an exit code."""
         for found in DirectiveInHTMLCommentLexer("exit")(document):
             yield Region(found.start, found.end, found.lexemes["arguments"], self.announce)
+
+    def others(self, document: Document) -> Iterator[Region]:
+        """The comments at which others do something."""
+        for found in DirectiveInHTMLCommentLexer("meanwhile")(document):
+            yield Region(found.start, found.end, found.lexemes["arguments"], self.let)
+
+    def let(self, example: Example) -> str | None:
+        """Let others do what the comment names, once."""
+        if end := self.loose_end():
+            return end
+        act = self.meanwhile.pop(example.parsed.strip(), None)
+        if act is None:
+            return f"nobody does {example.parsed!r} here, or it was done already"
+        act()
+        return None
 
     def announce(self, example: Example) -> str | None:
         """Remember the exit code of the block that follows."""
@@ -160,13 +172,24 @@ def lines(text: str) -> list[str]:
     return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("name", SITUATIONS)
+@pytest.mark.parametrize("name", sorted(SITUATIONS.keys() - OF_ALERTS.keys()))
 def test_every_command_of_a_runbook_does_what_the_runbook_says(
     name: str, server: Postgres, database_url: str, tmp_path: Path
 ) -> None:
     stage = SITUATIONS[name](server, database_url, tmp_path)
     with stage.cleanup:
-        assert Reader(stage.shell()).work_through(FOLDER / f"{name}.md") > 0
+        assert Reader(stage.shell(), stage.meanwhile).work_through(FOLDER / f"{name}.md") > 0
+
+
+@pytest.mark.parametrize("name", OF_ALERTS)
+def test_an_alert_fires_in_its_situation_and_the_commands_of_its_runbook_end_it(
+    name: str, server: Postgres, database_url: str, tmp_path: Path
+) -> None:
+    stage = SITUATIONS[name](server, database_url, tmp_path)
+    with stage.cleanup:
+        during = stage.scrape()
+        assert Reader(stage.shell(), stage.meanwhile).work_through(FOLDER / f"{name}.md") > 0
+        assert_it_fires_and_ends(OF_ALERTS[name], stage.seen, during, stage.scrape(), tmp_path)
 
 
 def test_a_newcomer_comes_from_a_clone_to_a_cut_over_tenant_and_back(tmp_path: Path) -> None:
@@ -208,7 +231,7 @@ def test_whatever_a_runbook_changes_has_a_reason(path: Path) -> None:
     assert [line for line in changes if "--reason '" not in line and "--dry-run" not in line] == []
 
 
-FAULTS = {
+WRONG = {
     "another exit code": ("```bash\nexit 3\n```\n", "exit code 3, not 0"),
     "no failure where one is announced": ("<!-- exit: 3 -->\n```bash\ntrue\n```\n", "exit code 0, not 3"),
     "a failure before the last command": ("```bash\nfalse\ntrue\n```\n", "exit code 1, not 0"),
@@ -218,16 +241,60 @@ FAULTS = {
     "a complaint on stderr": ("```bash\necho one; echo no >&2\n```\n\n```output\none\n```\n", "is another"),
     "an output that is not shown": ("```bash\necho one\n```\n\n```bash\ntrue\n```\n", "does not show it:\none"),
     "an output of nothing": ("```output\none\n```\n", "belongs to no block"),
+    "something that nobody does": ("<!-- meanwhile: rain -->\n\n```bash\ntrue\n```\n", "nobody does 'rain' here"),
     "an exit code of nothing": ("<!-- exit: 3 -->\n\n<!-- exit: 4 -->\n```bash\nexit 4\n```\n", "an exit code without"),
 }
 
 
-@pytest.mark.parametrize(("text", "said"), FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize(("text", "said"), WRONG.values(), ids=WRONG)
 def test_a_runbook_that_is_wrong_is_found_out(text: str, said: str, tmp_path: Path) -> None:
     runbook = tmp_path / "wrong.md"
     runbook.write_text(text, encoding="utf-8")
     with pytest.raises(SybilFailure, match=re.escape(said)):
         Reader(Shell(tmp_path, {"PATH": os.defpath})).work_through(runbook)
+
+
+def test_what_others_do_is_done_where_the_runbook_says_it_and_a_runbook_that_does_not_is_found_out(
+    tmp_path: Path,
+) -> None:
+    runbook, done = tmp_path / "short.md", tmp_path / "done"
+    runbook.write_text("<!-- meanwhile: work -->\n```bash\nls done\n```\n\n```output\ndone\n```\n", encoding="utf-8")
+    shell = Shell(tmp_path, {"PATH": os.defpath})
+    assert Reader(shell, {"work": done.touch}).work_through(runbook) == 1
+    with pytest.raises(AssertionError, match=r"short\.md does not say when: more"):
+        Reader(shell, {"work": done.touch, "more": done.touch}).work_through(runbook)
+
+
+def of_the_line(stopped: int) -> Scrape:
+    """What is served of the line; 2: nothing is."""
+    series = 'walletmigrate_line_stopped{job="walletmigrate-exporter", instance="db"}'
+    return Scrape(0.0, {series: float(stopped)} if stopped < 2 else {})
+
+
+@pytest.mark.parametrize(
+    ("before", "during", "after", "holds"),
+    [(0, 1, 0, True), (0, 0, 0, False), (1, 1, 0, False), (0, 1, 1, False), (0, 1, 2, True), (2, 1, 0, True)],
+)
+def test_an_alert_that_does_not_fire_or_does_not_end_is_found_out(
+    before: int, during: int, after: int, holds: bool, tmp_path: Path
+) -> None:
+    said = nullcontext() if holds else pytest.raises(AssertionError, match="LineStopped: silent, fires, silent")
+    with said:
+        looks = [of_the_line(one) for one in (before, during, after)]
+        assert_it_fires_and_ends("LineStopped", looks[:1], looks[1], looks[2], tmp_path)
+
+
+def test_a_time_that_is_served_is_moved_with_promtools_clock_and_a_counter_rises_evenly(tmp_path: Path) -> None:
+    name = 'walletmigrate_verification_last_success_timestamp_seconds{job="walletmigrate-exporter", instance="db"}'
+    phase = 'walletmigrate_phase{job="walletmigrate-exporter", instance="db", phase="read_ledger"}'
+    young, old = (Scrape(1e9, {name: 1e9 - hours * 3600, phase: 1.0}) for hours in (1, 27))
+    assert_it_fires_and_ends("VerificationStale", [young], old, young, tmp_path)
+    with pytest.raises(AssertionError, match="silent, fires, silent"):
+        assert_it_fires_and_ends("VerificationStale", [young], young, young, tmp_path)
+    none, some = (Scrape(0.0, {'walletmigrate_bypass_writes_total{treatment="stale"}': count}) for count in (5.0, 6.0))
+    assert_it_fires_and_ends("BypassWrites", [none], some, some, tmp_path)
+    with pytest.raises(AssertionError, match="silent, fires, silent"):
+        assert_it_fires_and_ends("BypassWrites", [none], none, some, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["```bash\necho one\n```\n", "```bash\ntrue\n```\n\n<!-- exit: 3 -->\n"])

@@ -10,11 +10,13 @@ from walletmigrate.standing import REASON
 INSTALL: Final = f"walletmigrate install {REASON}"
 DRIFT: Final = "runbooks/balance-drift.md"
 CHANGED: Final = "runbooks/currency-or-scale-change.md"
-LEG: Final = "runbooks/dual-write-error-budget-burn.md"
+INSTALLATION: Final = "runbooks/installation-altered.md"
+RETIRED: Final = "runbooks/retire.md"
 LATENCY: Final = "runbooks/ledger-latency-high.md"
+AROUND: Final = "runbooks/clocks-and-replicas.md"
 BYPASSES: Final = "runbooks/bypass-writes.md"
-DEPLOYS: Final = "docs/deploys.md"
-ROLES: Final = "docs/roles.md"
+RELEASES: Final = "runbooks/releases.md"
+RIGHTS: Final = "runbooks/rights.md"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError
 
 from walletmigrate import connect, flag_http
-from walletmigrate.checkup import DEPLOYS, LATENCY, Finding
+from walletmigrate.checkup import AROUND, RELEASES, Finding
 from walletmigrate.config import Settings
 from walletmigrate.errors import (
     ConfigError,
@@ -80,12 +80,22 @@ def processes(connection: Connection, settings: Settings) -> Iterator[Finding]:
         if row.ahead > CLOCK_SECONDS:
             what = f"the last heartbeat of {who} is {row.ahead:.0f} s in the future: the database's clock went back"
             mend = "set the clock of the database's machine by NTP; time columns of the ledger are in doubt since"
-            yield Finding(what, mend, LATENCY)
+            yield Finding(what, mend, AROUND)
         if row.problem:
-            yield Finding(f"{who}: {row.problem}", "mend its flag source; then: walletmigrate flags check", FLAGS)
+            yield Finding(
+                f"{who} cannot read its flags: {row.problem}",
+                "mend its flag source; then: walletmigrate flags check",
+                FLAGS,
+            )
         elif row.age > FLAGS_SECONDS:
             what = f"the flags of {who} were last confirmed {row.age:.0f} s ago"
             yield Finding(what, "see that it reaches its flag source, or restart it", FLAGS)
+
+
+def unseen() -> Finding:
+    """Where the exporter listens is not known here, so without an address it cannot be looked at."""
+    what = "the exporter was not looked at: its address was not named"
+    return Finding(what, "walletmigrate doctor --exporter http://127.0.0.1:9464  # or wherever it is", EXPORTER, "note")
 
 
 def unheard(connection: Connection, settings: Settings) -> Iterator[Finding]:
@@ -101,7 +111,7 @@ def unheard(connection: Connection, settings: Settings) -> Iterator[Finding]:
     if not connection.scalar(alive, {"live": LIVE_SECONDS}):
         what = "no process has a heartbeat, so the flags and the releases of the application were not looked at"
         mend = "start a Heartbeat in each process; it is as it should be only while the application stands still"
-        yield Finding(what, mend, DEPLOYS, "note")
+        yield Finding(what, mend, RELEASES, "note")
 
 
 def _apart(rows: Sequence[Row[Any]]) -> Iterator[Finding]:
@@ -113,7 +123,7 @@ def _apart(rows: Sequence[Row[Any]]) -> Iterator[Finding]:
             "restart those that lag behind; see that all read the same source",
             "runbooks/flag-disagreement.md",
         ),
-        ("version", "processes run different releases", "finish the deploy, or go back", DEPLOYS),
+        ("version", "processes run different releases", "finish the deploy, or go back", RELEASES),
     ):
         groups: dict[str, list[str]] = defaultdict(list)
         for row in rows:
@@ -138,7 +148,7 @@ def clock(connection: Connection, now: Callable[[], float] = time.time) -> Itera
     if apart > CLOCK_SECONDS:
         which = "behind" if theirs < before else "ahead of"
         what = f"the database's clock is {apart:.0f} s {which} this machine's"
-        yield Finding(what, "set both by NTP: windows and ages are counted by the database's clock", LATENCY)
+        yield Finding(what, "set both by NTP: windows and ages are counted by the database's clock", AROUND)
 
 
 def replicas(connection: Connection, settings: Settings) -> Iterator[Finding]:
@@ -147,7 +157,7 @@ def replicas(connection: Connection, settings: Settings) -> Iterator[Finding]:
     mend = "walletmigrate jobs list  # pause what writes most; see the replica's own log"
     if connection.scalar(text("select pg_is_in_recovery()")):
         what = "this database is a replica itself: nothing can be posted in it"
-        yield Finding(what, "set WALLETMIGRATE_DATABASE_URL to the primary", LATENCY)
+        yield Finding(what, "set WALLETMIGRATE_DATABASE_URL to the primary", AROUND)
         return
     rows = connection.execute(
         text(
@@ -158,11 +168,11 @@ def replicas(connection: Connection, settings: Settings) -> Iterator[Finding]:
     for row in rows:
         if row.state is None:
             what = f"the lag of replica {row.name} is not shown to this role"
-            yield Finding(what, "as a superuser: grant pg_monitor to it", LATENCY)
+            yield Finding(what, "as a superuser: grant pg_monitor to it", AROUND)
         elif row.state not in ("streaming", "backup"):
-            yield Finding(f"replica {row.name} does not stream: its state is {row.state}", mend, LATENCY)
+            yield Finding(f"replica {row.name} does not stream: its state is {row.state}", mend, AROUND)
         elif row.lag > limit:
-            yield Finding(f"replica {row.name} is {row.lag:.0f} s behind, more than {limit:g} s", mend, LATENCY)
+            yield Finding(f"replica {row.name} is {row.lag:.0f} s behind, more than {limit:g} s", mend, AROUND)
     for engine in replica_engines(settings):
         yield from _replica(connect.masked(engine.url), engine, limit, mend)
 
@@ -176,16 +186,16 @@ def _replica(name: str, engine: Engine, limit: float, mend: str) -> Iterator[Fin
             paused = standby and connection.scalar(text("select pg_is_wal_replay_paused()"))
     except (DatabaseUnreachable, DBAPIError) as error:
         detail = error.detail if isinstance(error, DatabaseUnreachable) else type(error.orig).__name__
-        yield Finding(f"replica {name} does not answer: {detail}", "start it, or take it out of the list", LATENCY)
+        yield Finding(f"replica {name} does not answer: {detail}", "start it, or take it out of the list", AROUND)
         return
     if not standby:
-        yield Finding(f"{name} is configured as a replica, and is none", "correct WALLETMIGRATE_REPLICA_URLS", LATENCY)
+        yield Finding(f"{name} is configured as a replica, and is none", "correct WALLETMIGRATE_REPLICA_URLS", AROUND)
         return
     if paused:
         what = f"replica {name} was told to pause its replay"
-        yield Finding(what, "on it, as a superuser: select pg_wal_replay_resume()", LATENCY)
+        yield Finding(what, "on it, as a superuser: select pg_wal_replay_resume()", AROUND)
     if behind is not None and behind > limit:
-        yield Finding(f"replica {name} is {behind:.0f} s behind, more than {limit:g} s", mend, LATENCY)
+        yield Finding(f"replica {name} is {behind:.0f} s behind, more than {limit:g} s", mend, AROUND)
 
 
 def exporter(connection: Connection, settings: Settings, url: str) -> Iterator[Finding]:

@@ -10,8 +10,8 @@ from typing import Final
 
 from sqlalchemy import Connection, text
 
-from walletmigrate import capture, functions, retired, schema
-from walletmigrate.checkup import BYPASSES, CHANGED, DEPLOYS, DRIFT, INSTALL, LEG, Finding
+from walletmigrate import capture, functions, retired, retired_guards, schema
+from walletmigrate.checkup import BYPASSES, CHANGED, DRIFT, INSTALL, INSTALLATION, RELEASES, RETIRED, Finding
 from walletmigrate.config import Mapping, Settings
 from walletmigrate.schema import quoted, render
 from walletmigrate.standing import REASON
@@ -47,7 +47,9 @@ def missing(connection: Connection, settings: Settings) -> list[Finding]:
     )
     there = {tuple(row) for row in rows}
     gone = sorted(one for one in wanted if (_KINDS[one[0]], one[1]) not in there)
-    return [Finding(f"the {kind} {name}.{one} is missing", _again(settings, kind, one), LEG) for kind, one in gone]
+    return [
+        Finding(f"the {kind} {name}.{one} is missing", _again(settings, kind, one), INSTALLATION) for kind, one in gone
+    ]
 
 
 def _again(settings: Settings, kind: str, name: str) -> str:
@@ -84,7 +86,7 @@ def of_mapping(connection: Connection, settings: Settings, mapping: Mapping) -> 
     """What was made for one mapping."""
     stands = functions.installed_mapping(connection, settings.ledger_schema, mapping.name)
     if stands is None:
-        yield Finding(f"mapping {mapping.name!r} is not installed", INSTALL, DRIFT)
+        yield Finding(f"mapping {mapping.name!r} is not installed", INSTALL, INSTALLATION)
         return
     look = partial(retired.legacy_table, connection, settings.ledger_schema, mapping)
     altered = functions.alteration(connection, mapping, stands, look)
@@ -97,7 +99,9 @@ def of_mapping(connection: Connection, settings: Settings, mapping: Mapping) -> 
     yield from _version(mapping, stands)
     counter = f"{quoted(settings.ledger_schema)}.rejected_{mapping.name}"
     if connection.scalar(text("select to_regclass(:name) is null"), {"name": counter}):
-        yield Finding(f"the sequence {counter} is missing: raw writes to frozen accounts fail by it", INSTALL, LEG)
+        yield Finding(
+            f"the sequence {counter} is missing: raw writes to frozen accounts fail by it", INSTALL, INSTALLATION
+        )
     if same and not altered and stands.functions_version == functions.FUNCTIONS_VERSION:
         yield from _as_made(connection, settings, mapping)
     replaced = capture.function_problems(connection, settings, mapping)
@@ -105,6 +109,9 @@ def of_mapping(connection: Connection, settings: Settings, mapping: Mapping) -> 
         first = INSTALL if replaced else f"walletmigrate capture install {REASON}"
         mend = f"{first}; walletmigrate verify --mapping {mapping.name} --mark-stale {REASON}"
         yield Finding(f"the fence: {problem.trigger} {problem.problem}", mend, DRIFT)
+    if retired.is_retired(connection, settings.ledger_schema):
+        for what in retired_guards.problems(connection, settings, mapping):
+            yield Finding(f"the retired table: {what}", INSTALL, RETIRED)
 
 
 def _revision(connection: Connection, settings: Settings) -> Iterator[Finding]:
@@ -113,18 +120,18 @@ def _revision(connection: Connection, settings: Settings) -> Iterator[Finding]:
         return
     what = f"the ledger's schema is at revision {stands}, this release has {head}"
     if stands is None or schema.known(stands):
-        yield Finding(f"{what}: it was not installed yet", INSTALL, DEPLOYS)
+        yield Finding(f"{what}: it was not installed yet", INSTALL, RELEASES)
     else:
-        yield Finding(f"{what}: a newer release was installed", _UPGRADE, DEPLOYS)
+        yield Finding(f"{what}: a newer release was installed", _UPGRADE, RELEASES)
 
 
 def _version(mapping: Mapping, stands: functions.Installed) -> Iterator[Finding]:
     made, mine = stands.functions_version, functions.FUNCTIONS_VERSION
     what = f"the functions of {mapping.name!r} are of version {made}, this release makes {mine}"
     if made < mine:
-        yield Finding(what, INSTALL, DEPLOYS)
+        yield Finding(what, INSTALL, RELEASES)
     elif made > mine:
-        yield Finding(f"{what}: a newer release was installed", _UPGRADE, DEPLOYS)
+        yield Finding(f"{what}: a newer release was installed", _UPGRADE, RELEASES)
 
 
 def _as_made(connection: Connection, settings: Settings, mapping: Mapping) -> Iterator[Finding]:
@@ -136,10 +143,13 @@ def _as_made(connection: Connection, settings: Settings, mapping: Mapping) -> It
         for one in functions.SYSTEM_ACCOUNTS:
             if (one, currency) not in systems:
                 what = f"the system account {one!r} of {currency} is missing"
-                yield Finding(what, "restore it from a backup: postings refer to its id", LEG)
+                yield Finding(what, "restore it from a backup: postings refer to its id", INSTALLATION)
                 return
     is_retired = retired.is_retired(connection, name)
-    made = _made(functions.scripts(connection, settings, mapping, legacy, retired=is_retired))
+    scripts = functions.scripts(connection, settings, mapping, legacy, retired=is_retired)
+    if is_retired and retired_guards.columns_stand(connection, mapping):
+        scripts.append(retired_guards.guard(settings, mapping))
+    made = _made(scripts)
     fence = {f"fence_{mapping.name}", f"fence_truncate_{mapping.name}", *functions.SHARED_GUARDS}
     others = {name: one for name, one in made.items() if name not in fence}
     yield from _differences(connection, settings, others, f"{INSTALL}; {_LOOK}")
@@ -170,14 +180,14 @@ def _differences(
         what = f"the function {settings.ledger_schema}.{name}"
         now = standing.get(name)
         if now is None:
-            yield Finding(f"{what} is missing", mend, LEG)
+            yield Finding(f"{what} is missing", mend, INSTALLATION)
         elif now.body != wanted.body:
-            yield Finding(f"{what} was replaced", mend, DRIFT)
+            yield Finding(f"{what} was replaced", mend, INSTALLATION)
         elif now.definer != wanted.definer:
             runs = "its owner" if now.definer else "its caller"
-            yield Finding(f"{what} runs as {runs}, and must not", mend, DRIFT)
+            yield Finding(f"{what} runs as {runs}, and must not", mend, INSTALLATION)
         elif now.path != wanted.path:
-            yield Finding(f"{what} has not the search_path that it was made with", mend, DRIFT)
+            yield Finding(f"{what} has not the search_path that it was made with", mend, INSTALLATION)
 
 
 def _plain(path: str) -> str:
@@ -202,7 +212,7 @@ def _owners(connection: Connection, settings: Settings) -> Iterator[Finding]:
     )
     for row in rows:
         mend = f"as a superuser: alter {row.kind} {row.name} owner to {quoted(owner)}; then: {INSTALL}"
-        yield Finding(f"the {row.kind} {row.name} is {row.owner}'s, not {owner}'s", mend, DRIFT)
+        yield Finding(f"the {row.kind} {row.name} is {row.owner}'s, not {owner}'s", mend, INSTALLATION)
 
 
 def _triggers(connection: Connection, settings: Settings) -> Iterator[Finding]:
@@ -220,7 +230,7 @@ def _triggers(connection: Connection, settings: Settings) -> Iterator[Finding]:
     for relation, trigger in rows:
         what = f"the trigger {trigger} on {settings.ledger_schema}.{relation} is missing or does not always fire"
         mend = "walletmigrate verify, then make the trigger anew as the ledger's migration has it"
-        yield Finding(what, mend, DRIFT)
+        yield Finding(what, mend, INSTALLATION)
 
 
 def _ceiling(connection: Connection, settings: Settings) -> Iterator[Finding]:
@@ -230,7 +240,7 @@ def _ceiling(connection: Connection, settings: Settings) -> Iterator[Finding]:
         taken = "legacy" if row.last_value == 1 else "dual_write or later"
         what = f"postings take the phase for {taken}; it is {row.phase}"
         mend = f"as the ledger's owner: update {name}.control set phase = phase"
-        yield Finding(what, mend, DRIFT)
+        yield Finding(what, mend, INSTALLATION)
 
 
 def _replica_role(connection: Connection) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from typing import Final
 
 from sqlalchemy import Connection, text
 
-from walletmigrate.checkup import INSTALL, ROLES, Finding
+from walletmigrate.checkup import INSTALL, RIGHTS, Finding
 from walletmigrate.config import Mapping, Settings
 from walletmigrate.functions import installed_mapping, relation
 from walletmigrate.grants import wanted
@@ -59,12 +59,12 @@ def examine(connection: Connection, settings: Settings, logins: Sequence[str] = 
     known = set(connection.scalars(text("select rolname from pg_roles")))
     gone = [one for one in (roles.owner, roles.app, roles.operator, roles.auditor) if one not in known]
     for role in gone:
-        yield Finding(f"there is no role {role!r}", INSTALL, ROLES)
+        yield Finding(f"there is no role {role!r}", INSTALL, RIGHTS)
     if gone:
         return
     if connection.scalar(text("select rolcanlogin from pg_roles where rolname = :role"), {"role": roles.owner}):
         mend = f"as a superuser: alter role {quoted(roles.owner)} nologin"
-        yield Finding(f"{roles.owner} can log in: it may write the ledger by hand", mend, ROLES)
+        yield Finding(f"{roles.owner} can log in: it may write the ledger by hand", mend, RIGHTS)
     yield from _in_the_ledger(connection, settings)
     if not is_retired(connection, settings.ledger_schema):
         for mapping in settings.mappings:
@@ -92,12 +92,12 @@ def _in_the_ledger(connection: Connection, settings: Settings) -> Iterator[Findi
     for kind, name, privilege, role in sorted(needed - granted):
         target = _target(settings, kind, name)
         mend = INSTALL if role != owner else f"as a superuser: grant {privilege} on {kind} {target} to {quoted(role)}"
-        yield Finding(f"{role} lacks {privilege} on {kind} {target}", mend, ROLES)
+        yield Finding(f"{role} lacks {privilege} on {kind} {target}", mend, RIGHTS)
     for kind, name, privilege, role in sorted(one for one in granted - needed if _too_much(settings, one)):
         target = _target(settings, kind, name)
         who = PUBLIC if role == PUBLIC else quoted(role)
         mend = f"as the ledger's owner: revoke {privilege} on {kind} {target} from {who}"
-        yield Finding(f"{role} has {privilege} on {kind} {target}, and needs it not", mend, ROLES)
+        yield Finding(f"{role} has {privilege} on {kind} {target}, and needs it not", mend, RIGHTS)
 
 
 def _too_much(settings: Settings, right: Right) -> bool:
@@ -127,18 +127,18 @@ def _on_the_table(connection: Connection, settings: Settings, mapping: Mapping) 
         for role in needing:
             query = text("select has_table_privilege(:role, cast(:table as regclass), :privilege)")
             if not connection.scalar(query, {"role": role, "table": table, "privilege": privilege}):
-                yield Finding(f"{role} lacks {privilege} on {mapping.table}", INSTALL, ROLES)
+                yield Finding(f"{role} lacks {privilege} on {mapping.table}", INSTALL, RIGHTS)
     for role in reading["select"]:
         query = text("select has_schema_privilege(:role, :schema, 'usage')")
         if not connection.scalar(query, {"role": role, "schema": mapping.schema_name}):
-            yield Finding(f"{role} lacks usage on schema {mapping.schema_name}", INSTALL, ROLES)
+            yield Finding(f"{role} lacks usage on schema {mapping.schema_name}", INSTALL, RIGHTS)
     hidden = text(
         "select relrowsecurity and not exists (select from pg_policy as p where p.polrelid = c.oid "
         "and p.polname = 'walletmigrate_owner') from pg_class as c where c.oid = cast(:table as regclass)"
     )
     if connection.scalar(hidden, {"table": table}):
         what = f"{mapping.table} has row-level security, and {roles.owner} no policy that lets the fence see every row"
-        yield Finding(what, INSTALL, ROLES)
+        yield Finding(what, INSTALL, RIGHTS)
 
 
 def _logins(connection: Connection, settings: Settings, logins: Sequence[str], known: set[str]) -> Iterator[Finding]:
@@ -148,6 +148,6 @@ def _logins(connection: Connection, settings: Settings, logins: Sequence[str], k
     for login in logins:
         mend = f"grant {quoted(app)} to {quoted(login)}"
         if login not in known:
-            yield Finding(f"there is no role {login!r}", "name the role that the application logs in with", ROLES)
+            yield Finding(f"there is no role {login!r}", "name the role that the application logs in with", RIGHTS)
         elif not connection.scalar(member, {"login": login, "app": app}):
-            yield Finding(f"{login} is no member of {app}: its postings are refused", mend, ROLES)
+            yield Finding(f"{login} is no member of {app}: its postings are refused", mend, RIGHTS)

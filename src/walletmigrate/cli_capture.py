@@ -110,7 +110,7 @@ def check(
     with run.engine.connect() as plain_connection:
         connection = plain_connection.execution_options(postgresql_readonly=True)
         found = doctor.examine(connection, run.settings, source, exporter=exporter, logins=login or ())
-        notes = doctor.notes(connection, run.settings)
+        notes = doctor.notes(connection, run.settings, exporter=exporter)
     lines = [
         f"{'note: ' if one.severity == 'note' else ''}{one.what}\n  mend: {one.mend}\n  runbook: {one.runbook}"
         for one in (*found, *notes)

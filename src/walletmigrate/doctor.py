@@ -36,9 +36,14 @@ def examine(
     return tuple(dict.fromkeys(found))
 
 
-def notes(connection: Connection, settings: Settings) -> tuple[Finding, ...]:
-    """What `examine` could not look at and may well be as it should be; each of severity ``note``."""
-    return () if checkup_ledger.missing(connection, settings) else tuple(checkup_around.unheard(connection, settings))
+def notes(connection: Connection, settings: Settings, *, exporter: str | None = None) -> tuple[Finding, ...]:
+    """What `examine` with the same ``exporter`` could not look at and may well be as it should be; each of severity
+    ``note``.
+    """
+    unseen = () if exporter is not None else (checkup_around.unseen(),)
+    if checkup_ledger.missing(connection, settings):
+        return unseen
+    return (*checkup_around.unheard(connection, settings), *unseen)
 
 
 def _all(

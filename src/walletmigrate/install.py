@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, text
 from sqlalchemy.engine import Engine
 
-from walletmigrate import capture, functions, schema, survey
+from walletmigrate import capture, functions, retired_guards, schema, survey
 from walletmigrate.audit import Act, record
 from walletmigrate.config import Mapping, Roles, Settings
 from walletmigrate.errors import PreconditionRefused
@@ -103,9 +103,12 @@ def _put_in(
         if down[mapping.name]:
             # Also where the triggers stand, and only what they call was replaced: who called it is waited out.
             connection.exec_driver_sql(f"lock table {relation(mapping)} in share row exclusive mode")
-    fenced = () if is_retired(connection, settings.ledger_schema) else settings.mappings
+    retired = is_retired(connection, settings.ledger_schema)
+    fenced = () if retired else settings.mappings
     made = tuple(m.name for m in fenced if capture.install_fence(connection, settings, m))
-    facts = {"fences": list(made), "revision": schema.head(), "granted_to": list(grant_to)}
+    facts: dict[str, Any] = {"fences": list(made), "revision": schema.head(), "granted_to": list(grant_to)}
+    if retired:
+        facts["mended"] = [one for m in settings.mappings for one in retired_guards.mend(connection, settings, m)]
     record(connection, settings, "install", act, details=facts)
     # Under these locks: a verification that begins later has seen all that was written before.
     for name, problems in down.items():

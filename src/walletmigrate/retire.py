@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection, Engine, text
 
-from walletmigrate import capture, dependents, functions, survey
+from walletmigrate import capture, dependents, functions, retired_guards, survey
 from walletmigrate.archive_check import ArchiveCheck, check
 from walletmigrate.audit import Act, record
 from walletmigrate.config import Mapping, Settings
@@ -16,8 +16,8 @@ from walletmigrate.errors import ConfigError, PreconditionRefused, UsageError
 from walletmigrate.flags import FlagSource
 from walletmigrate.gates import reasons
 from walletmigrate.grants import grant
-from walletmigrate.retirement import GUARDS, KEPT, Script, guard_name, script
-from walletmigrate.schema import quoted, render, run_script
+from walletmigrate.retirement import Script, script
+from walletmigrate.schema import quoted
 from walletmigrate.standing import REASON, Reason, of_mapping, require_installed, show
 
 
@@ -93,7 +93,7 @@ def reinstate(engine: Engine, settings: Settings, act: Act, *, dry_run: bool = F
         show(connection, settings, lock=True)
         _make(connection, settings, tables, retired=False)
         for mapping in settings.mappings:
-            _drop_guards(connection, mapping)
+            retired_guards.drop(connection, mapping)
             capture.install_fence(connection, settings, mapping)
         _set_phase(connection, settings, "frozen")
         return record(connection, settings, "phase back", act, details={"from": "retired", "to": "frozen"})
@@ -147,7 +147,7 @@ def _take_the_step(engine: Engine, settings: Settings, act: Act, made: Script, c
             _make(connection, settings, tables, retired=True)
             for mapping in settings.mappings:
                 capture.remove_triggers(connection, settings, mapping)
-                _watch_keys(connection, settings, mapping)
+                retired_guards.watch_keys(connection, settings, mapping)
             connection.execute(text(f"update {quoted(settings.ledger_schema)}.mappings set fence = '{{}}'"))
             _set_phase(connection, settings, "retired")
             facts = {
@@ -183,46 +183,13 @@ def _make(connection: Connection, settings: Settings, tables: dict[str, survey.L
 
 def _put_up_guards(connection: Connection, settings: Settings) -> None:
     for mapping in settings.mappings:
-        connection.exec_driver_sql(f"set local role {quoted(settings.roles.owner)}")
-        names = {"schema": quoted(settings.ledger_schema), "mapping": mapping.name}
-        run_script(connection, render("guard", **names, relation=functions.relation(mapping)))
-        grant(connection, settings)
-        connection.exec_driver_sql("reset role")
-        _drop_guards(connection, mapping)
-        columns = [quoted(column.column) for column in mapping.columns]
-        watched = {
-            "insert": " or ".join(f"new.{name} <> 0" for name in columns),
-            "update": " or ".join(f"old.{name} is distinct from new.{name}" for name in columns),
-        }
-        table = functions.relation(mapping)
-        for event in GUARDS:
-            connection.exec_driver_sql(
-                f"create trigger {guard_name(mapping, event)} after {event} on {table} for each row "
-                f"when ({watched[event]}) execute function {quoted(settings.ledger_schema)}.retired_{mapping.name}()"
-            )
-            connection.exec_driver_sql(f"alter table {table} enable always trigger {guard_name(mapping, event)}")
-
-
-def _watch_keys(connection: Connection, settings: Settings, mapping: Mapping) -> None:
-    function = f"{quoted(settings.ledger_schema)}.gone_{mapping.name}()"
-    table = functions.relation(mapping)
-    for event, when in KEPT.items():
-        name = guard_name(mapping, event)
-        for one in capture.relations(connection, mapping) if event == "empty" else [table]:
-            what = when.format(table=one, key=quoted(mapping.key))
-            connection.exec_driver_sql(f"create trigger {name} after {what} execute function {function}")
-            connection.exec_driver_sql(f"alter table {one} enable always trigger {name}")
+        retired_guards.drop(connection, mapping)
+        retired_guards.watch_columns(connection, settings, mapping)
 
 
 def _drop_all_guards(connection: Connection, settings: Settings) -> None:
     for mapping in settings.mappings:
-        _drop_guards(connection, mapping)
-
-
-def _drop_guards(connection: Connection, mapping: Mapping) -> None:
-    for event in (*GUARDS, *KEPT):
-        for table in capture.relations(connection, mapping) if event == "empty" else [functions.relation(mapping)]:
-            connection.exec_driver_sql(f"drop trigger if exists {guard_name(mapping, event)} on {table}")
+        retired_guards.drop(connection, mapping)
 
 
 def _set_phase(connection: Connection, settings: Settings, phase: str) -> None:
