@@ -639,6 +639,18 @@ def test_a_fence_that_is_not_as_it_was_made_is_found_and_mended_by_install(
     assert world.state() == "stale"
 
 
+def test_a_fence_that_another_cluster_made_is_not_this_one_though_its_transaction_has_the_same_number(
+    world: World,
+) -> None:
+    name = "walletmigrate_users_update on public.users"
+    execute(
+        world.engine,
+        "update wallet.mappings set fence = jsonb_set(fence, array[:name, 'cluster'], to_jsonb('1'::text))",
+        name=name,
+    )
+    assert found_by(world) == {name: "was replaced or altered"}
+
+
 def test_the_type_of_a_balance_column_is_not_altered_unseen_while_the_fence_stands(world: World) -> None:
     for column in ("total_coins", "promo", "id"):
         assert world.write(f"alter table users alter column {column} type text") == "0A000"

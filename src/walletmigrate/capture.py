@@ -27,7 +27,9 @@ EVENTS = ("insert", "delete", "update", "key", "truncate")
 _TRIGGERS = """
 select
     format('%I on %I.%I', t.tgname, n.nspname, c.relname) as name, t.tgenabled::text as enabled,
-    t.xmin::text as xmin, t.tgparentid = 0 as own
+    t.xmin::text as xmin, t.tgparentid = 0 as own,
+    -- Numbers of transactions are a cluster's own: a dump that was restored elsewhere may have the same one by chance.
+    (select s.system_identifier::text from pg_control_system() as s) as cluster
 from pg_trigger as t
 join pg_class as c on c.oid = t.tgrelid
 join pg_namespace as n on n.oid = c.relnamespace
@@ -99,7 +101,7 @@ def fence_problems(connection: Connection, settings: Settings, mapping: Mapping)
             problems.append(FenceProblem(name, "is missing"))
         elif now["enabled"] != "A":
             problems.append(FenceProblem(name, "is disabled, or does not fire in replica role"))
-        elif now["xmin"] != made["xmin"]:
+        elif now["xmin"] != made["xmin"] or now["cluster"] != made.get("cluster", now["cluster"]):
             problems.append(FenceProblem(name, "was replaced or altered"))
         elif made.get("watches") != _watched(mapping):
             problems.append(FenceProblem(name, "was made for other columns than the mapping has", blind=False))
@@ -230,7 +232,7 @@ def _made(connection: Connection, settings: Settings, mapping: Mapping) -> dict[
 
 def _standing(connection: Connection, settings: Settings, mapping: Mapping) -> dict[str, dict[str, str]]:
     found = _triggers(connection, settings, mapping)
-    return {row.name: {"enabled": row.enabled, "xmin": row.xmin} for row in found}
+    return {row.name: {"enabled": row.enabled, "xmin": row.xmin, "cluster": row.cluster} for row in found}
 
 
 def _triggers(connection: Connection, settings: Settings, mapping: Mapping) -> Sequence[Row[Any]]:
