@@ -244,8 +244,8 @@ def _query(settings: Settings, mapping: Mapping, legacy: survey.LegacyTable) -> 
             f"({functions.value_of(column, is_float=legacy.column(column.column).is_float)})::text",
             f"{alias}.state::text",
             f"{alias}.balance::text",
-            # An account that was opened frozen holds its opening.
-            f"case when {alias}.state = 'frozen' then coalesce({alias}.state_at::text, 'opening') end",
+            # An account that was opened frozen holds its opening. JSON has times in ISO 8601 under any DateStyle.
+            f"case when {alias}.state = 'frozen' then coalesce(to_jsonb({alias}.state_at) #>> '{{}}', 'opening') end",
         ]
         joins.append(
             f'left join {schema}.accounts as {alias} on {alias}.key = {key}::text collate "C" '
