@@ -183,14 +183,17 @@ def take(
     adopt(engine, settings, act)
     job, snapshot_id = _started(engine, settings, act)
 
-    def turn(connection: Connection, size: int) -> int:
-        return _fold(connection, settings, snapshot_id, size, act)
+    def turn(connection: Connection, size: int) -> job_rows.Batch:
+        return _fold(connection, settings, snapshot_id, size)
+
+    def closing(connection: Connection) -> dict[str, Any]:
+        return _folded(connection, settings, snapshot_id, act)
 
     def told(now: Job) -> None:
         if progress is not None:
             progress(now.items_done - job.items_done)
 
-    job_turns.run_turns(engine, settings, job, turn, act, size=batch_size, progress=told, stop=stop)
+    job_turns.run_turns(engine, settings, job, turn, act, size=batch_size, closing=closing, progress=told, stop=stop)
     with engine.begin() as connection:
         return replace(get(connection, settings, snapshot_id), resumed=begun is not None)
 
@@ -208,17 +211,21 @@ def _started(engine: Engine, settings: Settings, act: Act) -> tuple[Job, int]:
     return job, int(snapshot_id or 0)
 
 
-def _fold(connection: Connection, settings: Settings, snapshot_id: int, size: int, act: Act) -> int:
-    """The next transactions of the journal; when there are none, the end: how many there were."""
+def _fold(connection: Connection, settings: Settings, snapshot_id: int, size: int) -> job_rows.Batch:
+    """The next transactions of the journal."""
     name = quoted(settings.ledger_schema)
     advance = text(f"select {name}.advance_snapshot(:id, :limit)")
     read = int(connection.execute(advance, {"id": snapshot_id, "limit": size}).scalar_one())
-    if not read:
-        connection.execute(text(f"select {name}.fold_system_accounts()"))
-        made = get(connection, settings, snapshot_id)
-        facts = {"snapshot": made.id, "accounts": made.accounts, "changed": made.changed}
-        record(connection, settings, TAKE, act, details={**facts, "transactions": made.transactions})
-    return read
+    return job_rows.Batch(read, read, 0, {})
+
+
+def _folded(connection: Connection, settings: Settings, snapshot_id: int, act: Act) -> dict[str, Any]:
+    """The end, when no transaction is left."""
+    connection.execute(text(f"select {quoted(settings.ledger_schema)}.fold_system_accounts()"))
+    made = get(connection, settings, snapshot_id)
+    facts = {"snapshot": made.id, "accounts": made.accounts, "changed": made.changed}
+    record(connection, settings, TAKE, act, details={**facts, "transactions": made.transactions})
+    return {}
 
 
 def adopt(engine: Engine, settings: Settings, act: Act) -> bool:
