@@ -210,7 +210,7 @@ def _watch_keys(connection: Connection, settings: Settings, mapping: Mapping) ->
         name = guard_name(mapping, event)
         for one in capture.relations(connection, mapping) if event == "empty" else [table]:
             what = when.format(table=one, key=quoted(mapping.key))
-            connection.exec_driver_sql(f"create trigger {name} after {what} execute function {function}")
+            connection.exec_driver_sql(f"create trigger {name} {what} execute function {function}")
             connection.exec_driver_sql(f"alter table {one} enable always trigger {name}")
 
 
