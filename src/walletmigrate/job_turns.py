@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
@@ -29,7 +29,7 @@ Turn = Callable[[Connection, int], Batch]
 """``turn(connection, size)``: do at most the next ``size`` items, under the lock of the job's row and in that
 transaction, or in others while it lasts. No keys in the batch: none are left.
 """
-Closing = Callable[[Connection], Mapping[str, Any]]
+Closing = Callable[[Connection], dict[str, Any]]
 """What is left to be done when no items are, in the transaction that calls the job done; details of its audit row."""
 
 _HELD: Final = 0.25
