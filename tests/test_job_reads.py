@@ -16,7 +16,7 @@ from ledger import ACT, execute, rows, scalar
 from retiring import End
 from test_snapshot_job import ANSWERS, quiet
 from test_verify import Ledger, prepared
-from walletmigrate import archive, archive_check, job_control, job_reads, references, throttle
+from walletmigrate import archive, archive_check, cross_checks, job_control, job_reads, references, throttle
 from walletmigrate import verify as verifying
 from walletmigrate.config import ThrottleSettings
 from walletmigrate.errors import JobCancelled, JobFailed, PreconditionRefused
@@ -89,10 +89,19 @@ def test_a_verification_that_is_cancelled_between_two_parts_puts_nothing_on_reco
     made: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, settings = made
+    further: list[Any] = []
     kept = scalar(engine, RECORDED)
+    honest = cross_checks.run
+
+    def further_part(*arguments: Any) -> Any:
+        further.append(arguments)
+        return honest(*arguments)
+
+    monkeypatch.setattr(cross_checks, "run", further_part)
     between(monkeypatch, lambda _: job_control.cancel(engine, settings, number(made), ACT))
     with pytest.raises(JobCancelled):
         verified(made)
+    assert further == [], "the part that would have come next"
     assert rows(engine, NEWEST)[0][:2] == ("verify", "cancelled")
     assert scalar(engine, RECORDED) == kept
     assert verified(made).clean, "the next one begins anew"
@@ -165,6 +174,26 @@ def test_one_that_is_silent_is_shown_as_gone_and_another_takes_its_place(
         verified(made)
     assert [scalar(engine, RECORDED)] == kept, "who was taken for dead puts nothing on record"
     assert rows(engine, NEWEST)[0][:2] == ("verify", "done")
+
+
+def test_one_whose_place_was_taken_writes_nothing_of_its_own_into_the_row(
+    made: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, settings = made
+    kept = scalar(engine, RECORDED)
+
+    def taken(_: Connection) -> None:
+        execute(
+            engine, "update wallet.jobs set updated_at = clock_timestamp() - interval '2 min' where kind = 'verify'"
+        )
+        with engine.begin() as connection:
+            job_reads._started(connection, settings, "verify", "users", ACT)
+
+    between(monkeypatch, taken)
+    with pytest.raises(JobCancelled):
+        verified(made)
+    assert rows(engine, f"{SEEN} where kind = 'verify'") == [("verify", "running", 0, None, None, None)]
+    assert scalar(engine, RECORDED) == kept
 
 
 def test_a_run_says_that_it_lives_while_one_statement_runs(made: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
