@@ -1,4 +1,4 @@
-"""The journal and the audit log are never changed or removed: not by any role, not in any way but DDL."""
+"""Journal, audit log and verifications are never changed or removed: not by any role, not in any way but DDL."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from sqlalchemy.exc import DBAPIError
 from copies import copied
 from ledger import ACT, engine_named, execute, install_users, rows
 from walletmigrate.backfill import backfill
+from walletmigrate.verify import verify
 
-TABLES = ("transactions", "audit_log")
+TABLES = ("transactions", "audit_log", "verifications")
 CHANGES = {
-    "update": "update wallet.{table} set reason = 'another'",
-    "update to the same": "update wallet.{table} set reason = reason",
+    "update": "update wallet.{table} set {column} = 'another'",
+    "update to the same": "update wallet.{table} set {column} = {column}",
     "delete": "delete from wallet.{table}",
     "truncate": "truncate wallet.{table}",
     "merge": "merge into wallet.{table} as t using (values (1)) as v (n) on true when matched then delete",
     "upsert": "insert into wallet.{table} select * from wallet.{table} limit 1 "
-    "on conflict (id) do update set reason = 'another'",
+    "on conflict (id) do update set {column} = 'another'",
 }
 
 
@@ -27,6 +28,7 @@ def made(database_url: str) -> Engine:
     def make() -> None:
         engine, settings = install_users(database_url, phase="dual_write")
         backfill(engine, settings, settings.mapping(), ACT)
+        verify(engine, settings, settings.mapping(), ACT)
 
     copied(database_url, "append-only", make)
     return engine_named(database_url)
@@ -44,6 +46,18 @@ def sqlstate_of(engine: Engine, statement: str, *first: str) -> str | None:
     return None
 
 
+def changing(change: str, table: str) -> str:
+    """A statement that would change the table's rows."""
+    statement = CHANGES[change].format(table=table, column="actor" if table == "verifications" else "reason")
+    if table != "verifications":
+        # Its ids are generated.
+        return statement.replace("audit_log select", "audit_log overriding system value select")
+    names = "mapping, started_at, clean, accounts, missing, drift_accounts, drift_amount, currency, actor"
+    return statement.replace(
+        "verifications select *", f"verifications (id, {names}) overriding system value select id, {names}"
+    )
+
+
 def contents(engine: Engine, table: str) -> list[tuple[object, ...]]:
     return rows(engine, f"select * from wallet.{table} order by id")
 
@@ -57,9 +71,7 @@ def test_neither_a_superuser_nor_the_owner_changes_a_row(
     before = contents(made, table)
     assert before
     engine = engine_named(database_url, role=role)
-    statement = CHANGES[change].format(table=table)
-    if table == "audit_log":  # its ids are generated
-        statement = statement.replace("audit_log select", "audit_log overriding system value select")
+    statement = changing(change, table)
     assert sqlstate_of(engine, statement) == "WM040"
     assert contents(made, table) == before
 
@@ -68,7 +80,7 @@ def test_neither_a_superuser_nor_the_owner_changes_a_row(
 @pytest.mark.parametrize("table", TABLES)
 def test_the_replication_role_does_not_get_past_it(made: Engine, table: str, change: str) -> None:
     before = contents(made, table)
-    statement = CHANGES[change].format(table=table)
+    statement = changing(change, table)
     assert sqlstate_of(made, statement, "set local session_replication_role = replica") == "WM040"
     assert contents(made, table) == before
 
@@ -79,6 +91,7 @@ def test_no_working_role_has_the_right_to_change_the_ledger(made: Engine, databa
     columns = {
         "transactions": "reason",
         "audit_log": "reason",
+        "verifications": "clean",
         "accounts": "balance",
         "system_accounts": "balance",
         "idempotency_keys": "mode",

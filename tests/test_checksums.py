@@ -15,7 +15,7 @@ from test_snapshots import credit, ends_after, proof, take
 from walletmigrate import checksums, snapshots
 from walletmigrate.checksums import Bare
 from walletmigrate.erasure import erase
-from walletmigrate.snapshots import SnapshotProblem
+from walletmigrate.snapshot_checks import SnapshotProblem
 from walletmigrate.verify import verify
 
 D = Decimal

@@ -100,5 +100,5 @@ def test_an_undo_whose_job_is_cancelled_meanwhile_is_no_success(
     monkeypatch.setattr(cli_jobs, "undo_backfill", undone)
     said = project.run("backfill", "undo", "--job", "1", "--batch-size", "4", *REASON)
     assert said.exit_code == 1
-    assert "4 openings of job 1 taken back, 0 left (job 2, cancelled)" in said.stdout
+    assert "4 openings of job 1 taken back, 0 left (job 3, cancelled)" in said.stdout
     assert "taken out of work elsewhere" in said.stderr

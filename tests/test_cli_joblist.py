@@ -46,7 +46,8 @@ def test_jobs_are_listed_and_shown_with_progress_and_settings(made: tuple[Projec
     project, engine = made
     job, _ = newest(engine)
     listed = project.run("jobs", "list", "--json").document["jobs"]
-    assert [(one["kind"], one["state"]) for one in listed] == [("backfill", "paused"), ("backfill", "done")]
+    listed_as = [("backfill", "paused"), ("verify", "done"), ("backfill", "done")]
+    assert [(one["kind"], one["state"]) for one in listed] == listed_as
     shown = project.run("jobs", "show", str(job))
     assert f"job {job}: backfill of users, paused, 14 of 30 accounts" in shown.stdout
     assert "cut up to key 14 of 30; 1 batches done, 0 open" in shown.stdout

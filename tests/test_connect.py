@@ -139,6 +139,21 @@ def test_the_isolation_level_of_an_engine_is_that_of_its_transactions(url: str) 
     engine.dispose()
 
 
+def test_a_transaction_does_not_read_values_by_the_database_s_own_settings(url: str) -> None:
+    """All of them together, in commands: test_foreign_settings."""
+    name = make_url(url).database
+    engine = connect.engine(url, application_name="x", poolclass=NullPool)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        for setting in ("default_transaction_isolation = serializable", "datestyle = 'German, DMY'"):
+            connection.exec_driver_sql(f'alter database "{name}" set {setting}')
+    assert one(engine, "show transaction_isolation") == "read committed"
+    # The order of day and month in the application's own texts is still the database's.
+    assert one(engine, "show datestyle") == "ISO, DMY"
+    assert one(engine, "select cast('31.12.2026' as timestamptz)").year == 2026  # type: ignore[attr-defined]
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        assert connection.execute(text("show datestyle")).scalar_one() == "German, DMY"
+
+
 def test_no_prepared_statement_stays_on_the_server(url: str) -> None:
     engine = connect.engine(url, application_name="x")
     for _ in range(12):

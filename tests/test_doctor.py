@@ -73,6 +73,8 @@ HOLLOW = "returns trigger language plpgsql as 'begin return null; end'"
         ("alter table users rename to people", "was altered since the install"),
         ("alter table wallet.transactions disable trigger append_only", "append_only on wallet.transactions"),
         ("alter table wallet.audit_log enable trigger append_only", "append_only on wallet.audit_log"),
+        ("drop trigger append_only_truncate on wallet.verifications", "append_only_truncate on wallet.verifications"),
+        ("alter table wallet.verifications enable trigger append_only", "append_only on wallet.verifications"),
         ("select setval('wallet.ceiling', 1)", "postings take the phase for legacy; it is dual_write"),
         ("update wallet.mappings set fingerprint = 'x'", "was installed from another configuration"),
         ("update wallet.mappings set functions_version = 0", "are of version 0"),

@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 import ledger
 from retiring import SOURCE, End
-from walletmigrate import checksums, snapshots
+from walletmigrate import checksums, snapshot_checks, snapshots
 from walletmigrate.errors import UnreadableInput, UsageError
 from walletmigrate.evidence import Evidence, gather
 from walletmigrate.evidence_check import EvidenceCheck, check
@@ -185,7 +185,7 @@ def test_it_carries_the_newest_snapshot_s_checksums_and_misses_them_when_they_ar
     with end.engine.connect() as connection:
         (one,) = checksums.ranges(connection, end.settings, 3, checksums.Bare(None, 0))
     ledger.execute(end.engine, "update wallet.snapshot_checksums set checksum = :sum", sum=one.held_checksum)
-    assert snapshots.verify(end.engine, end.settings, ledger.ACT).clean
+    assert snapshot_checks.verify(end.engine, end.settings, ledger.ACT).clean
     kept = "the database: checksum 0 of snapshot 3 is not the one of the evidence"
     assert checked(end, alone=False).problems == (journal, kept)
     snapshots.take(end.engine, end.settings, ledger.ACT)

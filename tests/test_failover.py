@@ -18,7 +18,7 @@ from runbook_incidents import credit, failed_over, moved
 from runbook_stage import Stage, backfilled
 from servers import Postgres
 from standby import pair
-from walletmigrate import bypasses, doctor, fences, line, phases, snapshots
+from walletmigrate import bypasses, doctor, fences, line, phases, snapshot_checks, snapshots
 from walletmigrate.doctor import Finding
 from walletmigrate.verify import verify
 
@@ -109,7 +109,7 @@ def test_the_journal_goes_on_above_its_last_id_and_is_no_restore(synchronous: St
     assert synchronous.last["last_id"] < posted.transaction_id <= synchronous.last["last_id"] + LOGGED_AHEAD + 1
     assert not snapshots.adopt(stage.engine, stage.settings, ACT)
     assert snapshots.take(stage.engine, stage.settings, ACT) is not None
-    assert snapshots.verify(stage.engine, stage.settings, ACT).clean
+    assert snapshot_checks.verify(stage.engine, stage.settings, ACT).clean
 
 
 def test_the_count_of_rejected_writes_may_jump_as_the_runbook_says_but_never_falls(synchronous: Story) -> None:

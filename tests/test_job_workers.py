@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from pydantic import SecretStr
 from sqlalchemy import Connection, Engine
 
 import ledger
+from commandline import REASON, Project
 from ledger import ACT, execute, install_users, rows, scalar
 from walletmigrate import job_workers, jobs
 from walletmigrate.backfill import BackfillResult, backfill, steps
@@ -205,6 +207,52 @@ def test_a_dask_worker_that_is_lost_costs_nothing_but_time(made: Ledger) -> None
     assert killed
     assert (result.state, result.opened) == ("done", ROWS)
     assert_whole(made)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_reconciliation_on_a_dask_cluster_that_loses_a_worker_corrects_each_account_once(
+    made: Ledger, tmp_path: Path
+) -> None:
+    """By the command, with a file as the truth, which travels to the workers."""
+    engine, settings = made
+    assert run(made, workers=1, batch_size=None).state == "done"
+    truth = tmp_path / "truth.csv"
+    lines = [f"{key},{100 + key + key % 2}" for key in range(1, ROWS + 1)]
+    truth.write_text("\n".join(["key,balance", *lines]), encoding="utf-8")
+    assert settings.database_url is not None
+    project = Project(tmp_path, settings.database_url.get_secret_value())
+    # Row 201 has to be corrected, and is in the middle.
+    holder = engine.connect()
+    holder.exec_driver_sql("select from users where id = 201 for update")
+    by = holder.exec_driver_sql("select pg_backend_pid()").scalar_one()
+    waiting = f"select count(*) from pg_stat_activity where {by} = any(pg_blocking_pids(pid))"
+    with cluster() as dask, ThreadPoolExecutor(1) as pool:
+        words = ("reconcile", "--all", "--truth", str(truth), "--correct-up-to", "1", "--batch-size", "5")
+        done = pool.submit(project.run, *words, "--dask", dask.scheduler_address, "--json", *REASON)
+        while not scalar(engine, waiting):
+            assert not done.done(), done.result()
+            time.sleep(0.02)
+        job = scalar(engine, "select id from wallet.jobs where kind = 'reconcile'")
+        with engine.begin() as connection:
+            configure(connection, settings, job, {"lease_seconds": 0.5})
+        of_it = "state = 'claimed' and 201 between cast(after_key as int) + 1 and cast(upto_key as int)"
+        owner = scalar(engine, f"select worker from wallet.job_batches where {of_it}")
+        pid = int(owner.split(":")[1])
+        assert pid in {one.pid for one in dask.workers.values()}
+        os.kill(pid, signal.SIGKILL)
+        holder.rollback()
+        holder.close()
+        said = done.result(300)
+    assert said.exit_code == 0, said
+    (found,) = said.document["mappings"]
+    assert (found["state"], found["counts"]["corrected"], found["counts"]["in_order"]) == ("done", 200, 200)
+    assert rows(
+        engine,
+        "select count(*), count(distinct credit_account) from wallet.transactions where job_id = :job "
+        "and kind = 'correction' and amount = 1",
+        job=job,
+    ) == [(200, 200)]
+    assert rows(engine, "select id from users where total_coins <> 100 + id + id % 2") == []
 
 
 @pytest.fixture

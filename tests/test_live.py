@@ -51,7 +51,7 @@ def run_a_job(project: Project, state: str, updated: str = "clock_timestamp()") 
 def test_status_says_progress_rate_and_time_left_of_a_job_that_runs(project: Project, state: str, said: str) -> None:
     run_a_job(project, state)
     lines = project.run("status").stdout.splitlines()
-    assert [line for line in lines if "backfill of users" in line] == [f"job 2: backfill of users, {said}"]
+    assert [line for line in lines if "backfill of users" in line] == [f"job 3: backfill of users, {said}"]
     document = project.run("status", "--json").document
     assert document["schema_version"] == 1
     (job,) = [one for one in document["jobs"] if one["kind"] == "backfill"]

@@ -241,7 +241,7 @@ def test_read_ledger_is_refused_while_a_backfill_is_unfinished(stage: Stage) -> 
     asked = iter([False, True])
     ledger.execute(stage.engine, "update public.users set total_coins = 1 where id = 9")
     backfill(stage.engine, stage.settings, stage.settings.mapping(), ACT, batch_size=4, stop=lambda: next(asked))
-    assert [one for one in stage.reasons("read_ledger") if "job" in one] == ["backfill job 2 of users is paused"]
+    assert [one for one in stage.reasons("read_ledger") if "job" in one] == ["backfill job 3 of users is paused"]
     stage.backfill()
     assert stage.verify()
     assert stage.reasons("read_ledger") == []

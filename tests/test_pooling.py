@@ -180,6 +180,20 @@ def test_the_time_limits_of_a_job_end_with_its_transaction(pooled: Pooled) -> No
     assert tuple(again) == ("234ms", "56s", first)
 
 
+def test_a_job_reads_times_in_a_database_of_another_style_and_leaves_the_style_as_it_is(
+    pooler: pooling.Pooler, database_url: str
+) -> None:
+    name = sqlalchemy.make_url(database_url).database
+    execute(engine_named(database_url), f"""alter database "{name}" set datestyle = 'German'""")
+    url = pooler.url_for(database_url)
+    job = connect.engine(url, application_name="job", poolclass=NullPool)
+    application = Pooled(pooler, database_url, url, place(url, rows=1)).client()
+    for _ in range(2):
+        assert scalar(job, "select installed_at from wallet.mappings").tzinfo is not None
+        with application.connect() as connection:
+            assert connection.exec_driver_sql("show datestyle").scalar_one() == "German, DMY"
+
+
 def test_the_lock_limit_of_a_job_is_in_force_behind_a_pooler(pooled: Pooled) -> None:
     job = connect.engine(pooled.url, application_name="job", lock_timeout_ms=100, poolclass=NullPool)
     with engine_named(pooled.direct).connect() as holder, holder.begin():

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Connection
 
 from interleaving import PATIENCE_SECONDS
 from ledger import ACT, add_users, engine_named, execute, rows, scalar, set_phase, until_blocked, users_settings
 from test_reconcile import BY, World, told, told_of, world
-from walletmigrate import audit, jobs, reconciliations, truths
+from walletmigrate import audit, job_control, jobs, reconciliations, truths
 from walletmigrate import reconcile as reconcile_module
 from walletmigrate.adapter import LegacyBalanceAdapter
 from walletmigrate.audit import Act
@@ -237,6 +238,49 @@ def test_an_undo_that_is_cut_short_goes_on(world: World) -> None:
     assert (cut.undone, cut.state) == (4, "paused")
     rest = undo(world, made.run)
     assert (rest.run, rest.undone, rest.undone_before) == (cut.run, 6, 4)
+
+
+@pytest.mark.parametrize("ended", ["paused", "cancelled"])
+def test_an_operator_ends_an_undo_after_the_account_at_hand_and_the_next_call_goes_on(world: World, ended: str) -> None:
+    made = world.reconcile(told(D("100.50")))
+    end = job_control.pause if ended == "paused" else job_control.cancel
+    looks: list[int] = []
+
+    def operator() -> bool:
+        looks.append(1)
+        if len(looks) == 5:
+            end(world.engine, world.settings, newest(), BY)
+        return False
+
+    def newest() -> int:
+        return int(scalar(world.engine, "select max(id) from wallet.jobs"))
+
+    cut = undo(world, made.run, stop=operator)
+    assert (cut.state, cut.undone, cut.undone_before, cut.open) == (ended, 4, 0, 6)
+    assert len(world.audited("reconcile undone")) == 4
+    told_of_it = "select state, items_done, items_total from wallet.jobs where id = :run"
+    assert rows(world.engine, told_of_it, run=cut.run) == [(ended, 4, 10)]
+    rest = undo(world, made.run)
+    assert (rest.state, rest.undone, rest.undone_before, rest.open) == ("done", 6, 4, 0)
+    assert (rest.run == cut.run) is (ended == "paused")
+
+
+def test_a_connection_that_is_lost_in_an_undo_leaves_no_correction_out(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = world.reconcile(told(D("100.50")))
+    honest, pages = reconciliations._corrections, iter([False, True, False])
+
+    def page(connection: Connection, *arguments: Any) -> Any:
+        if next(pages, False):
+            connection.exec_driver_sql("select pg_terminate_backend(pg_backend_pid())")
+        return honest(connection, *arguments)
+
+    monkeypatch.setattr(reconciliations, "_PAGE", 4)
+    monkeypatch.setattr(reconciliations, "_corrections", page)
+    done = undo(world, made.run)
+    assert (done.state, done.undone, done.open) == ("done", 10, 0)
+    assert next(pages, None) is None
 
 
 @pytest.mark.parametrize("truth", [LEGACY, LEDGER])

@@ -7,15 +7,17 @@ import threading
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
 import ledger
 from retiring import ACT, SOURCE, End
 from walletmigrate import LegacyBalanceAdapter, phases
 from walletmigrate.bypasses import rejected
+from walletmigrate.config import Settings
 from walletmigrate.doctor import examine
 from walletmigrate.errors import InsufficientFunds, PreconditionRefused, UnknownAccount, UsageError
 from walletmigrate.explain import explain
@@ -453,6 +455,68 @@ def test_a_key_changes_after_the_drop_only_where_it_leaves_no_money_behind(end: 
     assert end.verify()
 
 
+def partitioned(url: str, **_: Any) -> tuple[Engine, Settings]:
+    """What `ledger.install_users` makes, with the table in two partitions by its key."""
+    engine, settings = ledger.engine_named(url), ledger.users_settings(url)
+    columns = "tenant text, role text, total_coins numeric(20, 2), promo numeric(20, 2) not null default 0"
+    for statement in (
+        f"create table public.users (id bigint primary key, {columns}) partition by range (id)",
+        "create table public.users_low partition of public.users for values from (0) to (100)",
+        "create table public.users_high partition of public.users for values from (100) to (200)",
+    ):
+        ledger.execute(engine, statement)
+    ledger.add_users(engine, 1, 10)
+    install(engine, settings, ACT)
+    ledger.set_phase(engine, "dual_write")
+    return engine, settings
+
+
+def test_a_key_that_brings_its_row_to_another_partition_changes_after_the_drop_only_without_money(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "install_users", partitioned)
+    end = End(database_url, tmp_path)
+    adapter = retired(end)
+    move = "update public.users set id = 160 where id = 3"
+    with pytest.raises(DBAPIError, match="the ledger keeps a balance under this key") as caught:
+        ledger.execute(end.engine, move)
+    assert getattr(caught.value.orig, "sqlstate", None) == "WM030"
+    assert end.balance(adapter, 3) == 100
+    with end.engine.begin() as connection:
+        adapter.set_balance(connection, 3, 0, actor="admin:7", reason="case")
+    said = behind(end, lambda on: adapter.credit(on, 3, 5, type="deposit"), lambda on: on.execute(text(move)))
+    assert (said, end.balance(adapter, 3)) == ("WM030", D(5))
+    with end.engine.begin() as connection:
+        adapter.set_balance(connection, 3, 0, actor="admin:7", reason="case")
+    ledger.execute(end.engine, move)
+    assert ledger.rows(end.engine, "select state::text from wallet.accounts where key = '3'") == [("closed",)]
+    assert (end.balance(adapter, 160), end.balance(adapter, 4)) == (D(0), D(100))
+    with end.engine.begin() as connection:
+        assert adapter.credit(connection, 160, 5, type="deposit").ledger_balance == 5
+    # A delete is one all the same, in either partition.
+    ledger.execute(end.engine, "delete from public.users where id in (4, 160)")
+    closed = "select key from wallet.accounts where state = 'closed' order by key"
+    assert ledger.rows(end.engine, closed) == [("160",), ("3",), ("4",)]
+    assert end.verify()
+
+
+def test_a_key_that_a_trigger_of_the_application_changes_is_refused_with_its_money(end: End) -> None:
+    adapter = retired(end)
+    ledger.execute(
+        end.engine,
+        "create function public.renamed() returns trigger language plpgsql as "
+        "$$ begin new.id := 60; return new; end $$",
+    )
+    # After the other one, in the order of their names.
+    ledger.execute(
+        end.engine,
+        "create trigger zz before update on public.users for each row execute function public.renamed()",
+    )
+    with pytest.raises(DBAPIError, match="the ledger keeps a balance under this key"):
+        ledger.execute(end.engine, "update public.users set tenant = 'other' where id = 3")
+    assert end.balance(adapter, 3) == 100
+
+
 def test_what_is_written_of_a_row_beside_its_key_leaves_its_account_alone_after_the_drop(end: End) -> None:
     adapter = retired(end)
     ledger.execute(end.engine, "update public.users set tenant = 'other' where id = 3")
@@ -495,7 +559,7 @@ def test_who_deletes_a_row_after_the_drop_needs_no_right_in_the_ledger_and_no_pa
 def test_the_triggers_of_a_retired_mapping_have_names_of_their_own_for_every_mapping(end: End) -> None:
     longest = end.mapping.model_copy(update={"name": "m" * 40})
     names = {guard_name(longest, event) for event in (*GUARDS, *KEPT)}
-    assert len(names) == 5
+    assert len(names) == 6
     assert max(map(len, names)) <= 63
 
 

@@ -15,6 +15,7 @@ from test_snapshots import credit, ends_after, proof, take
 from walletmigrate import job_control, job_turns, snapshots, throttle
 from walletmigrate.config import ThrottleSettings
 from walletmigrate.errors import Retryable
+from walletmigrate.job_rows import Batch
 from walletmigrate.snapshots import Snapshot
 
 POSTINGS = 12
@@ -116,7 +117,7 @@ def test_a_turn_that_is_cut_off_is_taken_again_and_nothing_is_folded_twice(
 ) -> None:
     honest, cut = snapshots._fold, iter([True, False, True])
 
-    def fold(connection: Connection, *arguments: Any) -> int:
+    def fold(connection: Connection, *arguments: Any) -> Batch:
         done = honest(connection, *arguments)
         if next(cut, False):
             connection.exec_driver_sql("select pg_terminate_backend(pg_backend_pid())")

@@ -12,11 +12,12 @@ from sqlalchemy.exc import ProgrammingError
 from adapting import Place, place
 from interleaving import REPEATABLE_READ, Session, crowd, stage
 from ledger import ACT, engine_named, execute, rows, scalar, unguarded
-from walletmigrate import checksums, snapshots
+from walletmigrate import checksums, snapshot_checks, snapshots
 from walletmigrate.checksums import Bare
 from walletmigrate.errors import LedgerNotInstalled, UnknownRun, UsageError
 from walletmigrate.install import uninstall
-from walletmigrate.snapshots import Snapshot, SnapshotVerification
+from walletmigrate.snapshot_checks import SnapshotVerification
+from walletmigrate.snapshots import Snapshot
 
 D = Decimal
 
@@ -43,7 +44,7 @@ def held(at: Place, snapshot: Snapshot, key: int, bucket: str = "cash") -> Decim
 
 
 def proof(at: Place, snapshot: Snapshot | None = None, **options: Any) -> SnapshotVerification:
-    return snapshots.verify(
+    return snapshot_checks.verify(
         at.engine, at.settings, ACT, snapshot_id=None if snapshot is None else snapshot.id, **options
     )
 
@@ -393,8 +394,8 @@ def test_an_operator_takes_and_an_auditor_proves_and_the_application_does_neithe
     credit(at, 1, 1)
     made = snapshots.take(operator, at.settings, ACT)
     assert made is not None
-    assert snapshots.verify(operator, at.settings, ACT).clean
-    assert snapshots.verify(auditor, at.settings, ACT, dry_run=True).clean
+    assert snapshot_checks.verify(operator, at.settings, ACT).clean
+    assert snapshot_checks.verify(auditor, at.settings, ACT, dry_run=True).clean
     assert snapshots.prune(operator, at.settings, ACT, keep=1).pruned == ()
     for engine in (auditor, app):
         with pytest.raises(ProgrammingError) as refused:

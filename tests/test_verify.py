@@ -387,6 +387,16 @@ SILENT = "is disabled, or does not fire in replica role"
             ["alter table wallet.audit_log disable trigger append_only_truncate"],
         ),
         (
+            "append_only on wallet.verifications",
+            SILENT,
+            ["alter table wallet.verifications enable trigger append_only"],
+        ),
+        (
+            "append_only_truncate on wallet.verifications",
+            "is missing",
+            ["drop trigger append_only_truncate on wallet.verifications"],
+        ),
+        (
             "append_only on wallet.transactions",
             "was replaced or altered",
             [NO_DELETE, "alter table wallet.transactions enable always trigger append_only"],

@@ -8,8 +8,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, Inexact
@@ -23,6 +23,7 @@ from walletmigrate.audit import Act, record
 from walletmigrate.comparison import snapshot
 from walletmigrate.config import Mapping, Settings
 from walletmigrate.errors import UsageError
+from walletmigrate.job_reads import Run
 from walletmigrate.schema import quoted
 from walletmigrate.standing import show
 
@@ -34,9 +35,6 @@ FETCHED: Final = 5000
 """Rows that are in memory at a time."""
 
 _EXACT: Final = Context(prec=1000, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[Inexact])
-
-Progress = Callable[[int], None]
-"""Told how many rows are done."""
 
 
 @dataclass(frozen=True)
@@ -113,17 +111,17 @@ def dump(
     path: Path,
     *,
     dry_run: bool = False,
-    progress: Progress | None = None,
+    run: Run | None = None,
 ) -> Archive:
     """Write every legacy row's key and balances, beside the ledger's, as one snapshot has them. Constant memory.
 
-    A file that exists is not written over. Raises UsageError where the file
-    cannot be made, LedgerNotInstalled, PreconditionRefused where row-level security hides rows, and ConfigError when
-    table and mapping do not fit (in phase retired, when the column is gone).
+    A file that exists is not written over. ``run`` is the job that it is a part of; cancelled, it leaves no file.
+    Raises UsageError where the file cannot be made, JobCancelled, LedgerNotInstalled, PreconditionRefused where row-
+    level security hides rows, and ConfigError when table and mapping do not fit (in phase retired, when the column is
+    gone).
     """
-    if path.exists():
-        raise UsageError(f"{path} exists already: an archive is never written over, name another file")
-    with snapshot(engine) as connection:
+    refuse_to_replace(path)
+    with snapshot(engine) as connection, run.cutting(connection) if run else nullcontext():
         jobs.require_installed(connection, settings, mapping)
         jobs.visibility(connection, mapping, "archive")
         legacy = survey.inspect_mapping(connection, mapping)
@@ -133,17 +131,23 @@ def dump(
             taken_at = datetime.fromisoformat(head["taken_at"])
             return Archive(mapping.name, str(path), taken_at, head["phase"], rows, (), None, None, None, True)
         with _written(path) as file:
-            sums = _write(connection, settings, mapping, legacy, head, file, progress)
+            sums = _write(connection, settings, mapping, legacy, head, file, run)
     sha256, size = digest(path)
     columns = tuple(_column_sum(mapping, index, one) for index, one in enumerate(sums))
     taken_at = datetime.fromisoformat(head["taken_at"])
     return Archive(mapping.name, str(path), taken_at, head["phase"], sums[0].rows, columns, sha256, size, None, False)
 
 
+def refuse_to_replace(path: Path) -> None:
+    """Raises UsageError for a file that exists."""
+    if path.exists():
+        raise UsageError(f"{path} exists already: an archive is never written over, name another file")
+
+
 def put_on_record(
-    engine: Engine, settings: Settings, made: Archive, act: Act, *, proven: bool, problems: int
+    engine: Engine, settings: Settings, made: Archive, act: Act, run: Run, *, proven: bool, problems: int
 ) -> Archive:
-    """Keep an archive's checksums, and whether it proved, in the audit log."""
+    """Keep an archive's checksums, and whether it proved, in the audit log; its job is done. Raises JobCancelled."""
     facts = {
         "file": Path(made.path).name,
         "sha256": made.sha256,
@@ -156,6 +160,7 @@ def put_on_record(
         "columns": [{**asdict(one), "total": f"{one.total:f}"} for one in made.columns],
     }
     with engine.begin() as connection:
+        run.finish(connection, made.rows * len(made.columns))
         audit_id = record(connection, settings, "archive", act, mapping=made.mapping, details=facts)
     return replace(made, audit_id=audit_id)
 
@@ -211,7 +216,7 @@ def _write(
     legacy: survey.LegacyTable,
     head: dict[str, Any],
     file: gzip.GzipFile,
-    progress: Progress | None,
+    run: Run | None,
 ) -> list[Sums]:
     sums = [Sums() for _ in mapping.columns]
     file.write(_line(head))
@@ -224,8 +229,8 @@ def _write(
             for one, (value, _, state, _, _) in zip(sums, cells, strict=True):
                 one.add(key, value, state or "absent")
         file.write(b"".join(lines))
-        if progress is not None:
-            progress(sums[0].rows)
+        if run is not None:
+            run.at("rows to the file, 1 of 2", done=sums[0].rows * len(sums))
     foot = [one.document(column.column) for one, column in zip(sums, mapping.columns, strict=True)]
     file.write(_line({"rows": sums[0].rows, "orphans": _orphans(connection, settings, mapping), "columns": foot}))
     return sums
@@ -244,8 +249,8 @@ def _query(settings: Settings, mapping: Mapping, legacy: survey.LegacyTable) -> 
             f"({functions.value_of(column, is_float=legacy.column(column.column).is_float)})::text",
             f"{alias}.state::text",
             f"{alias}.balance::text",
-            # An account that was opened frozen holds its opening.
-            f"case when {alias}.state = 'frozen' then coalesce({alias}.state_at::text, 'opening') end",
+            # An account that was opened frozen holds its opening. JSON has times in ISO 8601 under any DateStyle.
+            f"case when {alias}.state = 'frozen' then coalesce(to_jsonb({alias}.state_at) #>> '{{}}', 'opening') end",
         ]
         joins.append(
             f'left join {schema}.accounts as {alias} on {alias}.key = {key}::text collate "C" '

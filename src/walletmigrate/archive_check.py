@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import islice
@@ -14,11 +14,11 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, Row, TextClause, text
 
-from walletmigrate import functions
-from walletmigrate.archive import FETCHED, FORMAT, WIDTH, Archive, Progress, Sums, digest, dump, put_on_record
+from walletmigrate import functions, job_reads
+from walletmigrate.archive import FETCHED, FORMAT, WIDTH, Archive, Sums, digest, dump, put_on_record, refuse_to_replace
 from walletmigrate.audit import Act, record
 from walletmigrate.config import Column, Mapping, Settings
-from walletmigrate.errors import UnreadableInput, UsageError
+from walletmigrate.errors import JobCancelled, UnreadableInput, UsageError
 from walletmigrate.schema import quoted
 from walletmigrate.standing import REASON, require_installed
 
@@ -118,13 +118,21 @@ class Reading:
         return UnreadableInput(str(self.path), [(line, what)])
 
 
-def check(engine: Engine | None, settings: Settings, path: Path, *, recorded: bool = True) -> ArchiveCheck:
+def check(
+    engine: Engine | None,
+    settings: Settings,
+    path: Path,
+    *,
+    recorded: bool = True,
+    told: Callable[[int], None] | None = None,
+) -> ArchiveCheck:
     """Prove an archive: the file by its sums, each row by the journal as it stood when the archive was taken.
 
     A mirrored account must hold what its row says; a frozen one must have held it when it was frozen. The journal is
     read by the snapshot that the archive was taken in, so what was posted since changes nothing. ``recorded``: the
-    audit log must know the file by its checksum. Without an engine only the file's own sums are looked at, which
-    proves nothing. Reads only. Raises UsageError without the file, UnreadableInput, UnknownMapping, LedgerNotInstalled.
+    audit log must know the file by its checksum; ``told`` hears how many rows are done. Without an engine only the
+    file's own sums are looked at, which proves nothing. Reads only. Raises UsageError without the file,
+    UnreadableInput, UnknownMapping, LedgerNotInstalled.
     """
     reading, found = Reading(path), _Found()
     mapping = settings.mapping(reading.head["mapping"]) if engine is not None else None
@@ -145,6 +153,8 @@ def check(engine: Engine | None, settings: Settings, path: Path, *, recorded: bo
                     one.add(key, cell[0], cell[2] or "absent")
             if connection is not None and mapping is not None:
                 _prove(connection, settings, mapping, reading.head, batch, found)
+            if told is not None:
+                told(sums[0].rows)
         _whole(reading, sums, found)
         sha256 = digest(path)[0]
         if connection is not None and recorded:
@@ -293,12 +303,12 @@ def archive(
     act: Act,
     *,
     dry_run: bool = False,
-    progress: Progress | None = None,
 ) -> tuple[Archive, ArchiveCheck | None]:
     """Archive a mapping's legacy balances, prove the file at once, and put both on record.
 
-    A difference is a result: the file stays, and is no proof. Raises what `dump` and `check` raise. The check is None
-    in a dry run.
+    A difference is a result: the file stays, and is no proof. A job of one snapshot (`job_reads`); cancelled, it leaves
+    no file. Raises what `dump` and `check` raise, and PreconditionRefused while another archive of this mapping is
+    made. The check is None in a dry run.
     """
     if dry_run:
         return dump(engine, settings, mapping, path, dry_run=True), None
@@ -306,7 +316,20 @@ def archive(
         require_installed(connection, settings)
         # First of all: who may not leave a record has to learn it before the table is read, and leaves no file.
         record(connection, settings, "archive begin", act, mapping=mapping.name, details={"file": path.name})
-    made = dump(engine, settings, mapping, path, progress=progress)
-    checked = check(engine, settings, path, recorded=False)
-    made = put_on_record(engine, settings, made, act, proven=checked.proven, problems=checked.problem_count)
+    refuse_to_replace(path)
+    with job_reads.run(engine, settings, "archive", mapping.name, act) as run:
+        made = dump(engine, settings, mapping, path, run=run)
+        columns = len(made.columns)
+
+        def told(rows: int) -> None:
+            run.at("proof, 2 of 2", done=rows * columns, total=made.rows * columns)
+
+        try:
+            told(0)
+            checked = check(engine, settings, path, recorded=False, told=told)
+            problems = checked.problem_count
+            made = put_on_record(engine, settings, made, act, run, proven=checked.proven, problems=problems)
+        except JobCancelled:
+            path.unlink(missing_ok=True)
+            raise
     return made, checked

@@ -220,7 +220,8 @@ def _triggers(connection: Connection, settings: Settings) -> Iterator[Finding]:
         text(
             "select w.relation, w.trigger from (values ('transactions', 'append_only'), "
             "('transactions', 'append_only_truncate'), ('audit_log', 'append_only'), "
-            "('audit_log', 'append_only_truncate'), ('control', 'ceiling')) as w (relation, trigger) "
+            "('audit_log', 'append_only_truncate'), ('verifications', 'append_only'), "
+            "('verifications', 'append_only_truncate'), ('control', 'ceiling')) as w (relation, trigger) "
             "where not exists (select from pg_trigger as t where t.tgname = w.trigger "
             "and t.tgrelid = to_regclass(format('%I.%I', cast(:schema as text), w.relation)) "
             "and (t.tgenabled = 'A' or w.trigger = 'ceiling' and t.tgenabled = 'O'))"

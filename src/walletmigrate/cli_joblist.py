@@ -16,7 +16,7 @@ from walletmigrate.freeze import freeze, unfreeze
 from walletmigrate.invocation import Run
 from walletmigrate.job_control import JobDetail
 from walletmigrate.job_options import parsed
-from walletmigrate.job_rows import Job, get, has_own_command, resuming
+from walletmigrate.job_rows import READS, Job, get, has_own_command, resuming
 from walletmigrate.standing import shown_time
 
 KINDS: Final[dict[str, JobCall]] = {"backfill": backfill, "freeze": freeze, "unfreeze": unfreeze}
@@ -135,12 +135,13 @@ def _detail_lines(found: JobDetail) -> list[str]:
     job = found.job
     where = "last pass, " if job.job_pass > 1 else ""
     batches = f"{found.batches_done} batches done, {len(found.open)} open, {job.claims_lost} commits refused"
-    lines = [
-        _line(job),
-        f"  begun {shown_time(job.started_at)} by {job.actor}: {job.reason}",
-        f"  {where}cut up to key {job.cursor} of {job.until_key}; {batches}; last {job.last_batch_seconds or 0:.2f} s",
-        "  " + " ".join(f"{name}={value}" for name, value in job.options.shown().items()),
-    ]
+    lines = [_line(job), f"  begun {shown_time(job.started_at)} by {job.actor}: {job.reason}"]
+    if job.kind in READS:
+        lines.append(f"  one snapshot, at: {job.details.get('stage')}; read by {job.details.get('worker')}")
+    else:
+        took = f"last {job.last_batch_seconds or 0:.2f} s"
+        lines.append(f"  {where}cut up to key {job.cursor} of {job.until_key}; {batches}; {took}")
+        lines.append("  " + " ".join(f"{name}={value}" for name, value in job.options.shown().items()))
     if job.details.get("error"):
         lines.append(f"  error: {job.details['error']}")
     lines += [

@@ -121,8 +121,9 @@ def undo(run: Run, number: _NUMBER) -> Answer:
         *_items(done.left),
     ]
     code = job_code([done.state], _code(done.left))
-    notes = (CUT_SHORT,) if job_code([done.state], OK) == FAILURE else ()
-    return Answer(plain(done), tuple(lines), notes, code)
+    notes = [f"{done.open} corrections are open: run the same command again to go on"] if done.open else []
+    notes += [CUT_SHORT] if job_code([done.state], OK) == FAILURE else []
+    return Answer(plain(done), tuple(lines), tuple(notes), code)
 
 
 def list_runs(

@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from walletmigrate import checksums, snapshots
+from walletmigrate import checksums, snapshot_checks, snapshots
 from walletmigrate.commands import command
 from walletmigrate.console import DIFFERENCE, INTERRUPTED, OK, Answer, plain
 from walletmigrate.invocation import Run
-from walletmigrate.snapshots import Snapshot, SnapshotProblem
+from walletmigrate.snapshot_checks import SnapshotProblem
+from walletmigrate.snapshots import Snapshot
 from walletmigrate.standing import shown_time
 
 _BATCH = Annotated[int, typer.Option("--batch-size", min=1, max=1_000_000, help="Rows in one transaction.")]
@@ -55,7 +56,7 @@ def verify(
 ) -> Answer:
     """Prove a snapshot against the whole journal. Exit 3 when it is not what the journal says."""
     act = run.act("a snapshot's verification")
-    found = snapshots.verify(
+    found = snapshot_checks.verify(
         run.engine,
         run.settings,
         act,

@@ -7,6 +7,9 @@ pools transactions, the start-up parameter ``options=-c …`` is refused unless 
 and a plain ``SET`` would stay on a server connection that the next client gets. ``SET LOCAL`` costs one round
 trip per transaction and, unlike ``select set_config(…)``, takes no snapshot, so that ``SET TRANSACTION`` and
 the first real statement of a REPEATABLE READ transaction behave as if it were not there.
+
+In the same breath each transaction gets the settings that reading values depends on (`_READABLE`), whatever server,
+database or role say; and BEGIN names its isolation level.
 """
 
 from __future__ import annotations
@@ -31,6 +34,18 @@ LOCK_TIMEOUT_MS: Final = 5_000
 
 STATEMENT_TIMEOUT_MS: Final = 300_000
 """How long a statement of a job may run, in milliseconds; 0 is no limit."""
+
+_READABLE: Final = (
+    ("client_encoding", "'UTF8'"),
+    # Of the style of output alone: in which order the application's own texts have day and month stays as it is.
+    ("datestyle", "'ISO'"),
+    ("extra_float_digits", "1"),
+    ("array_nulls", "on"),
+    ("quote_all_identifiers", "off"),
+)
+"""What the driver and this library read values by. search_path and TimeZone are not touched: the application's triggers
+and cross-checks run in these transactions too, and nothing here depends on either.
+"""
 
 _CONNECT_SECONDS: Final = 10
 _INSUFFICIENT_PRIVILEGE: Final = "42501"
@@ -79,12 +94,13 @@ def engine(
     application_name: str,
     lock_timeout_ms: int = LOCK_TIMEOUT_MS,
     statement_timeout_ms: int = STATEMENT_TIMEOUT_MS,
-    isolation_level: IsolationLevel | None = None,
+    isolation_level: IsolationLevel = "READ COMMITTED",
     **options: Any,
 ) -> Engine:
     """Make an engine whose every transaction has a lock and a statement time limit (milliseconds, 0: none).
 
-    ``application_name`` is what ``pg_stat_activity`` shows. ``options`` go to ``sqlalchemy.create_engine``.
+    What is read does not depend on the settings of server, database or role. ``application_name`` is what
+    ``pg_stat_activity`` shows. ``options`` go to ``sqlalchemy.create_engine``.
     Connections in autocommit have no transaction to hold the limits: they run with the server's.
 
     Raises ConfigError for a URL that cannot be read; connects to nothing yet.
@@ -96,18 +112,16 @@ def engine(
         "prepare_threshold": None,
         **options.pop("connect_args", {}),
     }
-    if isolation_level is not None:
-        options["isolation_level"] = isolation_level
     # No hstore here: to look for it costs each engine a round trip in a savepoint, which an interrupt can meet.
-    made = sqlalchemy.create_engine(parsed(url), connect_args=arguments, use_native_hstore=False, **options)
-    limits = (
-        f"set local lock_timeout = {int(lock_timeout_ms)}; set local statement_timeout = {int(statement_timeout_ms)}"
-    )
+    options = {"use_native_hstore": False, "isolation_level": isolation_level, **options}
+    made = sqlalchemy.create_engine(parsed(url), connect_args=arguments, **options)
+    limits = (("lock_timeout", int(lock_timeout_ms)), ("statement_timeout", int(statement_timeout_ms)))
+    settings = "; ".join(f"set local {name} = {value}" for name, value in (*limits, *_READABLE))
 
     @event.listens_for(made, "begin")
     def _limit(connection: Connection) -> None:
         if not _in_autocommit(connection):
-            connection.exec_driver_sql(limits)
+            connection.exec_driver_sql(settings)
 
     return made
 

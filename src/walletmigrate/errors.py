@@ -502,6 +502,22 @@ class JobFailed(WalletMigrateError):
 
 
 @dataclass(eq=False)
+class JobCancelled(WalletMigrateError):
+    """A job that reads one snapshot was cancelled, or another run has taken its place. Nothing of it is on record."""
+
+    job_id: int
+    kind: str
+
+    code = "job_cancelled"
+
+    def __str__(self) -> str:
+        return (
+            f"job {self.job_id} ({self.kind}) was cancelled, or taken for dead by another run: nothing is on record. "
+            f"walletmigrate jobs show {self.job_id} says how it stands; the same command begins anew."
+        )
+
+
+@dataclass(eq=False)
 class DatabaseFailed(WalletMigrateError):
     """The database refused a statement of the command line for a reason that has no type of its own."""
 

@@ -18,7 +18,9 @@ from walletmigrate.sums import by_name, total
 PHASES: Final = ("legacy", "dual_write", "read_ledger", "wallet_only", "frozen", "retired")
 TREATMENTS: Final = ("absent", "stale", "turned_stale", "mirrored", "closed", "rejected")
 STATES: Final = ("absent", "mirrored", "stale", "frozen", "closed")
-JOB_KINDS: Final = ("backfill", "verify", "freeze", "unfreeze", "reconcile")
+JOB_KINDS: Final = (
+    *("backfill", "verify", "verify changes", "verify sample", "freeze", "unfreeze", "reconcile", "archive"),
+)
 WHOLE_KINDS: Final = ("snapshot take",)
 """Kinds of jobs on the whole ledger; the others are on one mapping."""
 LINE_STOPPED: Final = 2

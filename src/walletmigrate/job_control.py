@@ -50,8 +50,8 @@ class JobDetail:
 
 
 def jobs_of(connection: Connection, settings: Settings, limit: int = 50) -> list[Job]:
-    """The newest jobs, the newest first."""
-    query = f"select {COLUMNS} from {table(settings)} order by id desc limit :limit"
+    """Those that run, then the newest, the newest first."""
+    query = f"select {COLUMNS} from {table(settings)} order by state = 'running' desc, id desc limit :limit"
     return [job_of(row) for row in connection.execute(text(query), {"limit": limit})]
 
 
@@ -72,14 +72,19 @@ def show(connection: Connection, settings: Settings, job_id: int) -> JobDetail:
 
 
 def pause(engine: Engine, settings: Settings, job_id: int, act: Act, *, dry_run: bool = False) -> Job:
-    """Stop a running job before its next batch, in whatever process it runs. Raises PreconditionRefused."""
+    """Stop a running job before its next batch, in whatever process it runs. Raises PreconditionRefused, also for one
+    that reads a single snapshot.
+    """
     with begin(engine) as connection:
         job = _in(connection, settings, job_id, "pause", ("running",))
+        _unless_it_reads(job, "pause", "a pause would keep its snapshot open, and vacuum from its work")
         return job if dry_run else job_rows.left(connection, settings, job, "paused", act)
 
 
 def cancel(engine: Engine, settings: Settings, job_id: int, act: Act, *, dry_run: bool = False) -> Job:
-    """Give a job up: batches in flight are rolled back, the next start begins a new one. Raises PreconditionRefused."""
+    """Give a job up: batches in flight are rolled back, the next start begins a new one; a statement that reads a
+    snapshot is ended within seconds. Raises PreconditionRefused.
+    """
     with begin(engine) as connection:
         job = _in(connection, settings, job_id, "cancel", RESUMABLE)
         return job if dry_run else job_rows.cancelled(connection, settings, job, act)
@@ -91,6 +96,7 @@ def configure(
     """Change settings (see `job_options.parsed`), which hold from the next batch on. Raises PreconditionRefused."""
     with begin(engine) as connection:
         job = _in(connection, settings, job_id, "set", RESUMABLE)
+        _unless_it_reads(job, "set", "it has no batches, and nothing to set")
         if dry_run:
             return job
         details = {"settings": dict(options)}
@@ -119,6 +125,12 @@ def resumable(engine: Engine, settings: Settings, job_id: int, *, dry_run: bool 
         if job.state == "done" and not dry_run:
             return job_rows.change(connection, settings, job_id, "state = 'paused', finished_at = null")
         return job
+
+
+def _unless_it_reads(job: Job, step: str, why: str) -> None:
+    if job.kind in job_rows.READS:
+        mend = f"walletmigrate jobs cancel {job.id} {REASON}; then, when it suits: {job_rows.resuming(job)}"
+        raise PreconditionRefused(f"jobs {step}", [(f"job {job.id} reads one snapshot: {why}", mend)])
 
 
 def _in(connection: Connection, settings: Settings, job_id: int, step: str, states: tuple[str, ...]) -> Job:

@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
@@ -21,14 +21,16 @@ from walletmigrate import job_rows, throttle
 from walletmigrate.audit import Act, record
 from walletmigrate.config import Settings
 from walletmigrate.errors import Retryable
-from walletmigrate.job_rows import Job, begin, said
+from walletmigrate.job_options import EVERYTHING
+from walletmigrate.job_rows import Batch, Job, begin, said
 from walletmigrate.job_work import ATTEMPTS, Progress, Stop, Work
 
-Turn = Callable[[Connection, int], int]
-"""``turn(connection, size)``: do the next ``size`` items in the caller's transaction; how many there were, 0: none.
-
-When there were none, what is left to be done at the end is done in the same transaction.
+Turn = Callable[[Connection, int], Batch]
+"""``turn(connection, size)``: do at most the next ``size`` items, under the lock of the job's row and in that
+transaction, or in others while it lasts. No keys in the batch: none are left.
 """
+Closing = Callable[[Connection], dict[str, Any]]
+"""What is left to be done when no items are, in the transaction that calls the job done; details of its audit row."""
 
 _HELD: Final = 0.25
 _FIRST_PAUSE: Final = 0.05
@@ -43,6 +45,7 @@ def run_turns(
     act: Act,
     *,
     size: int,
+    closing: Closing | None = None,
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> Job:
@@ -52,7 +55,7 @@ def run_turns(
     when a turn ran out of attempts, or what it failed with; the job is ``failed`` then, and can be resumed. Ctrl-C
     pauses it and goes on as KeyboardInterrupt.
     """
-    work = Work(engine, settings, (), throttle=throttle.of_settings(engine, settings, job.id, None))
+    work = Work(engine, settings, (), throttle=_throttle(engine, settings, job))
     tries = 0
     try:
         while job.state == "running":
@@ -60,7 +63,7 @@ def run_turns(
                 return job_rows.leave(engine, settings, job, "paused")
             try:
                 work.ask(job)
-                now, done = _one(engine, settings, job, turn, act, size)
+                now, done = _one(engine, settings, job, turn, act, size, closing)
             except DBAPIError as error:
                 tries += 1
                 _again(job, error, tries)
@@ -79,21 +82,30 @@ def run_turns(
     return job
 
 
-def _one(engine: Engine, settings: Settings, job: Job, turn: Turn, act: Act, size: int) -> tuple[Job, int]:
-    """One turn, with the job's counters, in one transaction."""
+def _throttle(engine: Engine, settings: Settings, job: Job) -> throttle.Throttle | None:
+    return throttle.of_settings(engine, settings, job.id, None if job.mapping == EVERYTHING else job.mapping)
+
+
+def _one(
+    engine: Engine, settings: Settings, job: Job, turn: Turn, act: Act, size: int, closing: Closing | None
+) -> tuple[Job, int]:
+    """One turn, with the job's counters, in one transaction; how many items there were."""
     with begin(engine) as connection:
         now = job_rows.get(connection, settings, job.id, lock=True)
         if now.state != "running" or now.held is not None:
             return now, 0
         began = time.monotonic()
-        done = turn(connection, _size(now, size))
+        batch = turn(connection, _size(now, size))
+        more = {} if batch.keys or closing is None else closing(connection)
         changes = "items_done = items_done + :done, last_batch_seconds = :seconds, updated_at = clock_timestamp()"
-        if not done:
-            changes += ", state = 'done', items_total = items_done, finished_at = clock_timestamp()"
-        now = job_rows.change(connection, settings, job.id, changes, done=done, seconds=time.monotonic() - began)
-        if not done:
-            record(connection, settings, f"{job.kind} done", act, mapping=job.mapping, job_id=job.id)
-        return now, done
+        if not batch.keys:
+            changes += ", state = 'done', items_total = items_done + items_failed, finished_at = clock_timestamp()"
+        now = job_rows.change(connection, settings, job.id, changes, done=batch.done, seconds=time.monotonic() - began)
+        if not batch.keys:
+            record(
+                connection, settings, f"{job.kind} done", act, mapping=job.mapping, job_id=job.id, details=more or None
+            )
+        return now, batch.keys
 
 
 def _size(job: Job, usual: int) -> int:

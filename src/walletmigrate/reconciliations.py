@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, Row, text
 
-from walletmigrate import jobs
+from walletmigrate import job_rows, job_turns, jobs
 from walletmigrate.audit import Act
 from walletmigrate.config import Settings
 from walletmigrate.corrections import Correction, Corrector, changed_by, recorded, refuse, stopped
@@ -60,7 +60,8 @@ class RunDetails:
 @dataclass(frozen=True)
 class Undo:
     """What an undo came to. ``left`` are the corrections that could not be undone, each with its reason; those that
-    were undone before are counted apart. ``run`` is None of a dry run.
+    were undone before are counted apart, and ``open`` are those that it has not come to: it was stopped. ``run`` is
+    None of a dry run.
     """
 
     run: int | None
@@ -69,6 +70,7 @@ class Undo:
     undone: int
     undone_before: int
     left: tuple[Correction, ...]
+    open: int
     dry_run: bool
     state: str
 
@@ -102,8 +104,10 @@ def undo(
 
     Each side goes back by what the correction moved on it, the ledger by a reversal; postings since then stay. Where
     the correction moved one side alone, the two differ again as they did before it, and the account turns stale.
-    Openings and resyncs stay. Can be cut short, and called again. Raises UsageError when there is no such run,
-    PreconditionRefused while the run is at work, in phase `legacy`, while the line is stopped or without the fence.
+    Openings and resyncs stay. A job of turns (`job_turns`), an account each: ``stop``, and an operator's pause or
+    cancellation, hold from the next account on, and the next call goes on with what is open. Raises UsageError when
+    there is no such run, PreconditionRefused while the run is at work, in phase `legacy`, while the line is stopped or
+    without the fence.
     """
     with jobs.begin(engine) as connection:
         facts = _facts(_row(connection, settings, run))
@@ -115,35 +119,104 @@ def undo(
             reasons.append((f"run {run} is at work", "wait for its end, or stop it"))
         refuse(UNDO, reasons)
         job = None if dry_run else _start(connection, settings, facts, act)
-    corrector = Corrector(engine, settings, mapping, act)
-    made: list[Correction] = []
-    for audit_id, details in _corrections(engine, settings, run):
-        if stop is not None and stop():
-            break
-        number = details.get("transaction_id")
-        request = {
-            "audit": audit_id,
-            "dry": dry_run,
-            "run": job.id if job else None,
-            "request": digest(mapping.name, "reverse", number) if number else None,
-        }
-        column = mapping.column(details["bucket"], details["currency"])
-        made.append(corrector.call("correct", details["key"], column, **request))
-    undone = [one for one in made if one.outcome == "undone"]
-    left = tuple(one for one in made if one.outcome != "undone" and one.refusal != "undone_before")
-    before = facts.undone + sum(one.refusal == "undone_before" for one in made)
-    if job is not None:
-        job = _end(engine, settings, job, act, stopped_at=stop is not None and stop(), undone=len(undone), left=left)
+    undoing = _Undoing(Corrector(engine, settings, mapping, act), run, job.id if job else None)
+    if job is None:
+        undoing.look(engine, settings)
+    else:
+        job = undoing.as_job(engine, settings, job, act, stop)
+    before = facts.undone + undoing.before
     return Undo(
         run=job.id if job else None,
         undoes=run,
         mapping=mapping.name,
-        undone=len(undone),
+        undone=undoing.undone,
         undone_before=before,
-        left=left,
+        left=tuple(undoing.left),
+        open=facts.corrected - before - undoing.undone - len(undoing.left),
         dry_run=dry_run,
         state=job.state if job else "planned",
     )
+
+
+class _Undoing:
+    """One undo: what it took back so far, and what it could not. ``job`` None: it only looks."""
+
+    def __init__(self, corrector: Corrector, run: int, job: int | None) -> None:
+        self.undone = self.before = 0
+        self.left: list[Correction] = []
+        self._corrector, self._run, self._job = corrector, run, job
+        self._page: list[Row[Any]] = []
+        self._after = 0
+
+    def look(self, engine: Engine, settings: Settings) -> None:
+        """All of them, changing nothing."""
+        while True:
+            with jobs.begin(engine) as connection:
+                one = self._next(connection, settings)
+            if one is None:
+                return
+            self.take_back(one)
+
+    def _next(self, connection: Connection, settings: Settings) -> Row[Any] | None:
+        """The next correction that was not undone, None: there is none left. By pages, so that a lost connection loses
+        no place.
+        """
+        if not self._page:
+            self._page = _corrections(connection, settings, self._run, self._after)
+        if not self._page:
+            return None
+        one = self._page.pop(0)
+        self._after = one.id
+        return one
+
+    def take_back(self, one: Row[Any]) -> bool:
+        """Take one correction back, in a transaction of its own; whether that was done now."""
+        details = one.details
+        mapping, number = self._corrector.mapping, details.get("transaction_id")
+        request = {
+            "audit": one.id,
+            "dry": self._job is None,
+            "run": self._job,
+            "request": digest(mapping.name, "reverse", number) if number else None,
+        }
+        column = mapping.column(details["bucket"], details["currency"])
+        made = self._corrector.call("correct", details["key"], column, **request)
+        if made.outcome == "undone":
+            self.undone += 1
+        elif made.refusal == "undone_before":
+            self.before += 1
+        else:
+            self.left.append(made)
+        return made.outcome == "undone"
+
+    def as_job(
+        self,
+        engine: Engine,
+        settings: Settings,
+        job: jobs.Job,
+        act: Act,
+        stop: jobs.Stop | None,
+    ) -> jobs.Job:
+        """All of them, a turn each, while the job runs. Raises PreconditionRefused if the fence fell meanwhile."""
+
+        def turn(connection: Connection, _: int) -> jobs.Batch:
+            one = self._next(connection, settings)
+            return jobs.Batch(0, 0, 0, {}) if one is None else jobs.Batch(1, int(self.take_back(one)), 0, {})
+
+        def closing(connection: Connection) -> dict[str, Any]:
+            refuse(UNDO, jobs.obstacles(connection, settings, self._corrector.mapping))
+            self._note(connection, settings)
+            return {"undoes": self._run, "undone": self.undone, "left": len(self.left)}
+
+        job = job_turns.run_turns(engine, settings, job, turn, act, size=1, closing=closing, stop=stop)
+        if job.state != "done":
+            with jobs.begin(engine) as connection:
+                self._note(connection, settings)
+        return job
+
+    def _note(self, connection: Connection, settings: Settings) -> None:
+        assert self._job is not None
+        job_rows.change(connection, settings, self._job, "items_failed = :left", left=len(self.left))
 
 
 def _start(connection: Connection, settings: Settings, facts: RunFacts, act: Act) -> jobs.Job:
@@ -155,46 +228,15 @@ def _start(connection: Connection, settings: Settings, facts: RunFacts, act: Act
     return jobs.started(connection, settings, UNDO, facts.mapping, act, wanted=of_same, **more)
 
 
-def _end(
-    engine: Engine,
-    settings: Settings,
-    job: jobs.Job,
-    act: Act,
-    *,
-    stopped_at: bool,
-    undone: int,
-    left: tuple[Correction, ...],
-) -> jobs.Job:
-    with jobs.begin(engine) as connection:
-        connection.execute(
-            text(
-                f"update {quoted(settings.ledger_schema)}.jobs set items_done = items_done + :done, "
-                "items_failed = :failed where id = :id"
-            ),
-            {"id": job.id, "done": undone, "failed": len(left)},
-        )
-    if stopped_at:
-        return jobs.leave(engine, settings, job, "paused")
-    details = {"undoes": job.details["undoes"], "undone": undone, "left": len(left)}
-    return jobs.finish(engine, settings, settings.mapping(job.mapping), job, act, details=details)
-
-
-def _corrections(engine: Engine, settings: Settings, run: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The audit rows of a run's corrections that were not undone, a page at a time."""
-    name, after = quoted(settings.ledger_schema), 0
+def _corrections(connection: Connection, settings: Settings, run: int, after: int) -> list[Row[Any]]:
+    """A page of the audit rows of a run's corrections that were not undone."""
+    name = quoted(settings.ledger_schema)
     query = text(
         f"select a.id, a.details from {name}.audit_log as a where a.job_id = :run and a.action = 'reconcile corrected' "
         f"and a.id > :after and not exists (select from {name}.audit_log as u where u.action = 'reconcile undone' "
         "and u.details ->> 'undoes' = a.id::text) order by a.id limit :page"
     )
-    while True:
-        with jobs.begin(engine) as connection:
-            page = list(connection.execute(query, {"run": run, "after": after, "page": _PAGE}))
-        for row in page:
-            yield row.id, row.details
-        if len(page) < _PAGE:
-            return
-        after = page[-1].id
+    return list(connection.execute(query, {"run": run, "after": after, "page": _PAGE}))
 
 
 def _select(settings: Settings) -> str:

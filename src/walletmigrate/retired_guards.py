@@ -12,8 +12,9 @@ from walletmigrate.grants import grant
 from walletmigrate.retirement import GUARDS, KEPT, guard_name
 from walletmigrate.schema import quoted, render, run_script
 
-# What a trigger is in the catalog: after a row (1) or a statement (0), by insert 4, delete 8, update 16, truncate 32.
-_TYPES: Final = {"delete": 9, "key": 17, "empty": 32, "insert": 5, "update": 17}
+# What a trigger is in the catalog: of a row (1) or a statement (0), before it 2, by insert 4, delete 8, update 16,
+# truncate 32.
+_TYPES: Final = {"delete": 9, "move": 19, "key": 17, "empty": 32, "insert": 5, "update": 17}
 
 _CHANGES: Final = "old.%1$I is distinct from new.%1$I"
 _STATES: Final = """
@@ -42,7 +43,7 @@ def watch_keys(connection: Connection, settings: Settings, mapping: Mapping) -> 
         name = guard_name(mapping, event)
         for one in capture.relations(connection, mapping) if event == "empty" else [table]:
             what = when.format(table=one, key=quoted(mapping.key))
-            connection.exec_driver_sql(f"create trigger {name} after {what} execute function {function}")
+            connection.exec_driver_sql(f"create trigger {name} {what} execute function {function}")
             connection.exec_driver_sql(f"alter table {one} enable always trigger {name}")
 
 
@@ -93,7 +94,7 @@ def mend(connection: Connection, settings: Settings, mapping: Mapping) -> list[s
 def problems(connection: Connection, settings: Settings, mapping: Mapping) -> list[str]:
     """How the triggers of a mapping in phase retired differ from what was made: missing, asleep, another."""
     schema, key = quoted(settings.ledger_schema), [mapping.key]
-    wanted = [(event, "gone", _CHANGES, key if event == "key" else []) for event in KEPT]
+    wanted = [(event, "gone", _CHANGES, key if event in ("move", "key") else []) for event in KEPT]
     if columns_stand(connection, mapping):
         columns = [column.column for column in mapping.columns]
         wanted += [("insert", "retired", "new.%1$I <> ", columns), ("update", "retired", _CHANGES, columns)]

@@ -18,9 +18,12 @@ from walletmigrate.schema import quoted
 GUARDS = ("insert", "update")
 """Of the columns: they go with these."""
 KEPT = {
-    "delete": "delete on {table} for each row",
-    "key": "update on {table} for each row when (old.{key} is distinct from new.{key})",
-    "empty": "truncate on {table} for each statement",
+    "delete": "after delete on {table} for each row",
+    # Of a row that its new key brings to another partition, AFTER triggers see a delete and an insert: this one sees it
+    # first. The other one sees the key that a BEFORE trigger of the application has changed.
+    "move": "before update on {table} for each row when (old.{key} is distinct from new.{key})",
+    "key": "after update on {table} for each row when (old.{key} is distinct from new.{key})",
+    "empty": "after truncate on {table} for each statement",
 }
 """Of the keys: they stay. The last one stands on each partition."""
 

@@ -1,4 +1,4 @@
-"""Snapshots: every account's balance at one point, kept, proved against the journal, and pruned.
+"""Snapshots: every account's balance at one point, kept and pruned. Their proof: `snapshot_checks`.
 
 The point is a set of transactions, not a time: those that one statement's view of the database saw. A posting that
 was in flight is outside, though its time may be earlier and it commits a moment later. So the batches that fold the
@@ -18,7 +18,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from walletmigrate import checksums, job_rows, job_turns, jobs
+from walletmigrate import job_rows, job_turns, jobs
 from walletmigrate.audit import Act, record
 from walletmigrate.capture import with_short_locks
 from walletmigrate.config import Settings
@@ -27,7 +27,6 @@ from walletmigrate.job_options import EVERYTHING
 from walletmigrate.job_rows import Job
 from walletmigrate.schema import quoted, statements
 from walletmigrate.standing import require_installed
-from walletmigrate.sums import total
 
 ATTEMPTS: Final = 8
 KINDS: Final = ("opening", "resync", "posting", "correction", "reversal")
@@ -37,7 +36,8 @@ SYSTEM: Final = "(system)"
 TAKE: Final = "snapshot take"
 """The kind of the job."""
 
-_TAKE: Final = "walletmigrate snapshot take --reason '…'"
+TAKEN: Final = "walletmigrate snapshot take --reason '…'"
+"""The command that takes one, or finishes one that was begun."""
 
 Progress = Callable[[int], None]
 """Told how many transactions, or accounts, were looked at so far."""
@@ -112,44 +112,6 @@ class SnapshotBalance:
 
 
 @dataclass(frozen=True)
-class SnapshotProblem:
-    """Something of a snapshot that the journal does not say. Amounts in major units, None: there is no such value.
-
-    ``problem`` is ``missing`` (no row), ``unexplained`` (a row, no transaction), ``differs`` (balance),
-    ``journal_broken`` (the journal's last balance is not the sum of its amounts), ``transactions``, ``kinds``,
-    ``total`` (the accounts do not add up to the total that was kept), ``system``, ``imbalance``, or ``edited``: the
-    journal's transactions with ids from ``first_id`` to ``first_id`` + 9,999 that are of the window of snapshot
-    ``window`` are not the rows that it folded (``expected`` is how many there are, ``found`` how many there were).
-    """
-
-    problem: str
-    account: int | None
-    mapping: str | None
-    key: str | None
-    bucket: str | None
-    expected: Decimal | None
-    found: Decimal | None
-    window: int | None = None
-    first_id: int | None = None
-
-
-@dataclass(frozen=True)
-class SnapshotVerification:
-    """What a verification saw. ``problems`` has at most ``limit`` entries, ``found`` counts all. ``unchecked``:
-    transactions of older snapshots that keep no checksums, so that edits of these are not seen.
-    """
-
-    snapshot: Snapshot
-    clean: bool
-    accounts: int
-    unchecked: int
-    found: int
-    problems: tuple[SnapshotProblem, ...]
-    seconds: float
-    dry_run: bool
-
-
-@dataclass(frozen=True)
 class PruneResult:
     """What a prune removed, or would (``dry_run``): snapshots by id; the oldest one that is kept, if any."""
 
@@ -183,14 +145,17 @@ def take(
     adopt(engine, settings, act)
     job, snapshot_id = _started(engine, settings, act)
 
-    def turn(connection: Connection, size: int) -> int:
-        return _fold(connection, settings, snapshot_id, size, act)
+    def turn(connection: Connection, size: int) -> job_rows.Batch:
+        return _fold(connection, settings, snapshot_id, size)
+
+    def closing(connection: Connection) -> dict[str, Any]:
+        return _folded(connection, settings, snapshot_id, act)
 
     def told(now: Job) -> None:
         if progress is not None:
             progress(now.items_done - job.items_done)
 
-    job_turns.run_turns(engine, settings, job, turn, act, size=batch_size, progress=told, stop=stop)
+    job_turns.run_turns(engine, settings, job, turn, act, size=batch_size, closing=closing, progress=told, stop=stop)
     with engine.begin() as connection:
         return replace(get(connection, settings, snapshot_id), resumed=begun is not None)
 
@@ -208,17 +173,21 @@ def _started(engine: Engine, settings: Settings, act: Act) -> tuple[Job, int]:
     return job, int(snapshot_id or 0)
 
 
-def _fold(connection: Connection, settings: Settings, snapshot_id: int, size: int, act: Act) -> int:
-    """The next transactions of the journal; when there are none, the end: how many there were."""
+def _fold(connection: Connection, settings: Settings, snapshot_id: int, size: int) -> job_rows.Batch:
+    """The next transactions of the journal."""
     name = quoted(settings.ledger_schema)
     advance = text(f"select {name}.advance_snapshot(:id, :limit)")
     read = int(connection.execute(advance, {"id": snapshot_id, "limit": size}).scalar_one())
-    if not read:
-        connection.execute(text(f"select {name}.fold_system_accounts()"))
-        made = get(connection, settings, snapshot_id)
-        facts = {"snapshot": made.id, "accounts": made.accounts, "changed": made.changed}
-        record(connection, settings, TAKE, act, details={**facts, "transactions": made.transactions})
-    return read
+    return job_rows.Batch(read, read, 0, {})
+
+
+def _folded(connection: Connection, settings: Settings, snapshot_id: int, act: Act) -> dict[str, Any]:
+    """The end, when no transaction is left."""
+    connection.execute(text(f"select {quoted(settings.ledger_schema)}.fold_system_accounts()"))
+    made = get(connection, settings, snapshot_id)
+    facts = {"snapshot": made.id, "accounts": made.accounts, "changed": made.changed}
+    record(connection, settings, TAKE, act, details={**facts, "transactions": made.transactions})
+    return {}
 
 
 def adopt(engine: Engine, settings: Settings, act: Act) -> bool:
@@ -251,7 +220,7 @@ def get(connection: Connection, settings: Settings, snapshot_id: int | None = No
     row = connection.execute(text(_listing(settings, where) + " limit 1"), {"id": snapshot_id}).one_or_none()
     if row is None:
         which = "that is complete" if snapshot_id is None else str(snapshot_id)
-        mend = f"Take one: {_TAKE}" if snapshot_id is None else "See: walletmigrate snapshot list"
+        mend = f"Take one: {TAKEN}" if snapshot_id is None else "See: walletmigrate snapshot list"
         raise UnknownRun("snapshot", which, mend)
     return _snapshot(row)
 
@@ -274,59 +243,6 @@ def balances(connection: Connection, settings: Settings, snapshot: Snapshot) -> 
     statement = text(_statement(settings, "balances")).execution_options(yield_per=2000)
     for row in connection.execute(statement, {"snapshot": snapshot.id}):
         yield SnapshotBalance(**row._mapping)
-
-
-def verify(
-    engine: Engine,
-    settings: Settings,
-    act: Act,
-    *,
-    snapshot_id: int | None = None,
-    limit: int = 1000,
-    batch_size: int = 20_000,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-) -> SnapshotVerification:
-    """Prove a snapshot (None: the newest complete one) against the journal, from its first transaction.
-
-    Each account's balance, its last transaction and its sums by kind; the totals; the system accounts; that everything
-    adds up to zero per currency; and that the journal's rows are those that were folded. In ranges of ``batch_size``,
-    each a transaction of its own: the snapshot is the same in all. Unless ``dry_run`` the verdict is kept with the
-    snapshot, and an audit row. Raises UnknownRun, and UsageError for one that is not complete.
-    """
-    began = time.monotonic()
-    with engine.connect() as connection:
-        snapshot = get(connection, settings, snapshot_id)
-        kept = totals(connection, settings, snapshot)
-    if snapshot.state != "complete":
-        raise UsageError(f"snapshot {snapshot.id} is {snapshot.state}: finish it first, by {_TAKE}")
-    check = _Check(engine, settings, snapshot, limit, batch_size, progress)
-    check.owners()
-    check.system()
-    check.compare(kept)
-    check.journal()
-    result = SnapshotVerification(
-        snapshot=snapshot,
-        clean=not check.found,
-        accounts=check.accounts,
-        unchecked=check.unchecked,
-        found=check.found,
-        problems=tuple(check.problems),
-        seconds=time.monotonic() - began,
-        dry_run=dry_run,
-    )
-    if not dry_run:
-        with engine.begin() as connection:
-            connection.execute(
-                text(
-                    f"update {quoted(settings.ledger_schema)}.snapshots "
-                    "set verified_at = clock_timestamp(), verified_clean = :clean where id = :id"
-                ),
-                {"id": snapshot.id, "clean": result.clean},
-            )
-            facts = {"snapshot": snapshot.id, "clean": result.clean, "found": result.found}
-            record(connection, settings, "snapshot verify", act, details=facts)
-    return result
 
 
 def prune(
@@ -367,86 +283,6 @@ def prune(
         )
     _do(engine, f"select {name}.drop_snapshots(:into)", {"into": into})
     return result
-
-
-class _Check:
-    """One verification: what was counted, and the first problems."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        settings: Settings,
-        snapshot: Snapshot,
-        limit: int,
-        batch_size: int,
-        progress: Progress | None,
-    ) -> None:
-        self.accounts = self.unchecked = self.found = 0
-        self.problems: list[SnapshotProblem] = []
-        self._engine, self._settings, self._snapshot = engine, settings, snapshot
-        self._limit, self._batch, self._progress = limit, batch_size, progress
-        self._balances: dict[tuple[str, str, str], tuple[int, Decimal]] = {}
-
-    def owners(self) -> None:
-        """Every account's rows against its transactions; the last range has no end, for ids that nobody knows."""
-        after = 0
-        while after < checksums.LAST:
-            with self._engine.begin() as connection:
-                found = self._run(connection, "next_account", after=after, limit=self._batch)[0].upto
-                upto = checksums.LAST if found is None else found
-                for row in self._run(connection, "problems", after=after, upto=upto):
-                    self._tell(row.problem, row.account, row.mapping, row.key, row.bucket, row.expected, row.found)
-                for row in self._run(connection, "owners", after=after, upto=upto):
-                    self._add((row.mapping, row.bucket, row.currency), row.accounts, row.balance)
-                    self.accounts += row.accounts
-            after = upto
-            if self._progress is not None:
-                self._progress(self.accounts)
-
-    def system(self) -> None:
-        """The system accounts' balances, from every transaction of the snapshot."""
-        after: int | None = 0
-        while after is not None:
-            with self._engine.begin() as connection:
-                upto = self._run(connection, "next_transaction", after=after, limit=self._batch)[0].upto
-                for row in self._run(connection, "system", after=after, upto=upto) if upto is not None else ():
-                    self._add((SYSTEM, row.name, row.currency), 0, row.balance)
-            after = upto
-
-    def compare(self, kept: tuple[SnapshotTotal, ...]) -> None:
-        """What was added up against the totals that the snapshot keeps, and against zero."""
-        stored = {(one.mapping, one.bucket, one.currency): (one.accounts, one.balance) for one in kept}
-        for place in sorted(stored.keys() | self._balances.keys()):
-            wanted, found = self._balances.get(place, (0, Decimal(0))), stored.get(place, (0, Decimal(0)))
-            if wanted != found:
-                problem = "system" if place[0] == SYSTEM else "total"
-                self._tell(problem, None, place[0], None, f"{place[1]} {place[2]}", wanted[1], found[1])
-        for currency in sorted({place[2] for place in stored}):
-            balance = total(amount for place, (_, amount) in stored.items() if place[2] == currency)
-            if balance:
-                self._tell("imbalance", None, None, None, currency, Decimal(0), balance)
-
-    def journal(self) -> None:
-        """The journal's rows against the checksums that this snapshot and those before it keep of them."""
-        number = self._snapshot.id
-        with self._engine.begin() as connection:
-            bare = checksums.bare(connection, self._settings, number)
-        self.unchecked = bare.transactions
-        for one in checksums.edited_in_turns(self._engine, self._settings, number, bare, self._batch):
-            self._tell("edited", *[None] * 4, Decimal(one.held), Decimal(one.kept), one.snapshot, one.first)
-
-    def _run(self, connection: Connection, name: str, **parameters: Any) -> list[Row[Any]]:
-        values = {"snapshot": self._snapshot.id, **parameters}
-        return list(connection.execute(text(_statement(self._settings, name)), values))
-
-    def _add(self, place: tuple[str, str, str], accounts: int, balance: Decimal) -> None:
-        before = self._balances.get(place, (0, Decimal(0)))
-        self._balances[place] = (before[0] + accounts, before[1] + balance)
-
-    def _tell(self, *problem: Any) -> None:
-        self.found += 1
-        if len(self.problems) < self._limit:
-            self.problems.append(SnapshotProblem(*problem))
 
 
 def _running(connection: Connection, settings: Settings) -> Snapshot | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, text
 
-from walletmigrate import config, cross_checks, journals, marking, references, samples
+from walletmigrate import config, cross_checks, job_reads, journals, marking, references, samples
 from walletmigrate.audit import Act
 from walletmigrate.capture import FenceProblem, fence_problems
 from walletmigrate.comparison import Comparison, Group, KeyRange, Scope, Total, snapshot
@@ -48,6 +48,9 @@ AGAIN: Final = 10_000
 """Up to how many differing accounts are looked at again. More differ of no moment's making."""
 AT_A_TIME: Final = 5_000
 """Keys that a sample or an incremental run compares in one statement."""
+
+KINDS: Final[dict[Form, str]] = {"full": "verify", "incremental": "verify changes", "sample": "verify sample"}
+"""The kinds of the jobs."""
 
 _BODY: Final = re.compile(
     r"^create (?:or replace )?function \S+\.(\w+)\(\) returns trigger\b.*?^as \$\$(.*?)\$\$;",
@@ -108,51 +111,62 @@ def verify(
     from legacy alone, and a backfill brings them up. Mirrored and stale accounts whose row is gone are closed. The
     result tells of the snapshot before.
 
-    On a standby nothing is put on record, and the result has its lag. Raises LedgerNotInstalled, ConfigError when table
-    and mapping do not fit, CrossCheckFailed for a query of the configuration that cannot be used, UsageError for
-    contradictory options, and PreconditionRefused where row-level security hides rows from this role, where there is
-    no run to go on from, or for a mark on a standby. A difference is a result, not an error.
+    A job of one snapshot (`job_reads`): listed while it runs, held back by the throttle, ended when it is cancelled. On
+    a standby it has no row among the jobs and nothing is put on record; the result has its lag. Raises JobCancelled,
+    LedgerNotInstalled, ConfigError when table and mapping do not fit, CrossCheckFailed for a query of the configuration
+    that cannot be used, UsageError for contradictory options, and PreconditionRefused where row-level security hides
+    rows from this role, where there is no run to go on from, while the same runs already, or for a mark on a standby. A
+    difference is a result, not an error.
     """
     if sample is not None and (since_last or sample < 1):
         raise UsageError("a sample has at least one key, and is not of what changed: pass --sample N or --since-last")
+    form: Form = "sample" if sample is not None else "incremental" if since_last else "full"
     began = time.monotonic()
-    found: Sequence[marking.Suspect] = ()
-    with snapshot(engine) as connection:
-        moment = _moment(connection)
-        if moment.replica_lag is not None and mark_stale and not dry_run:
-            what = "this is a standby, which writes nothing"
-            raise PreconditionRefused("verify --mark-stale", [(what, "run it on the primary")])
+    with engine.connect() as connection:
         require_installed(connection, settings, mapping)
-        visibility(connection, mapping, "verify")
-        comparison = Comparison(connection, settings, mapping, with_traits=sample is None and not since_last)
-        if sample is not None:
-            look = _at_sample(comparison, connection, limit, sample)
-        elif since_last:
-            look = _since_last(comparison, connection, settings, limit)
-        else:
-            look = _at_all(comparison, connection, settings, limit)
-        look.guards += _guards(comparison, connection, settings)
-        if mark_stale and wrong(look.groups):
-            found = [one for scope in look.scopes for one in marking.suspects(comparison, connection, scope)]
-        doubtful = _doubtful(comparison, connection, look)
-    if doubtful:
-        _look_again(engine, comparison, look, doubtful, moment, limit)
-    result = replace(_result(mapping, look, moment, limit), dry_run=dry_run, seconds=time.monotonic() - began)
-    if mark_stale:
-        passed = {_place(one) for one in look.passing}
-        found = [one for one in found if (one.key, one.bucket, one.currency) not in passed]
-        gone = sum(one.gone for one in found)
-        result = replace(result, turned_stale=len(found) - gone, closed=gone)
-    if dry_run or moment.replica_lag is not None:
-        return result
-    bound = moment.bound if look.form != "sample" else None
-    journal = Known(moment.seen, look.journal.transactions) if look.form == "full" else None
-    with engine.begin() as connection:
-        put_on_record(connection, settings, result, act, bound, journal)
+    with job_reads.run(engine, settings, KINDS[form], mapping.name, act, listed=not dry_run) as run:
+        with snapshot(engine) as connection, run.cutting(connection):
+            moment = _moment(connection)
+            _refuse_on_a_standby(moment, mark_stale and not dry_run)
+            visibility(connection, mapping, "verify")
+            comparison = Comparison(connection, settings, mapping, with_traits=form == "full")
+            if sample is not None:
+                look = _at_sample(comparison, connection, limit, sample, run)
+            elif since_last:
+                look = _since_last(comparison, connection, settings, limit, run)
+            else:
+                look = _at_all(comparison, connection, settings, limit, run)
+            look.guards += _guards(comparison, connection, settings)
+            found: list[marking.Suspect] = []
+            if mark_stale and wrong(look.groups):
+                found = [one for scope in look.scopes for one in marking.suspects(comparison, connection, scope)]
+            doubtful = _doubtful(comparison, connection, look)
+        if doubtful:
+            run.at("what differs, once more")
+            _look_again(engine, comparison, look, doubtful, moment, limit)
+        result = replace(_result(mapping, look, moment, limit), dry_run=dry_run, seconds=time.monotonic() - began)
+        if mark_stale:
+            passed = {_place(one) for one in look.passing}
+            found = [one for one in found if (one.key, one.bucket, one.currency) not in passed]
+            gone = sum(one.gone for one in found)
+            result = replace(result, turned_stale=len(found) - gone, closed=gone)
+        if dry_run or moment.replica_lag is not None:
+            return result
+        bound = moment.bound if look.form != "sample" else None
+        journal = Known(moment.seen, look.journal.transactions) if look.form == "full" else None
+        with engine.begin() as connection:
+            run.finish(connection, result.accounts)
+            put_on_record(connection, settings, result, act, bound, journal)
     if found:
         marked = marking.mark(engine, settings, mapping, comparison, found, act)
         result = replace(result, turned_stale=len(marked.stale), closed=len(marked.closed))
     return result
+
+
+def _refuse_on_a_standby(moment: _Moment, marks: bool) -> None:
+    if moment.replica_lag is not None and marks:
+        what = "this is a standby, which writes nothing"
+        raise PreconditionRefused("verify --mark-stale", [(what, "run it on the primary")])
 
 
 def _moment(connection: Connection) -> _Moment:
@@ -174,25 +188,33 @@ def _moment(connection: Connection) -> _Moment:
     return _Moment(row.at, row.seen, bound, float(row.lag or 0) if row.standby else None)
 
 
-def _at_all(comparison: Comparison, connection: Connection, settings: Settings, limit: int) -> _Look:
+def _at_all(
+    comparison: Comparison, connection: Connection, settings: Settings, limit: int, run: job_reads.Run
+) -> _Look:
     cross_checks.tried(comparison, connection)
+    run.at("balances, 1 of 4")
     seen = comparison.whole(connection, limit)
+    accounts = counted(seen.groups)
+    run.at("journal, 2 of 4", done=accounts, total=accounts)
     known = last_known(connection, settings, comparison.mapping)
     journal = journals.whole(comparison, connection, limit, seen.ledger, known)
     look = _Look(groups=seen.groups, totals=seen.totals, ranges=seen.ranges, journal=journal)
     if seen.scope is not None:
         look.scopes = [seen.scope]
         _list(look, comparison, connection, limit, look.groups, seen.scope)
+    run.at("references, 3 of 4")
     look.references = references.look(
         connection, settings, seen.ledger, grouped=journal.grouped, horizon=journal.horizon, limit=limit
     )
+    run.at("cross-checks, 4 of 4")
     look.checks = cross_checks.run(comparison, connection, limit)
     return look
 
 
-def _at_sample(comparison: Comparison, connection: Connection, limit: int, size: int) -> _Look:
+def _at_sample(comparison: Comparison, connection: Connection, limit: int, size: int, run: job_reads.Run) -> _Look:
+    run.at("keys of the sample")
     keys = samples.draw(comparison, connection, size)
-    look = _at_keys(_Look(form="sample"), comparison, connection, limit, [keys])
+    look = _at_keys(_Look(form="sample"), comparison, connection, limit, keys, run)
     # The lists of a look may be cut short; how many keys are wrong must not be.
     bad = {row.key for scope in look.scopes for row in _rows(comparison, connection, scope, behind=False)}
     for scope in look.scopes:
@@ -201,33 +223,41 @@ def _at_sample(comparison: Comparison, connection: Connection, limit: int, size:
     return look
 
 
-def _since_last(comparison: Comparison, connection: Connection, settings: Settings, limit: int) -> _Look:
+def _since_last(
+    comparison: Comparison, connection: Connection, settings: Settings, limit: int, run: job_reads.Run
+) -> _Look:
     since = last_bound(connection, settings, comparison.mapping)
     if since is None:
         what = f"no clean full verification of mapping {comparison.mapping.name!r} by this cluster stands on record"
         mend = f"walletmigrate verify --mapping {comparison.mapping.name}"
         raise PreconditionRefused("verify --since-last", [(what, mend)])
+    run.at("what changed")
     changed = [row.key for row in comparison.run(connection, "changed", since=since.horizon)]
-    parts = [changed[at : at + AT_A_TIME] for at in range(0, len(changed), AT_A_TIME)]
-    return _at_keys(_Look(form="incremental", since=since), comparison, connection, limit, parts)
+    return _at_keys(_Look(form="incremental", since=since), comparison, connection, limit, changed, run)
 
 
 def _at_keys(
-    look: _Look, comparison: Comparison, connection: Connection, limit: int, parts: Iterable[Sequence[str]]
+    look: _Look,
+    comparison: Comparison,
+    connection: Connection,
+    limit: int,
+    keys: Sequence[str],
+    run: job_reads.Run,
 ) -> _Look:
     """Look at single keys, some at a time: at both sides and at the accounts' own transactions."""
     problems: list[JournalProblem] = []
     accounts = 0
-    for part in parts:
-        for at in range(0, len(part), AT_A_TIME):
-            scope = comparison.keys(connection, part[at : at + AT_A_TIME])
-            groups = comparison.census(connection, scope)
-            _list(look, comparison, connection, limit, groups, scope)
-            found, count = journals.of_accounts(comparison, connection, limit, scope)
-            problems += found
-            accounts += count
-            look.groups += groups
-            look.scopes.append(scope)
+    columns = len(comparison.mapping.columns)
+    for at in range(0, len(keys), AT_A_TIME):
+        run.at("keys, each with its journal", done=at * columns, total=len(keys) * columns)
+        scope = comparison.keys(connection, keys[at : at + AT_A_TIME])
+        groups = comparison.census(connection, scope)
+        _list(look, comparison, connection, limit, groups, scope)
+        found, count = journals.of_accounts(comparison, connection, limit, scope)
+        problems += found
+        accounts += count
+        look.groups += groups
+        look.scopes.append(scope)
     look.journal = Journal(tuple(problems[:limit]), accounts, {}, grouped=False)
     return look
 
@@ -348,7 +378,7 @@ def _guards(comparison: Comparison, connection: Connection, settings: Settings) 
 
 
 def _append_only(comparison: Comparison, connection: Connection, settings: Settings) -> Iterator[FenceProblem]:
-    """Whether the triggers that keep the journal and the audit log from being changed stand as made."""
+    """Whether the triggers that keep journal, audit log and verifications from being changed stand as made."""
     for row in comparison.run(connection, "append_only", schema=settings.ledger_schema):
         name = f"{row.name} on {settings.ledger_schema}.{row.relation}"
         if not row.stands:

@@ -425,10 +425,17 @@ create trigger append_only before update or delete on {{ schema }}.audit_log
 for each row execute function {{ schema }}.refuse_change();
 create trigger append_only_truncate before truncate on {{ schema }}.audit_log
 for each statement execute function {{ schema }}.refuse_change();
+-- Gates ask what was verified: who could change that could open them.
+create trigger append_only before update or delete on {{ schema }}.verifications
+for each row execute function {{ schema }}.refuse_change();
+create trigger append_only_truncate before truncate on {{ schema }}.verifications
+for each statement execute function {{ schema }}.refuse_change();
 alter table {{ schema }}.transactions enable always trigger append_only;
 alter table {{ schema }}.transactions enable always trigger append_only_truncate;
 alter table {{ schema }}.audit_log enable always trigger append_only;
 alter table {{ schema }}.audit_log enable always trigger append_only_truncate;
+alter table {{ schema }}.verifications enable always trigger append_only;
+alter table {{ schema }}.verifications enable always trigger append_only_truncate;
 
 -- Each transaction's two legs, for people who think in journal entries.
 create view {{ schema }}.wallet_entries as

@@ -181,6 +181,10 @@ begin
                 errcode = 'WM030',
                 hint = 'Bring the balance to zero through the adapter, change the key, then bring it back.';
     end if;
+    -- Before an update: the row is not yet what it will be, and goes on.
+    if tg_when = 'BEFORE' then
+        return new;
+    end if;
     update accounts as a set state = 'closed', state_at = clock_timestamp(), state_reason = 'row gone'
     where
         a.mapping = '{{ mapping }}' and a.key = old.{{ key }}::text collate "C" and a.state = 'frozen';

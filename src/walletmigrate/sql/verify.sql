@@ -407,7 +407,9 @@ from (
     ('append_only', 'transactions', 27),
     ('append_only_truncate', 'transactions', 34),
     ('append_only', 'audit_log', 27),
-    ('append_only_truncate', 'audit_log', 34)
+    ('append_only_truncate', 'audit_log', 34),
+    ('append_only', 'verifications', 27),
+    ('append_only_truncate', 'verifications', 34)
 ) as w (name, relation, type)
 left join pg_namespace as n on n.nspname = :schema
 left join pg_class as c on n.oid = c.relnamespace and w.relation = c.relname
