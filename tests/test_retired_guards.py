@@ -57,14 +57,15 @@ def trigger(name: str, what: str, function: str = "wallet.gone_users") -> str:
     return f"drop trigger {name} on users; {made}alter table users enable always trigger {name}"
 
 
-DELETE, KEY, EMPTY = (f"walletmigrate_users_r_{event}" for event in ("delete", "key", "empty"))
+DELETE, MOVE, KEY, EMPTY = (f"walletmigrate_users_r_{event}" for event in ("delete", "move", "key", "empty"))
 INSERT, UPDATE = (f"walletmigrate_users_r_{event}" for event in ("insert", "update"))
 FAULTS = {
-    **{f"drop trigger {name} on users": (name, "is missing") for name in (DELETE, KEY, EMPTY, INSERT, UPDATE)},
+    **{f"drop trigger {name} on users": (name, "is missing") for name in (DELETE, MOVE, KEY, EMPTY, INSERT, UPDATE)},
     **{
         f"alter table users {how} trigger {name}": (name, "is disabled, or does not fire in replica role")
         for name, how in (
             (DELETE, "disable"),
+            (MOVE, "enable replica"),
             (KEY, "enable"),
             (EMPTY, "enable replica"),
             (INSERT, "disable"),
@@ -79,6 +80,7 @@ FAULTS = {
         KEY,
         "was replaced",
     ),
+    trigger(MOVE, "after update on users for each row when (old.id is distinct from new.id)"): (MOVE, "was replaced"),
     trigger(EMPTY, "after insert on users for each statement"): (EMPTY, "was replaced"),
     HOLLOW + trigger(UPDATE, "after update on users for each row when (old.* <> new.*)", "public.hollow"): (
         UPDATE,
