@@ -22,8 +22,7 @@ import httpx
 import psycopg
 import pytest
 import uvicorn
-from celery.contrib.testing.worker import start_worker
-from celery.signals import task_retry
+from celery.signals import task_retry, worker_process_init
 from sqlalchemy import Engine, make_url
 from sqlalchemy.exc import OperationalError
 
@@ -161,7 +160,7 @@ RETRIES = 5
 
 @dataclass
 class Celery:
-    """The recipe's names, with a real worker that runs its tasks. ``retried`` is called between two tries."""
+    """The recipe's names. ``retried`` is called between two tries."""
 
     names: dict[str, Any]
     retried: Callable[[], None] = lambda: None
@@ -180,15 +179,15 @@ def celery(project: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery
     monkeypatch.setenv("SHOP_DATABASE_URL", url.replace("postgresql:", "postgresql+psycopg:"))
     made = Celery(recipe("Celery", monkeypatch))
     app = made.names["app"]
-    app.conf.update(broker_url="memory://", result_backend="cache+memory://", worker_hijack_root_logger=False)
+    # Celery runs the task, and each of its retries, where it is sent: no broker, no worker's thread to wait for.
+    app.conf.update(task_always_eager=True, broker_url="memory://")
+    worker_process_init.send(sender=None)  # as in a worker that was just forked
 
     def between(**_: Any) -> None:
         made.retried()
 
     task_retry.connect(between)
-    # It executes tasks in its own thread, and tells that it was started as a forked one does.
-    with start_worker(app, pool="solo", perform_ping_check=False):
-        yield made
+    yield made
     task_retry.disconnect(between)
     made.names["engine"].dispose()
     app.close()
