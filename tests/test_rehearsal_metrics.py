@@ -78,7 +78,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("rehearsed")
     report = folder / "report.json"
     words = ["rehearse", "--transactions", str(transactions(folder)), "--workers", str(WORKERS)]
-    words += ["--flag-lag", "1", "--metrics-port", "0", "--report", str(report)]
+    # Each flip of a flag lasts some scrapes, however fast the machine is.
+    words += ["--flag-lag", "4", "--metrics-port", "0", "--report", str(report)]
     with subprocess.Popen(
         [SCRIPT, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
