@@ -70,6 +70,8 @@ mutants: $(READY) ## take each guard of the SQL away and see that a test misses 
 dashboards: $(READY) ## make the Grafana dashboards anew
 	$(BIN)/python dashboards/build.py
 
+# The variable silences no warning about these texts, only a banner that MkDocs Material prints whenever it is loaded: that it will not
+# work with MkDocs 2. `--strict` makes every real warning an error.
 docs: $(READY) ## build the documentation's site; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir '$(abspath $(SITE))'
 	@echo "Site: $(abspath $(SITE))/index.html"

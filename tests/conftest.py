@@ -21,6 +21,7 @@ from sqlalchemy.engine import Engine
 
 import copies
 import servers
+import skips
 from walletmigrate import connect
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -149,7 +150,7 @@ def shared_data(pytestconfig: pytest.Config) -> Path:
     if path.is_dir():
         path /= "bank-transactions.csv.gz"
     if not path.is_file():
-        pytest.skip(f"the file of bank transactions is not part of the repository, and {path} does not exist")
+        skips.skip("data", f"{path} does not exist")
     return path
 
 

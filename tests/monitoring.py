@@ -48,6 +48,12 @@ class Server:
         found: list[dict[str, Any]] = self.get("/api/v1/query", query=expression)["data"]["result"]
         return found
 
+    def history(self, expression: str, begin: float, end: float) -> list[dict[str, Any]]:
+        """Prometheus' answers for each second between two Unix times, each element with ``metric`` and ``values``."""
+        asked = {"query": expression, "start": f"{begin}", "end": f"{end}", "step": "1"}
+        found: list[dict[str, Any]] = self.get("/api/v1/query_range", **asked)["data"]["result"]
+        return found
+
 
 def free_port() -> int:
     with socket.socket() as listener:
@@ -89,6 +95,13 @@ def prometheus(
     }
     if alertmanager is not None:
         config["alerting"] = {"alertmanagers": [{"static_configs": [{"targets": [f"127.0.0.1:{alertmanager}"]}]}]}
+    with configured_prometheus(folder, config) as server:
+        yield server
+
+
+@contextmanager
+def configured_prometheus(folder: Path, config: dict[str, Any]) -> Iterator[Server]:
+    """Prometheus with this configuration, whose paths are absolute."""
     file = folder / "prometheus.yml"
     file.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
     options = [f"--config.file={file}", f"--storage.tsdb.path={folder / 'data'}", "--log.level=warn"]

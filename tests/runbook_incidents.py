@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-import pytest
 from sqlalchemy import make_url
 
 import flagsmith_stub
+import skips
 from ledger import ACT, engine_named, execute, unguarded
 from runbook_stage import CONFIGURATION, Stage, backfilled, cut_over, cut_over_from, drifted
 from servers import Postgres
@@ -75,7 +75,7 @@ def restored(server: Postgres, url: str, folder: Path) -> Stage:
     Then the server was lost. The address leads to an empty database of a new one.
     """
     if server.binaries is None:
-        pytest.skip("a container's server has no programs here to make a backup with")
+        skips.skip("container")
     stage = backfilled(server, url, folder)
     credit(stage, 3, 10, "deposit:41")
     snapshots.take(stage.engine, stage.settings, ACT)
@@ -94,7 +94,7 @@ def journal_edited(server: Postgres, url: str, folder: Path) -> Stage:
     triggers of the journal off, and made 25 of the 20; later user 7 was paid 1.
     """
     if server.binaries is None:
-        pytest.skip("a container's server has no programs here to make a backup with")
+        skips.skip("container")
     stage = cut_over(server, url, folder)
     credit(stage, 7, 20, "deposit:41")
     credit(stage, 7, 5, "deposit:42")
@@ -121,7 +121,7 @@ def rotating(server: Postgres, _url: str, folder: Path) -> Stage:
     job has a session of the application's old login.
     """
     if server.binaries is None:
-        pytest.skip("a container's server has no programs here to ask for passwords with")
+        skips.skip("container")
     with ExitStack() as cleanup:
         stub = cleanup.enter_context(flagsmith_stub.running())
         stub.project.defaults[stub.flag(DUAL_WRITE)] = True

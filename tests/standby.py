@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
-import pytest
 from sqlalchemy import make_url
 
+import skips
 from servers import Postgres
 from walletmigrate.embedded import Server
 
@@ -86,7 +86,7 @@ class Pair:
 def pair(server: Postgres) -> Iterator[Pair]:
     """A fresh primary of the same programs as ``server``, and a standby that has caught up."""
     if server.binaries is None:
-        pytest.skip("a container's server has no programs here to make a standby with")
+        skips.skip("container")
     folder = Path(tempfile.mkdtemp(prefix="wm-standby-"))
     made = None
     try:

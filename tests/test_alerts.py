@@ -70,10 +70,11 @@ def test_rules_name_only_metrics_and_recordings_that_exist() -> None:
         assert names <= series, rule
 
 
-def test_prometheus_can_read_the_rules_and_the_example_configuration() -> None:
+def test_prometheus_can_read_the_rules_and_the_example_configurations() -> None:
     promtool = program("prometheus", "promtool")
     assert f"{len(rules())} rules found" in run(promtool, "check", "rules", "--lint-fatal", RULES)
-    assert "1 rule files found" in run(promtool, "check", "config", "prometheus.yml")
+    for file in ("prometheus.yml", "rehearsal.yml"):
+        assert "1 rule files found" in run(promtool, "check", "config", file)
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=named)

@@ -12,6 +12,7 @@ from pydantic import SecretStr
 from sqlalchemy import make_url
 from sqlalchemy.pool import NullPool
 
+import skips
 from findings import assert_told
 from ledger import execute, install_users
 from monitoring import until
@@ -51,7 +52,7 @@ class Pair:
 @pytest.fixture(scope="module")
 def pair(server: Postgres) -> Iterator[Pair]:
     if server.binaries is None:
-        pytest.skip("a server in a container brings no programs to start a standby with")
+        skips.skip("container")
     home = embedded._scratch_folder(embedded._account())
     try:
         with Server.start(server.binaries, home / "primary", DURABILITY_OFF, persistent=True) as primary:

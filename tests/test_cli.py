@@ -634,7 +634,7 @@ def test_rehearse_passes_its_options_on_and_ends_with_3_if_it_fails(
 
     monkeypatch.setattr(walletmigrate.rehearse, "rehearse", rehearse)
     words = "rehearse --transactions t.csv --workers 3 --seed 7 --flag-lag 0.5 --report r.json --balances b.csv --json"
-    said = bare.run(*words.split())
+    said = bare.run(*words.split(), "--metrics-port", "9464")
     assert said.exit_code == 3
     assert (said.document["verdict"], said.document["drift_amount"]) == ("fail", "1.50")
     assert given == {
@@ -646,6 +646,7 @@ def test_rehearse_passes_its_options_on_and_ends_with_3_if_it_fails(
         "database_url": bare.url,
         "progress": False,
         "flag_lag": 0.5,
+        "metrics_port": 9464,
     }
 
 

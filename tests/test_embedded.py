@@ -16,6 +16,7 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
+import skips
 from servers import binaries_of
 from walletmigrate import embedded
 from walletmigrate.embedded import DURABILITY_OFF, Server, wheel_binaries
@@ -269,7 +270,7 @@ def test_ctrl_c_in_the_terminal_is_for_the_parent_alone(binaries: Path) -> None:
     assert gone(url)
 
 
-@pytest.mark.skipif(not AS_ROOT, reason="only root can hand the server to another account")
+@skips.unless(AS_ROOT, "root")
 def test_as_root_it_runs_as_an_account_without_rights(running: Server) -> None:
     owner = pwd.getpwuid(folder_of(running.url).stat().st_uid)
     assert owner.pw_name in {"postgres", "nobody"}
@@ -283,7 +284,7 @@ def copy_of_the_install(binaries: Path, place: Path) -> Path:
     return place / package.name / binaries.parent.name / "bin"
 
 
-@pytest.mark.skipif(not AS_ROOT, reason="only root can keep its files from the server's account")
+@skips.unless(AS_ROOT, "root")
 def test_as_root_binaries_behind_a_closed_folder_are_copied_and_nothing_is_opened_up(
     binaries: Path, tmp_path: Path
 ) -> None:
@@ -314,7 +315,7 @@ assert not folder.exists()
 """
 
 
-@pytest.mark.skipif(not AS_ROOT, reason="only root can become another account")
+@skips.unless(AS_ROOT, "root")
 def test_an_ordinary_user_runs_it_with_an_empty_environment(binaries: Path) -> None:
     place = embedded._scratch_folder(embedded._account())
     try:

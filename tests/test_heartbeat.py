@@ -16,6 +16,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
 import ledger
+import skips
 from flag_documents import document
 from walletmigrate import Settings, StaticSource, connect
 from walletmigrate.errors import ConfigError
@@ -129,7 +130,7 @@ def test_each_beat_tells_the_observers_how_old_the_flags_are_though_nothing_call
     assert age() == 0
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@skips.unless(hasattr(os, "fork"), "fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
 def test_a_forked_worker_beats_as_a_process_of_its_own(place: tuple[Engine, Settings]) -> None:
     engine, settings = place

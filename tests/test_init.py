@@ -12,6 +12,7 @@ from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.exc import DataError, NotSupportedError
 from sqlalchemy.pool import NullPool
 
+import skips
 from walletmigrate.config import Mapping, Settings
 from walletmigrate.errors import ConfigError, UsageError
 from walletmigrate.proposal import PLACEHOLDER_CURRENCY, facts, questions, render, survey
@@ -339,7 +340,7 @@ def test_a_key_whose_collation_takes_two_texts_for_one_is_refused(connection: Co
     try:
         run(connection, collation)
     except NotSupportedError:
-        pytest.skip("this PostgreSQL was built without ICU, and only ICU has nondeterministic collations")
+        skips.skip("icu")
     run(connection, "create table users (id text collate loose primary key, balance numeric)")
     with pytest.raises(ConfigError, match="nondeterministic collation"):
         inspect_mapping(connection, mapped())
@@ -349,7 +350,7 @@ def test_a_not_null_that_was_never_validated_is_not_believed(connection: Connect
     version = connection.dialect.server_version_info
     assert version is not None
     if version < (18,):
-        pytest.skip("NOT NULL can be NOT VALID from PostgreSQL 18 on")
+        skips.skip("not valid")
     run(
         connection,
         "create table users (id int unique, balance numeric); insert into users values (null, 1);"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import threading
 import time
@@ -87,19 +86,13 @@ def traffic(place: adapting.Place) -> None:
         place.adapter.credit(connection, FAILING, 13, type="booking")
 
 
-def has_data(server: Server, expression: str) -> bool:
-    """Whether the answer has a number, which NaN is not."""
-    found = server.query(expression.replace("$__rate_interval", "30s"))
-    return any(not math.isnan(float(one["value"][1])) for one in found)
-
-
 def value(server: Server, expression: str) -> float:
     """The only number of the answer, 0 if there is none."""
     found = server.query(expression)
     return float(found[0]["value"][1]) if found else 0.0
 
 
-def test_every_panel_shows_data_of_a_database_and_a_process_with_traffic(database_url: str, tmp_path: Path) -> None:
+def test_what_goes_wrong_in_a_database_and_a_process_is_what_prometheus_sees(database_url: str, tmp_path: Path) -> None:
     place, source = prepared(database_url, tmp_path / "flags.json")
     with ExitStack() as stack:
         counted = stack.enter_context(
@@ -108,32 +101,13 @@ def test_every_panel_shows_data_of_a_database_and_a_process_with_traffic(databas
         targets = {EXPORTER: counted, "shop": stack.enter_context(exposing(place))}
         server = stack.enter_context(prometheus(tmp_path, targets, rules=[RULES]))
         until(lambda: value(server, "sum(up)") == len(targets))
-        missing = expressions()
-        assert missing
-        # The age of the last clean verification ends with the next one, which finds the drift and voids it.
-        aged = [name for name, expression in missing.items() if "verification_last_success" in expression]
-        assert aged
-        until(lambda: all(has_data(server, missing[name]) for name in aged), lambda: f"no data in {aged}", 30)
-        for name in aged:
-            del missing[name]
         assert verify(place.engine, place.settings, place.mapping, ACT).drift_accounts == 2
         until(lambda: value(server, "walletmigrate_drift_accounts") == 2)
         traffic(place)
-
-        def complete() -> bool:
-            shown = [name for name, expression in missing.items() if has_data(server, expression)]
-            for name in shown:
-                del missing[name]
-            return not missing
-
-        until(complete, lambda: f"no data in {missing}", 30)
         # A scrape amid the traffic has seen a part of it: the one after it sees all.
         until(lambda: value(server, 'sum(walletmigrate_dual_write_total{outcome="ok"})') == 11)
-        # What was done is what is seen, so the data are of this database and of this process.
         assert server.query("walletmigrate_phase == 1")[0]["metric"]["phase"] == "read_ledger"
-        assert value(server, "walletmigrate_drift_accounts") == 2
         assert value(server, 'walletmigrate_bypass_writes_total{treatment="turned_stale"}') == 1
-        assert value(server, 'sum(walletmigrate_dual_write_total{outcome="ok"})') == 11
         assert value(server, 'sum(walletmigrate_dual_write_total{outcome="ledger_failed"})') == 1
         for where, count in {"read": 1, "write": 1, "verify": 2}.items():
             (one,) = server.query(f'walletmigrate_mismatch_total{{where="{where}"}}')

@@ -8,24 +8,33 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
+from dataclasses import dataclass
 from decimal import Decimal
+from functools import cache
+from itertools import count
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
+import django
 import httpx
 import psycopg
 import pytest
-from sqlalchemy import Engine
+import uvicorn
+from celery.signals import task_retry, worker_process_init
+from sqlalchemy import Engine, make_url
 from sqlalchemy.exc import OperationalError
 
 import adapting
 from commandline import Project, project_at
 from ledger import rows, scalar
+from monitoring import until
 from walletmigrate import LegacyBalanceAdapter
 from walletmigrate.errors import IdempotencyKeyReused, InsufficientFunds
 
 RECIPES = Path(__file__).parents[1] / "docs" / "recipes.md"
+NUMBERS = count()
 D = Decimal
 
 
@@ -55,7 +64,8 @@ def recipe(heading: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Run the block under a heading as a module; its names."""
     text = RECIPES.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    module = ModuleType(f"recipe_{heading.lower()}")
+    # A new name each time: Celery gives every app of a process the tasks of all others, by module and name.
+    module = ModuleType(f"recipe_{heading.lower()}_{next(NUMBERS)}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(code, f"{RECIPES.name}: {heading}", "exec"), module.__dict__)
     return module.__dict__
@@ -98,20 +108,34 @@ def shop_behaves(call: Call, engine: Engine) -> None:
     assert coins(engine, 2) == 100
 
 
+@contextmanager
+def served(names: dict[str, Any]) -> Iterator[str]:
+    """The address of the recipe's application under uvicorn, in a thread with a loop of its own."""
+    server = uvicorn.Server(uvicorn.Config(names["app"], host="127.0.0.1", port=0, log_level="critical"))
+
+    async def serve() -> None:
+        await server.serve()
+        await names["engine"].dispose()
+
+    thread = Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    try:
+        until(lambda: server.started or not thread.is_alive())
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
 def test_the_recipe_for_fastapi(project: Project, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = recipe("FastAPI", monkeypatch)
-    transport = httpx.ASGITransport(names["app"], raise_app_exceptions=False)
-    with asyncio.Runner() as loop:
-        client = httpx.AsyncClient(transport=transport, base_url="http://shop.test")
+    with served(recipe("FastAPI", monkeypatch)) as address, httpx.Client(base_url=address) as client:
 
         def call(method: str, path: str, body: Any = None, key: str = "", request: str = "") -> tuple[int, Any]:
             headers = {"Idempotency-Key": key, "X-Request-Id": request}
-            answer = loop.run(client.request(method, path, json=body, headers=headers))
+            answer = client.request(method, path, json=body, headers=headers)
             return answer.status_code, answer.json() if answer.status_code < 500 else None
 
         shop_behaves(call, engine)
-        loop.run(client.aclose())
-        loop.run(names["engine"].dispose())
 
 
 def test_the_recipe_for_flask(project: Project, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,93 +154,74 @@ def test_the_recipe_for_flask(project: Project, engine: Engine, monkeypatch: pyt
 
 # Celery
 
+RETRIES = 5
+"""At most, as the recipe says."""
 
+
+@dataclass
 class Celery:
-    """What Celery documents of a task's retries: only the errors named, at most ``max_retries`` times."""
+    """The recipe's names. ``retried`` is called between two tries."""
 
-    between: Callable[[int], None] = staticmethod(lambda _: None)
-    """Called where Celery waits for its back-off."""
+    names: dict[str, Any]
+    retried: Callable[[], None] = lambda: None
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def send(self, *arguments: Any) -> Any:
+        return self.names["pay_out_prize"].delay(*arguments)
 
-    def task(
-        self, *, acks_late: bool, autoretry_for: tuple[type[Exception], ...], retry_backoff: bool, max_retries: int
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        assert acks_late
-        assert retry_backoff
-
-        def decorate(run: Callable[..., Any]) -> Callable[..., Any]:
-            def delivered(*arguments: Any) -> Any:
-                for attempt in range(max_retries):
-                    try:
-                        return run(*arguments)
-                    except autoretry_for:
-                        Celery.between(attempt)
-                return run(*arguments)
-
-            return delivered
-
-        return decorate
-
-
-class Signal:
-    """What of a signal the recipe uses."""
-
-    heard: Callable[..., None]
-
-    def connect(self, receiver: Callable[..., None]) -> Callable[..., None]:
-        self.heard = receiver
-        return receiver
+    def pay(self, *arguments: Any) -> None:
+        """Send a task, and wait until it is done."""
+        self.send(*arguments).get(timeout=60)
 
 
 @pytest.fixture
-def celery(project: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    made, signals = ModuleType("celery"), ModuleType("celery.signals")
-    started = Signal()
-    made.__dict__.update(Celery=Celery, signals=signals)
-    signals.__dict__.update(worker_process_init=started)
-    monkeypatch.setitem(sys.modules, "celery", made)
-    monkeypatch.setitem(sys.modules, "celery.signals", signals)
+def celery(project: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
     url = project.url + ("&" if "?" in project.url else "?") + "options=-c%20lock_timeout%3D100"
     monkeypatch.setenv("SHOP_DATABASE_URL", url.replace("postgresql:", "postgresql+psycopg:"))
-    names = recipe("Celery", monkeypatch)
-    started.heard(sender=None)  # as in a worker that was just forked
-    yield names
-    names["engine"].dispose()
+    made = Celery(recipe("Celery", monkeypatch))
+    app = made.names["app"]
+    # Celery runs the task, and each of its retries, where it is sent: no broker, no worker's thread to wait for.
+    app.conf.update(task_always_eager=True, broker_url="memory://")
+    worker_process_init.send(sender=None)  # as in a worker that was just forked
+
+    def between(**_: Any) -> None:
+        made.retried()
+
+    task_retry.connect(between)
+    yield made
+    task_retry.disconnect(between)
+    made.names["engine"].dispose()
+    app.close()
 
 
-def test_a_celery_task_that_was_delivered_twice_pays_once(celery: dict[str, Any], engine: Engine) -> None:
+def test_a_celery_task_that_was_delivered_twice_pays_once(celery: Celery, engine: Engine) -> None:
     """A worker that was lost after the commit and before the acknowledgement looks just so."""
     for _ in range(3):
-        celery["pay_out_prize"](1, 7)
-    celery["pay_out_prize"](1, 8)
+        celery.pay(1, 7)
+    celery.pay(1, 8)
     assert (coins(engine), postings(engine, "prize")) == (150, 2)
 
 
-def test_a_celery_task_is_retried_after_what_may_be_retried(
-    celery: dict[str, Any], engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_celery_task_is_retried_after_what_may_be_retried(celery: Celery, engine: Engine) -> None:
     attempts = []
     with engine.connect() as holder:
         holder.exec_driver_sql("select * from users where id = 1 for update")
 
-        def between(attempt: int) -> None:
-            attempts.append(attempt)
-            if attempt == 1:
+        def between() -> None:
+            attempts.append(coins(engine))
+            if len(attempts) == 2:
                 holder.rollback()  # who held the row lets it go
 
-        monkeypatch.setattr(Celery, "between", staticmethod(between))
-        celery["pay_out_prize"](1, 7)
-    assert attempts == [0, 1]
+        celery.retried = between
+        celery.pay(1, 7)
+    assert attempts == [100, 100]
     assert (coins(engine), postings(engine, "prize")) == (125, 1)
 
 
 def test_a_celery_task_is_retried_after_a_commit_that_nobody_heard_of(
-    celery: dict[str, Any], engine: Engine, monkeypatch: pytest.MonkeyPatch
+    celery: Celery, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection is lost behind the commit: the task cannot know, and the key finds out."""
-    begin = celery["Session"].begin
+    begin = celery.names["Session"].begin
     lost: list[bool] = []
 
     @contextmanager
@@ -227,91 +232,71 @@ def test_a_celery_task_is_retried_after_a_commit_that_nobody_heard_of(
             lost.append(True)
             raise OperationalError("commit", {}, psycopg.OperationalError("server closed the connection unexpectedly"))
 
-    monkeypatch.setattr(celery["Session"], "begin", losing)
-    celery["pay_out_prize"](1, 7)
+    monkeypatch.setattr(celery.names["Session"], "begin", losing)
+    celery.pay(1, 7)
     assert (lost, coins(engine), postings(engine, "prize")) == ([True], 125, 1)
 
 
 def test_a_celery_task_that_is_refused_is_not_retried(
-    celery: dict[str, Any], engine: Engine, monkeypatch: pytest.MonkeyPatch
+    celery: Celery, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Celery, "between", staticmethod(lambda _: pytest.fail("it was retried")))
-    celery["pay_out_prize"](1, 7)
-    monkeypatch.setitem(celery, "PRIZE", D(26))
-    with pytest.raises(IdempotencyKeyReused):
-        celery["pay_out_prize"](1, 7)
-    assert coins(engine) == 125
+    tried: list[bool] = []
+    celery.retried = lambda: tried.append(True)
+    celery.pay(1, 7)
+    monkeypatch.setitem(celery.names, "PRIZE", D(26))
+    sent = celery.send(1, 7)
+    sent.get(timeout=60, propagate=False)
+    assert (sent.state, type(sent.result).__name__) == ("FAILURE", IdempotencyKeyReused.__name__)
+    assert (tried, coins(engine)) == ([], 125)
 
 
 # Django
 
 
-class Wrapper:
-    """What Django documents of its connection and of atomic(): autocommit outside, a transaction, savepoints within."""
+@cache
+def users() -> Any:
+    """The users' table as a model of Django's, which is told of itself once in a process."""
+    from django.conf import settings
 
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._depth = 0
-        self.connection: psycopg.Connection[Any] | None = None
+    settings.configure(DATABASES={"default": {"ENGINE": "django.db.backends.postgresql"}})
+    django.setup()
+    from django.db import models
 
-    def ensure_connection(self) -> None:
-        if self.connection is None:
-            self.connection = psycopg.connect(self._url, autocommit=True)
-
-    @contextmanager
-    def atomic(self) -> Iterator[None]:
-        self.ensure_connection()
-        assert self.connection is not None
-        name = f"s{self._depth}"
-        if self._depth:
-            self.connection.execute(f"savepoint {name}")
-        else:
-            self.connection.autocommit = False
-        self._depth += 1
-        try:
-            yield
-        except BaseException:
-            self._end(f"rollback to savepoint {name}", self.connection.rollback)
-            raise
-        self._end(f"release savepoint {name}", self.connection.commit)
-
-    def _end(self, inner: str, outer: Callable[[], None]) -> None:
-        assert self.connection is not None
-        self._depth -= 1
-        if self._depth:
-            self.connection.execute(inner)
-        else:
-            outer()
-            self.connection.autocommit = True
+    fields = {name: models.TextField() for name in ("tenant", "role")}
+    total = models.DecimalField(max_digits=12, decimal_places=2)
+    meta = type("Meta", (), {"app_label": "shop", "db_table": "users", "managed": False})
+    return type("User", (models.Model,), {**fields, "total_coins": total, "Meta": meta, "__module__": __name__})
 
 
 @pytest.fixture
-def django(project: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wrapper]:
-    wrapper = Wrapper(project.url)
-    transaction = ModuleType("django.db.transaction")
-    transaction.__dict__["atomic"] = wrapper.atomic
-    made = ModuleType("django.db")
-    made.__dict__.update(connection=wrapper, transaction=transaction)
-    monkeypatch.setitem(sys.modules, "django", ModuleType("django"))
-    monkeypatch.setitem(sys.modules, "django.db", made)
-    yield wrapper
-    if wrapper.connection is not None:
-        wrapper.connection.close()
+def book(project: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """The recipe, with Django's connection to this test's database."""
+    users()
+    from django.db import connections
+
+    url = make_url(project.url)
+    where = {"NAME": url.database, "USER": url.username, "HOST": url.host or url.query["host"]}
+    connections.settings["default"].update(where, PORT=url.port or url.query["port"])
+    yield recipe("Django", monkeypatch)["book"]
+    connections["default"].close()
+    del connections["default"]
 
 
-def fail_after(django: Wrapper, work: Callable[[], object]) -> None:
+def fail_after(work: Callable[[], object]) -> None:
     """A view of Django's that writes a model, does the work, and fails."""
-    with django.atomic():
-        assert django.connection is not None
-        django.connection.execute("update users set tenant = 'globex' where id = 1")
+    from django.db import transaction
+
+    with transaction.atomic():
+        user = users().objects.get(id=1)
+        user.tenant = "globex"
+        user.save(update_fields=["tenant"])
         work()
         raise ZeroDivisionError
 
 
-def test_the_recipe_for_django_posts_in_djangos_transaction(
-    django: Wrapper, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    book = recipe("Django", monkeypatch)["book"]
+def test_the_recipe_for_django_posts_in_djangos_transaction(book: Callable[..., Any], engine: Engine) -> None:
+    from django.db import transaction
+
     assert book(1, D(30), 7).mode == "dual_write"
     assert book(1, D(30), 7).replayed
     assert (coins(engine), postings(engine, "booking")) == (70, 1)
@@ -319,23 +304,23 @@ def test_the_recipe_for_django_posts_in_djangos_transaction(
         book(1, D(71), 8)
     # A view's own transaction around it, which fails in the end: money and model go back together.
     with pytest.raises(ZeroDivisionError):
-        fail_after(django, lambda: book(1, D(10), 9))
+        fail_after(lambda: book(1, D(10), 9))
     assert rows(engine, "select total_coins, tenant from users where id = 1") == [(70, "acme")]
     # An inner one that fails is a savepoint: the outer transaction goes on.
-    with django.atomic():
+    with transaction.atomic():
         with pytest.raises(ZeroDivisionError):
-            fail_after(django, lambda: book(1, D(10), 10))
+            fail_after(lambda: book(1, D(10), 10))
         book(1, D(20), 11)
     assert (coins(engine), postings(engine, "booking")) == (50, 2)
 
 
 def test_a_lock_that_django_waits_for_too_long_can_be_tried_again_with_the_same_key(
-    django: Wrapper, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    book: Callable[..., Any], engine: Engine
 ) -> None:
-    book = recipe("Django", monkeypatch)["book"]
-    django.ensure_connection()
-    assert django.connection is not None
-    django.connection.execute("set lock_timeout = 100")
+    from django.db import connection
+
+    with connection.cursor() as cursor:
+        cursor.execute("set lock_timeout = 100")
     with engine.connect() as holder:
         holder.exec_driver_sql("select * from users where id = 1 for update")
         with pytest.raises(OperationalError):
@@ -344,14 +329,28 @@ def test_a_lock_that_django_waits_for_too_long_can_be_tried_again_with_the_same_
     assert coins(engine) == 70
 
 
-def test_a_posting_outside_of_atomic_stands_by_itself(
-    django: Wrapper, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    adapter: LegacyBalanceAdapter = recipe("Django", monkeypatch)["adapter"]
-    django.ensure_connection()
-    assert django.connection is not None
-    adapter.debit(django.connection, 1, 5, type="booking")
+def test_a_posting_outside_of_atomic_stands_by_itself(book: Callable[..., Any], engine: Engine) -> None:
+    from django.db import connection
+
+    adapter: LegacyBalanceAdapter = book.__globals__["adapter"]
+    connection.ensure_connection()
+    adapter.debit(connection.connection, 1, 5, type="booking")
     assert (coins(engine), postings(engine, "booking")) == (95, 1)
+
+
+def test_a_model_that_is_saved_whole_writes_past_the_adapter_and_one_that_names_its_fields_does_not(
+    book: Callable[..., Any], engine: Engine
+) -> None:
+    user = users().objects.get(id=1)
+    book(1, D(30), 7)
+    user.tenant = "globex"
+    user.save(update_fields=["tenant"])
+    assert (coins(engine), scalar(engine, "select state from wallet.accounts where key = '1'")) == (70, "mirrored")
+    user.save()
+    assert (coins(engine), scalar(engine, "select state from wallet.accounts where key = '1'")) == (100, "stale")
+    book(1, D(30), 8)
+    user.refresh_from_db(fields=["total_coins"])
+    assert user.total_coins == 70
 
 
 def test_every_recipe_has_a_test() -> None:

@@ -19,6 +19,7 @@ import pytest
 from sqlalchemy import Engine, make_url
 from typer.testing import CliRunner
 
+import skips
 from commandline import app
 from conftest import MakeDatabase
 from ledger import engine_named, execute, rows, scalar
@@ -463,7 +464,7 @@ def test_what_is_replaced_is_replaced_in_the_source_and_the_same_all_over(kept: 
 
 def test_a_hot_standby_can_be_the_source(server: Postgres, kept: Kept, tmp_path: Path) -> None:
     if server.binaries is None:
-        pytest.skip("the server is in a container: no pg_basebackup beside it")
+        skips.skip("container")
     put(kept, SHOP)
     with standby(server) as url:
         there = make_url(url).set(database=make_url(kept.url).database).render_as_string(hide_password=False)

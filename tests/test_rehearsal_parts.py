@@ -114,6 +114,20 @@ def test_each_document_arrives_after_the_delay_in_order_and_what_stands_at_the_s
     assert LateSource(told, 3.0).snapshot().document_id == "third"
 
 
+def test_late_flags_are_worked_out_by_one_thread_at_a_time() -> None:
+    """A worker's heartbeat asks beside the worker: two at once would take the same document out of the queue."""
+    late, alone = LateSource(Told(), 3.0), []
+
+    class Asked(Told):
+        def snapshot(self) -> Snapshot:
+            alone.append(late._lock.locked())
+            return super().snapshot()
+
+    late._source = Asked()
+    late.snapshot()
+    assert alone == [True]
+
+
 def test_the_last_two_workers_run_at_the_higher_isolation_levels() -> None:
     assert [_isolation(from_the_last) for from_the_last in (3, 2, 1, 0)] == [
         "READ COMMITTED",

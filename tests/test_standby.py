@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from sqlalchemy import Engine, make_url, text
 
+import skips
 from commandline import Project
 from ledger import ACT, engine_named, execute, post, rows, scalar
 from servers import SETTINGS, Postgres
@@ -26,9 +27,9 @@ from walletmigrate.verify import verify
 @pytest.fixture
 def made(server: Postgres, database_url: str) -> Ledger:
     if server.binaries is None:
-        pytest.skip("a server in a container has no pg_basebackup here")
+        skips.skip("container")
     if not (server.binaries / "pg_basebackup").is_file():
-        pytest.skip(f"{server.binaries} has no pg_basebackup")
+        skips.skip("pg_basebackup", f"{server.binaries}")
     engine, settings = prepared(database_url)
     verify(engine, settings, settings.mapping(), ACT)
     return engine, settings

@@ -57,6 +57,9 @@ def rehearse(
     ] = 5.0,
     report: Annotated[Path | None, typer.Option(help="Write the report here, as JSON.")] = None,
     balances: Annotated[Path | None, typer.Option(help="Write every account's balances here, as CSV.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Serve its metrics on this port of 127.0.0.1; 0: a free one.")
+    ] = None,
 ) -> Answer:
     """Rehearse the whole migration, and the way back, in a scratch database. Exit 3 if it fails."""
     copying = {
@@ -75,6 +78,7 @@ def rehearse(
         "balances": balances,
         "progress": not run.as_json,
         "flag_lag": flag_lag,
+        "metrics_port": metrics_port,
     }
     if from_database is None:
         from walletmigrate.rehearse import rehearse as run_rehearsal

@@ -37,7 +37,8 @@ CONNECT_SECONDS: Final = 3
 Family = CounterMetricFamily | GaugeMetricFamily
 Rollout = Callable[[sa.Connection], Mapping[str, float]]
 """Asks for whom the flags are on: the share of accounts by flag."""
-ROLLOUT_SECONDS: Final = 60.0
+HOLD_SECONDS: Final = 10.0
+ROLLOUT_LOOKS: Final = 6
 
 _log = logging.getLogger("walletmigrate")
 
@@ -81,7 +82,7 @@ class DatabaseFacts(Collector):
     Each look is one read-only transaction with one snapshot. It is kept for ``ttl`` seconds and shared by
     scrapes that come together, so that a storm of them costs the database one look; a failed look is kept
     too. When the database does not answer, only ``walletmigrate_exporter_up 0`` is served: a 0 for a
-    stopped line or a drift would be a false all-clear. ``rollout`` is asked once a minute, since it may have to
+    stopped line or a drift would be a false all-clear. ``rollout`` is kept six times as long, since it may have to
     decide for many accounts. Until it has been asked ``flag_rollout_ratio`` is 0; while it fails, it is NaN: a 0
     would say that nobody has the flag.
     """
@@ -93,7 +94,7 @@ class DatabaseFacts(Collector):
         scope: Collection[tuple[str, str]] = (),
         *,
         rollout: Rollout | None = None,
-        ttl: float = 10.0,
+        ttl: float = HOLD_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
@@ -142,7 +143,7 @@ class DatabaseFacts(Collector):
     def _ask(self) -> None:
         if self._rollout is None:
             return
-        if self._asked_at is not None and self._clock() - self._asked_at < ROLLOUT_SECONDS:
+        if self._asked_at is not None and self._clock() - self._asked_at < ROLLOUT_LOOKS * self._ttl:
             return
         self._asked_at = self._clock()
         try:
@@ -197,9 +198,18 @@ def serve(settings: Settings, port: int, address: str = "127.0.0.1", *, rollout:
         # One look every ten seconds: a kept connection would only go stale.
         poolclass=NullPool,
     )
-    scope = {(mapping.name, column.currency) for mapping in settings.mappings for column in mapping.columns}
     registry = CollectorRegistry()
-    registry.register(DatabaseFacts(engine, settings.ledger_schema, scope, rollout=rollout))
+    registry.register(DatabaseFacts(engine, settings.ledger_schema, scope_of(settings), rollout=rollout))
+    return listen(registry, port, address)
+
+
+def scope_of(settings: Settings) -> frozenset[tuple[str, str]]:
+    """The (mapping, currency) pairs of the configuration, whose facts are to be served."""
+    return frozenset((mapping.name, column.currency) for mapping in settings.mappings for column in mapping.columns)
+
+
+def listen(registry: CollectorRegistry, port: int, address: str = "127.0.0.1") -> Exporter:
+    """Serve a registry over HTTP; ``port`` 0 takes a free one. Raises UsageError when it cannot be listened on."""
     try:
         server, thread = start_http_server(port, addr=address, registry=registry)
     except OSError as error:

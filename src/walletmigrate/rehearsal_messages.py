@@ -24,7 +24,7 @@ class Assignment:
     ``role`` is the database role of the application. ``start`` is what the accounts of the share begin with where
     that is not 0, ``trait`` what their tenant is called. ``legs`` are its share of each leg of the rehearsal, and
     those before ``from_leg`` were posted by a worker that was killed in this one. ``flag_delay`` is how many
-    seconds after a flag flip this process decides by it.
+    seconds after a flag flip this process decides by it. ``metrics`` is the folder to count in, if anywhere.
     """
 
     number: int
@@ -40,6 +40,7 @@ class Assignment:
     isolation: IsolationLevel = "READ COMMITTED"
     flag_delay: float = 0.0
     from_leg: int = 0
+    metrics: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

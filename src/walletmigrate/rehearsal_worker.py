@@ -29,10 +29,12 @@ from walletmigrate import connect
 from walletmigrate.adapter import LegacyBalanceAdapter
 from walletmigrate.errors import LedgerNotInstalled, WalletMigrateError
 from walletmigrate.flag_sources import FileSource
+from walletmigrate.heartbeat import Heartbeat
 from walletmigrate.postings import Posting, sqlstate
 from walletmigrate.reads import Balance
 from walletmigrate.rehearsal_flags import LateSource
 from walletmigrate.rehearsal_messages import Assignment, Beat, Failed, Message, Order, Quit, Restart, Run, Tally
+from walletmigrate.rehearsal_metrics import beating, counting
 from walletmigrate.rehearsal_raw import RawWriter, is_raw
 from walletmigrate.schema import quoted
 from walletmigrate.traffic import EXACT, Place, Transaction
@@ -92,6 +94,8 @@ class Worker:
         self._restarts = int(assignment.from_leg > 0)
         self._resent = False
         self._next_beat = 0.0
+        self._observers = counting(assignment.metrics) if assignment.metrics else ()
+        self._heartbeat: Heartbeat | None = None
         self._adapter = self._new_adapter()
         for leg in assignment.legs[: assignment.from_leg]:
             for one in leg:
@@ -125,8 +129,11 @@ class Worker:
             self._pipe.send(Beat(self._done, self._restarts, seen))
 
     def _new_adapter(self) -> LegacyBalanceAdapter:
-        source = FileSource(self.assignment.flag_file, FLAG_SECONDS)
-        return LegacyBalanceAdapter(self.assignment.settings, LateSource(source, self.assignment.flag_delay))
+        own = self.assignment
+        source = LateSource(FileSource(own.flag_file, FLAG_SECONDS), own.flag_delay)
+        if self._observers and self._restarts:  # before the first restart there is no table to beat in
+            self._heartbeat = beating(own.settings, own.url, source, self._observers, f"worker {own.number}")
+        return LegacyBalanceAdapter(own.settings, source, observers=self._observers)
 
     def _run(self, leg: int, seconds: float) -> Tally:
         tally, share, began = Tally(leg), self.assignment.legs[leg], time.monotonic()

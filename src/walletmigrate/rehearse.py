@@ -34,6 +34,7 @@ from walletmigrate.rehearsal_crew import Crew, WorkersFailed
 from walletmigrate.rehearsal_display import Display, display
 from walletmigrate.rehearsal_ground import CopyGround, FileGround, Ground, amount_of, prepare, settings_of
 from walletmigrate.rehearsal_messages import Assignment
+from walletmigrate.rehearsal_metrics import serving
 from walletmigrate.rehearsal_raw import NOTES
 from walletmigrate.rehearsal_report import (
     AccountBalances,
@@ -69,13 +70,15 @@ def rehearse(
     database_url: str | None = None,
     progress: bool = True,
     flag_lag: float = FLAG_LAG_SECONDS,
+    metrics_port: int | None = None,
 ) -> Report:
     """Rehearse the migration on a file of transactions, or on traffic made from the seed.
 
     The seed also decides which worker gets which accounts, which tenants go first, and which transactions are
     sent twice or come as raw SQL. Flag flips reach the workers up to ``flag_lag`` seconds apart, each after a delay
     of its own. ``report`` and ``balances`` are files to write the JSON and the CSV to. Without ``database_url``
-    an embedded server is started; with it, the scratch database is made on that server.
+    an embedded server is started; with it, the scratch database is made on that server. With ``metrics_port`` (0: a
+    free one) its metrics are served on loopback while it runs.
 
     Returns the report, whatever the verdict. Raises UnreadableInput or UsageError before anything is run,
     EmbeddedUnavailable or DatabaseUnreachable when there is no server to run it on, PreconditionRefused when
@@ -84,7 +87,13 @@ def rehearse(
     _check(workers, flag_lag, report, balances)
     read = traffic.generate(seed) if transactions is None else traffic.read(transactions)
     made = rehearse_traffic(
-        read, workers=workers, seed=seed, database_url=database_url, progress=progress, flag_lag=flag_lag
+        read,
+        workers=workers,
+        seed=seed,
+        database_url=database_url,
+        progress=progress,
+        flag_lag=flag_lag,
+        metrics_port=metrics_port,
     )
     _write(made, report, balances)
     return made
@@ -98,9 +107,11 @@ def rehearse_traffic(
     database_url: str | None = None,
     progress: bool = True,
     flag_lag: float = FLAG_LAG_SECONDS,
+    metrics_port: int | None = None,
 ) -> Report:
     """Rehearse on traffic that is read already; else like `rehearse`."""
-    return _rehearse_on(FileGround(read), workers, seed, database_url, progress, flag_lag, _left_out(read))
+    ground, notes = FileGround(read), _left_out(read)
+    return _rehearse_on(ground, workers, seed, database_url, progress, flag_lag, notes, metrics_port)
 
 
 def rehearse_copy(
@@ -114,6 +125,7 @@ def rehearse_copy(
     database_url: str | None = None,
     progress: bool = True,
     flag_lag: float = FLAG_LAG_SECONDS,
+    metrics_port: int | None = None,
 ) -> Report:
     """Rehearse on a copy of somebody's own legacy table, with traffic made from its distribution.
 
@@ -126,7 +138,7 @@ def rehearse_copy(
     if count < 1:
         raise UsageError(f"{count} transactions: name at least 1")
     ground = CopyGround(source, seed=seed, count=count)
-    made = _rehearse_on(ground, workers, seed, database_url, progress, flag_lag, ())
+    made = _rehearse_on(ground, workers, seed, database_url, progress, flag_lag, (), metrics_port)
     _write(made, report, balances)
     return made
 
@@ -160,6 +172,7 @@ def _rehearse_on(
     progress: bool,
     flag_lag: float,
     notes: tuple[str, ...],
+    metrics_port: int | None,
 ) -> Report:
     made = None
     try:
@@ -174,7 +187,12 @@ def _rehearse_on(
             engine = connect.engine(url, application_name=_APPLICATION)
             stack.callback(engine.dispose)
             settings = settings_of(ground.mapping, roles, folder)
-            made = _Rehearsal(engine, url, settings, ground, workers, seed, flag_lag, shown).run()
+            metrics = None
+            if metrics_port is not None:
+                metrics = folder / "metrics"
+                metrics.mkdir()
+                shown.note(f"metrics: {stack.enter_context(serving(engine, settings, metrics, metrics_port))}")
+            made = _Rehearsal(engine, url, settings, ground, workers, seed, flag_lag, shown, metrics).run()
             for error in made.errors:
                 shown.note(error)
     except (SQLAlchemyError, DatabaseUnreachable) as error:
@@ -205,6 +223,7 @@ class _Rehearsal:
         seed: int,
         flag_lag: float,
         shown: Display,
+        metrics: Path | None,
     ) -> None:
         self._engine = engine
         self._url = url
@@ -214,6 +233,7 @@ class _Rehearsal:
         self._seed = seed
         self._flag_lag = flag_lag
         self._shown = shown
+        self._metrics = metrics
         self._errors: list[str] = []
         with engine.begin() as connection:
             self._read = prepare(connection, ground, settings.roles)
@@ -269,6 +289,7 @@ class _Rehearsal:
                 legs=tuple(map(tuple, share)),
                 isolation=_isolation(self._workers - 1 - number),
                 flag_delay=self._flag_lag * number / max(1, self._workers - 1),
+                metrics=self._metrics,
             )
             for number, share in enumerate(shares)
         ]
