@@ -85,7 +85,7 @@ def prometheus(
     the groups of rules themselves.
     """
     if times is None:
-        rules = [_hurried(path, folder) for path in rules]
+        rules = [hurried(path, folder) for path in rules]
     config: dict[str, Any] = {
         "global": times or {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
         "rule_files": [str(path) for path in rules],
@@ -109,7 +109,7 @@ def configured_prometheus(folder: Path, config: dict[str, Any]) -> Iterator[Serv
         yield server
 
 
-def _hurried(rules: Path, folder: Path) -> Path:
+def hurried(rules: Path, folder: Path) -> Path:
     """The rules with no interval of a group."""
     content = yaml.safe_load(rules.read_text(encoding="utf-8"))
     for group in content["groups"]:

@@ -20,12 +20,12 @@ import yaml
 from binaries import program
 from board_files import FOLDER, expressions
 from commandline import SCRIPT
-from monitoring import Server, configured_prometheus
+from monitoring import Server, configured_prometheus, hurried
 from walletmigrate import traffic
 from walletmigrate.errors import UsageError
 from walletmigrate.rehearse import rehearse
 
-WORKERS, TRANSACTIONS, SEED = 2, 600, 11
+WORKERS, TRANSACTIONS, SEED = 2, 1500, 11
 EXAMPLE = "127.0.0.1:9464"
 """The address in the committed configuration, and in what dashboards/README.md says to run."""
 
@@ -62,12 +62,12 @@ def transactions(folder: Path) -> Path:
     return file
 
 
-def configuration(port: int) -> dict[str, Any]:
-    """The committed one, with the rehearsal's port."""
+def configuration(port: int, folder: Path) -> dict[str, Any]:
+    """The committed one, with the rehearsal's port, and all rules evaluated as often as it says."""
     text = (FOLDER / "rehearsal.yml").read_text(encoding="utf-8")
     assert text.count(EXAMPLE) == 1
     config: dict[str, Any] = yaml.safe_load(text.replace(EXAMPLE, f"127.0.0.1:{port}"))
-    config["rule_files"] = [str(FOLDER / name) for name in config["rule_files"]]
+    config["rule_files"] = [str(hurried(FOLDER / name, folder)) for name in config["rule_files"]]
     return config
 
 
@@ -79,7 +79,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Any:
     report = folder / "report.json"
     words = ["rehearse", "--transactions", str(transactions(folder)), "--workers", str(WORKERS)]
     # Each flip of a flag lasts some scrapes, however fast the machine is.
-    words += ["--flag-lag", "4", "--metrics-port", "0", "--report", str(report)]
+    words += ["--flag-lag", "6", "--metrics-port", "0", "--report", str(report)]
     with subprocess.Popen(
         [SCRIPT, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -89,7 +89,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Any:
             found = re.fullmatch(r"metrics: http://127\.0\.0\.1:(\d+)/metrics\n", said)
             assert found, said + process.stderr.read()
             begin = time.time()
-            with configured_prometheus(folder, configuration(int(found[1]))) as server:
+            with configured_prometheus(folder, configuration(int(found[1]), folder)) as server:
                 _, errors = process.communicate(timeout=300)
                 assert process.returncode == 0, errors
                 yield Seen(json.loads(report.read_text(encoding="utf-8")), server, begin, time.time())
