@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.orm import Session
 
 from adapting import OFF, Place, User, place, seal
@@ -161,6 +161,27 @@ def test_a_flush_that_waits_for_a_posting_finds_its_balance(at: Place) -> None:
         orm.commit()
     assert (at.coins(1), at.account(1)) == (110, ("mirrored", D(110)))
     assert [(told.expected, told.found) for told in lost(at)] == [(D(100), D(107))]
+    at.check()
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_with_an_old_snapshot_nothing_is_lost_and_the_flush_is_to_be_tried_again(at: Place, level: str) -> None:
+    old = at.engine.execution_options(isolation_level=level)
+    coins: Any = User.total_coins
+    for number, assigned in enumerate((lambda user: user.total_coins + 10, lambda _: coins + 10), start=1):
+        with Session(old) as session:
+            user = session.get_one(User, number)
+            with at.engine.begin() as other:
+                at.adapter.credit(other, number, 7, type="deposit")
+            user.total_coins = assigned(user)
+            with pytest.raises(DBAPIError) as raised:
+                session.flush()
+            assert getattr(raised.value.orig, "sqlstate", None) == "40001"
+            session.rollback()
+            user.total_coins = assigned(user)
+            session.commit()
+        assert (at.coins(number), at.account(number)) == (117, ("mirrored", D(117)))
+    assert lost(at) == []
     at.check()
 
 
