@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import Any
 
@@ -168,7 +168,8 @@ def test_a_flush_that_waits_for_a_posting_finds_its_balance(at: Place) -> None:
 def test_with_an_old_snapshot_nothing_is_lost_and_the_flush_is_to_be_tried_again(at: Place, level: str) -> None:
     old = at.engine.execution_options(isolation_level=level)
     coins: Any = User.total_coins
-    for number, assigned in enumerate((lambda user: user.total_coins + 10, lambda _: coins + 10), start=1):
+    ways: list[Callable[[User], Any]] = [lambda user: user.total_coins + 10, lambda _: coins + 10]
+    for number, assigned in enumerate(ways, start=1):
         with Session(old) as session:
             user = session.get_one(User, number)
             with at.engine.begin() as other:
