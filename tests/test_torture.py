@@ -197,6 +197,10 @@ FOUND: dict[str, tuple[Mutant, str]] = {
         Mutant(("fence_users",), r"raise exception '[^']+ is written through[^;]+;", "v_treatment := 'stale';"),
         "mirrored+reject:raw.rc.commit,freeze.rc.commit:1-e1-2-e2",
     ),
+    "a serialization failure of the leg is hidden": (
+        Mutant(("shadow_ledger",), r"v_state like '40%'", "false"),
+        "absent:fail_serial.rc.commit,stop.rc.commit:1-e1-2-e2",
+    ),
     "what is not frozen is rejected": (
         Mutant(("fence_users",), r"(?<=elsif v_account\.state) = 'frozen'", " <> 'stale'"),
         "mirrored:raw.rc.commit,stop.rc.commit:1-e1-2-e2",
@@ -214,6 +218,20 @@ def test_an_order_ends_well_and_without_a_guard_badly(theatre: Theatre, guard: s
     with pytest.raises(OrderFailedError):
         place.run(Order.named(name))
     theatre.close()
+
+
+def test_a_truncate_is_refused_for_its_own_order_s_frozen_accounts_and_found_where_it_leaves_a_mirror(
+    theatre: Theatre,
+) -> None:
+    with connect.scratch_database(theatre.server.url, None) as url, partitioned(url) as made:
+        frozen, order = (
+            Order.named(f"{state}:truncate.rc.commit,raw.rc.commit:1-e1-2-e2") for state in ("frozen", "mirrored")
+        )
+        assert made.run(frozen).startswith("truncate: WM030")
+        assert made.run(order).startswith("truncate: done")
+        remove(made.engine, Mutant(("fence_truncate_users",), r"in \('mirrored', 'stale'\)", "is null"))
+        with pytest.raises(OrderFailedError, match="the mirror is not true"):
+            made.run(order)
 
 
 # The fence taken down, or replaced by one that looks the same

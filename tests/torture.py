@@ -254,6 +254,8 @@ def _unexpected(order: Order, scene: Scene, players: list[Player]) -> list[str]:
             allowed.add(REJECTED)
         if player.outcome and player.outcome not in allowed:
             problems.append(f"session {player.number} ({player.actor.operation}) got {player.outcome}")
+        if player.operation.passed_on and not player.outcome:
+            problems.append(f"session {player.number} ({player.actor.operation}) heard nothing of the error")
     return problems
 
 
