@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from sqlalchemy import event, text
@@ -275,6 +275,26 @@ def test_a_savepoint_that_is_rolled_back_takes_its_assignments_along(at: Place, 
     assert (at.coins(1), at.account(1)) == (51, ("mirrored", D(51)))
     assert [leg[3] for leg in at.legs()] == [100, 50, 1]
     assert [each.operation for each in at.heard.posted] == ["set_balance", "set_balance"]
+    at.check()
+
+
+def test_what_a_savepoint_took_back_is_not_told_when_the_transaction_around_it_commits(
+    at: Place, session: Session
+) -> None:
+    one, two, three = (session.get_one(User, key) for key in (1, 2, 3))
+    coins = cast(Any, User.total_coins)
+    execute(at.engine, "update users set total_coins = 70")
+    with session.begin_nested() as inner:
+        one.total_coins += 10
+        two.total_coins = coins * 2
+        session.flush()
+        inner.rollback()
+    three.total_coins = D(5)
+    session.commit()
+    assert [each.operation for each in at.heard.posted] == ["set_balance"]
+    assert ([told.key for told in lost(at)], unrouted(at)) == ([3], [])
+    assert at.metric("watched_write_total", outcome="lost_update") == 1
+    assert [at.coins(key) for key in (1, 2, 3)] == [70, 70, 5]
     at.check()
 
 
