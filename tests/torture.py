@@ -262,9 +262,11 @@ def _unexpected(order: Order, scene: Scene, players: list[Player]) -> list[str]:
 def _without_reason(order: Order, player: Player, others: list[Player]) -> set[str]:
     """Of what a session may meet, that for which neither the start nor what was committed gives a reason."""
     words = set(order.start.split("+"))
+    begun = {other.actor.operation for other in others}
     done = {other.actor.operation for other in others if other.committed} | {player.actor.operation}
     reasons = {
-        FROZEN: words & {"frozen"} or done & {"freeze"},
+        # Rolled back or not: the phase is frozen, in which an account is opened as frozen.
+        FROZEN: words & {"frozen"} or begun & {"freeze"},
         GONE: words & {"closed"} or done & TAKING,
         UNSEEN: player.actor.level != "rc",
     }
