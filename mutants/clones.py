@@ -19,6 +19,8 @@ from walletmigrate.config import Settings
 
 AT_INSTALL = ("posting", "capture", "mapping", "batches", "reconcile", "fence", "undo", "snapshots")
 """The templates that an install renders for each mapping, over the tables of `ledger`."""
+IMPORTED = {"windows": "snapshots"}
+"""Templates of macros, and which of those has functions that are made of them."""
 
 _OF_SETTINGS = ("unit", "scale", "floor", "with_promo", "policy")
 
@@ -59,11 +61,12 @@ class Clones:
             connection.exec_driver_sql(f'create database "{database}" template "{original.database}"')
         engine = connect.engine(url, application_name="walletmigrate-test", poolclass=NullPool)
         settings = ledger.users_settings(url, **original.settings)
-        if guard.template in AT_INSTALL:
+        template = IMPORTED.get(guard.template, guard.template)
+        if template in AT_INSTALL:
             with engine.begin() as connection:
                 name = settings.ledger_schema
                 connection.exec_driver_sql(f"set local search_path = pg_catalog, {schema.quoted(name)}, pg_temp")
-                schema.run_script(connection, schema.render(guard.template, **original.names))
+                schema.run_script(connection, schema.render(template, **original.names))
                 functions._record_guards(connection, name, settings.mapping(None).name)
         return engine, settings
 

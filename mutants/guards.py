@@ -19,7 +19,7 @@ from mutants.tokens import Group, Node, Token, tree
 
 TEMPLATES = (
     *("posting", "mapping", "fence", "capture", "guard", "batches"),
-    *("reconcile", "retired", "snapshots", "undo", "ledger"),
+    *("reconcile", "retired", "windows", "snapshots", "undo", "ledger"),
 )
 """The templates whose SQL writes. `verify`, `snapshot_checks` and `overview` only read."""
 

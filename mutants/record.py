@@ -13,13 +13,12 @@ from mutants.triggers import TRIGGERS, Trigger
 
 RECORD = Path(__file__).with_name("record.toml")
 REASON = "because: "
-OPEN = "open"
 
 Entries = dict[str, str]
-"""A guard's id → a test's name, ``because: …``, or ``open``."""
+"""A guard's id → a test's name, or ``because: …``. A guard without an entry is open."""
 
 _HEAD = """\
-# Each guard of the SQL, and the test that fails without it. Or `because: …`, why no test can tell; or `open`.
+# Each guard of the SQL, and the test that fails without it; or `because: …`, why no test can tell.
 # Written by `python -m mutants discover`; reasons are written by hand. See CONTRIBUTING.md.
 """
 
@@ -45,7 +44,7 @@ def save(entries: Mapping[str, str]) -> None:
 
 
 def written(entries: Mapping[str, str]) -> str:
-    """The record's text, in the order of the guards. Entries without a guard go; guards without an entry are open."""
+    """The record's text, in the order of the guards. Entries without a guard go."""
     return "\n".join(_lines(entries)) + "\n"
 
 
@@ -53,10 +52,11 @@ def _lines(entries: Mapping[str, str]) -> Iterator[str]:
     yield _HEAD.rstrip()
     places: dict[str, list[str]] = {}
     for guard in known():
-        places.setdefault(guard.partition(": ")[0], []).append(guard)
+        if guard in entries:
+            places.setdefault(guard.partition(": ")[0], []).append(guard)
     for place, found in places.items():
         yield f'\n["{place}"]'
-        yield from (f"{_string(g.removeprefix(f'{place}: '))} = {_string(entries.get(g, OPEN))}" for g in found)
+        yield from (f"{_string(g.removeprefix(f'{place}: '))} = {_string(entries[g])}" for g in found)
 
 
 def _string(value: str) -> str:
@@ -70,4 +70,4 @@ def reasons(entries: Mapping[str, str]) -> Entries:
 
 def killed(entries: Mapping[str, str]) -> Entries:
     """Those that a test misses, with its name."""
-    return {guard: value for guard, value in entries.items() if value != OPEN and not value.startswith(REASON)}
+    return {guard: value for guard, value in entries.items() if not value.startswith(REASON)}

@@ -55,5 +55,11 @@ TRIGGERS: list[Trigger] = [
     ),
     *_of("triggers.retired", r"walletmigrate_\w+_r_", ("insert", "update")),
     *_of("triggers.keys", r"walletmigrate_\w+_r_", ("delete", "key", "empty")),
+    Trigger(
+        "triggers.keys",
+        "trigger before move → removed",
+        re.compile(r"^(create trigger|alter table \S+ enable always trigger) walletmigrate_\w+_r_move\b.*", re.DOTALL),
+        "select 1",
+    ),
 ]
 """All of them."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 
 import ledger
 from adapting import READ
@@ -100,3 +103,24 @@ class End:
     def balance(self, adapter: LegacyBalanceAdapter, key: object, bucket: str = "cash") -> Decimal:
         with self.engine.connect() as connection:
             return adapter.balance(connection, key, bucket=bucket).amount  # type: ignore[arg-type]
+
+
+def behind(end: End, first: Callable[[Connection], object], second: Callable[[Connection], object]) -> str | None:
+    """Let ``second`` come to wait for ``first``, which is in flight, then commit both; the SQLSTATE it failed with."""
+    other, said = ledger.engine_named(end.url, "second"), []
+
+    def follow() -> None:
+        try:
+            with other.begin() as connection:
+                second(connection)
+        except DBAPIError as error:
+            said.append(str(getattr(error.orig, "sqlstate", None)))
+
+    with end.engine.connect() as connection:
+        first(connection)
+        follower = threading.Thread(target=follow)
+        follower.start()
+        ledger.until_blocked(end.engine, "second")
+        connection.commit()
+    follower.join()
+    return said[0] if said else None

@@ -9,24 +9,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
 from sqlalchemy.engine.interfaces import IsolationLevel
 
 import interleaving
-from interleaving import LEVELS, READ_COMMITTED, Stage, crowd, of, outcome
-from invariants import assert_sound
+from interleaving import LEVELS, READ_COMMITTED, crowd, of, outcome
 from ledger import execute, install_users, post, rows, scalar, set_phase
-from walletmigrate.adapter import LegacyBalanceAdapter
-from walletmigrate.config import Settings
 from walletmigrate.errors import InsufficientFunds
-from walletmigrate.flags import DUAL_WRITE, StaticSource
 from walletmigrate.movements import Movement
 from walletmigrate.postings import Posting
+from worlds import World
 
 each_level = pytest.mark.parametrize("isolation", LEVELS, ids=lambda level: level.replace(" ", "_").lower())
 
@@ -34,49 +30,6 @@ RETRY = "40001"
 BACKFILL = "select opened, resynced, failed from wallet.backfill_users(null, null, null)"
 FREEZE = "select frozen, refused from wallet.freeze_users(null, null)"
 UNFREEZE = "select unfrozen from wallet.unfreeze_users(null, null)"
-
-
-@dataclass
-class World:
-    """A database with ten users of 100 each, in phase dual_write, and a stage for sessions in it."""
-
-    engine: Engine
-    settings: Settings
-    stage: Stage
-
-    def adapter(self, *, dual: bool = True) -> LegacyBalanceAdapter:
-        return LegacyBalanceAdapter(self.settings, StaticSource({DUAL_WRITE: dual}))
-
-    def credit(
-        self, key: int, amount: int = 10, *, dual: bool = True, **details: Any
-    ) -> Callable[[Connection], Posting]:
-        adapter = self.adapter(dual=dual)
-        return lambda connection: adapter.credit(connection, key, amount, type="test", **details)
-
-    def account(self, key: int) -> tuple[str, Decimal, Decimal] | None:
-        """State, ledger balance and legacy balance."""
-        query = (
-            "select a.state::text, a.balance, u.total_coins from wallet.accounts a "
-            "join users u on u.id::text = a.key where a.key = :key"
-        )
-        found = rows(self.engine, query, key=str(key))
-        return found[0] if found else None
-
-    def legacy(self, key: int) -> Decimal:
-        return Decimal(scalar(self.engine, "select total_coins from users where id = :key", key=key))
-
-    def mirror(self, *keys: int) -> None:
-        with self.engine.begin() as connection:
-            for key in keys:
-                post(connection, self.settings, "open_account", key, 0)
-
-    def make_stale(self, *keys: int) -> None:
-        self.mirror(*keys)
-        for key in keys:
-            execute(self.engine, "update users set total_coins = total_coins + 1 where id = :key", key=key)
-
-    def assert_sound(self) -> None:
-        assert_sound(self.engine, self.settings)
 
 
 @pytest.fixture

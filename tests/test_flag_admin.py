@@ -287,7 +287,9 @@ def test_a_wrong_key_is_refused_says_which_and_shows_none(
 
 
 @pytest.mark.parametrize("status", [403, 409])
-@pytest.mark.parametrize("way", [{"everyone": True}, {"trait": ("tenant", "acme")}, {"account": "7"}])
+@pytest.mark.parametrize(
+    "way", [{"everyone": True}, {"trait": ("tenant", "acme")}, {"percent": 100}, {"account": "7"}], ids=str
+)
 def test_change_requests_are_told_and_leave_every_flag_as_it_was(
     flagsmith: FlagsmithStub, admin: FlagAdmin, way: dict[str, Any], status: int
 ) -> None:

@@ -5,20 +5,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mutants.__main__ import run
+from mutants import plugin
+from mutants.__main__ import joined, run
 from mutants.guards import all_guards, guards
-from mutants.record import OPEN, REASON, RECORD, killed, known, load, reasons, written
+from mutants.record import REASON, RECORD, killed, known, load, reasons, written
 
 TESTS = Path(__file__).parent
-LEFT_OPEN = 4
-"""How many guards nobody has found a test or a reason for. It only goes down."""
 
 FUNCTION = """
 create or replace function {{ schema }}.example_{{ mapping }}() returns void
@@ -50,10 +51,6 @@ def test_the_record_stands_as_the_command_writes_it() -> None:
     assert RECORD.read_text(encoding="utf-8") == written(load())
 
 
-def test_guards_left_open_do_not_grow() -> None:
-    assert sum(value == OPEN for value in load().values()) <= LEFT_OPEN
-
-
 def test_a_reason_is_a_sentence() -> None:
     bad = {guard: why for guard, why in reasons(load()).items() if not re.fullmatch(r"[A-Z`].{20,}\.", why)}
     assert bad == {}
@@ -79,9 +76,49 @@ def test_a_part_of_the_record_is_played_and_each_of_its_guards_is_missed() -> No
 def test_a_guard_that_no_test_misses_is_told_and_so_is_a_test_that_is_not_there() -> None:
     guard = next(guard for guard in known() if guard.startswith("snapshots."))
     bystander = "test_append_only.py::test_personal_data_stands_apart_and_can_be_erased"
-    results = list(run([("", [bystander]), (guard, [bystander]), (guard, ["test_append_only.py::test_none"])], 1))
-    assert [(result["guard"], result["killer"]) for result in results] == [("", None), (guard, None), (guard, None)]
-    assert results[2]["broken"] == "there is no test test_append_only.py::test_none"
+    nobody = "test_append_only.py::test_none"
+    results = list(run([(guard, [bystander]), (guard, [nobody])], 1))
+    assert [(result["guard"], result["killer"]) for result in results] == [(guard, None)] * 2
+    assert [result["broken"] for result in results] == ["", f"there is no test {nobody}"]
+
+
+def test_a_test_that_fails_anyway_misses_no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"fails anyway": "E  cannot connect", "misses it": "E  100 is not 90", "does not run": "E  TimeoutError"}
+    monkeypatch.setattr(plugin, "failure", said.get)
+    guard = next(guard for guard in known() if guard.startswith("snapshots."))
+
+    def verdict(*names: str) -> tuple[str | None, str]:
+        items: Any = [(name, name) for name in names]
+        as_it_stands: Any = {"fails anyway": "E  cannot connect"}.get
+        found = plugin.verdict(guard, items, as_it_stands)
+        return found["killer"], found.get("broken", "")
+
+    assert verdict("passes", "does not run", "fails anyway", "misses it") == ("misses it", "")
+    assert verdict("fails anyway", "passes") == (None, "fails anyway fails as it stands: cannot connect")
+    assert verdict("passes", "does not run") == (None, "TimeoutError")
+    assert verdict("passes") == (None, "")
+
+
+def test_all_that_begins_with_one_test_is_played_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There it is played once as it stands."""
+    parts: list[list[tuple[str, list[str]]]] = []
+
+    def note(options: list[str], *_: object) -> None:
+        parts.append(json.loads(Path(options[1]).read_text(encoding="utf-8")))
+
+    monkeypatch.setattr("mutants.__main__._pytest", note)
+    plan = [(f"guard {number}", [f"test_x.py::test_{number % 5}"]) for number in range(20)]
+    assert list(run([*plan, ("without tests", [])], 3)) == []
+    assert sum(map(len, parts)) == 21
+    assert len(parts) > 1
+    homes = {(test, number) for number, part in enumerate(parts) for _, tests in part for test in tests}
+    assert sorted(test for test, _ in homes) == [f"test_x.py::test_{number}" for number in range(5)]
+
+
+def test_names_that_a_shell_took_apart_at_their_spaces_are_put_together_again() -> None:
+    names = ["test_a.py", "test_b.py::test_c[a credit to a stale account]", "test_d.py::test_e[x[1] of y]", "test_f.py"]
+    assert joined(" ".join(names).split()) == names
+    assert joined(names) == names
 
 
 @pytest.mark.parametrize(
@@ -161,7 +198,7 @@ def test_the_machine_reads_what_the_protocol_stands_on() -> None:
     } <= found
 
 
-def test_values_of_reasons_tests_and_open_ones_are_told_apart() -> None:
-    entries = {"a": "test_x.py::test_y", "b": f"{REASON}It is so.", "c": OPEN}
+def test_reasons_and_tests_are_told_apart() -> None:
+    entries = {"a": "test_x.py::test_y", "b": f"{REASON}It is so."}
     assert killed(entries) == {"a": "test_x.py::test_y"}
     assert reasons(entries) == {"b": "It is so."}

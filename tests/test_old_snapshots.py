@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, text
 from sqlalchemy.engine.interfaces import IsolationLevel
 
 import interleaving
-from interleaving import REPEATABLE_READ, SERIALIZABLE, Stage, of, outcome
-from invariants import assert_sound
-from ledger import execute, install_users, rows
-from walletmigrate import LegacyBalanceAdapter, Settings, StaticSource
+from interleaving import REPEATABLE_READ, SERIALIZABLE, of, outcome
+from ledger import execute, install_users
 from walletmigrate.capture import turn_stale
+from worlds import World
 
 BACKFILL = "select wallet.backfill_users(null, null, null)"
 LEG = """
@@ -30,23 +28,9 @@ CREDIT = (
 above = pytest.mark.parametrize("isolation", [REPEATABLE_READ, SERIALIZABLE])
 
 
-@dataclass
-class World:
-    """Two users of 100, absent from the ledger, under the strict policy; and a stage for sessions."""
-
-    engine: Engine
-    settings: Settings
-    stage: Stage
-
-    def adapter(self, *, dual: bool = True) -> LegacyBalanceAdapter:
-        return LegacyBalanceAdapter(self.settings, StaticSource({"wallet.dualWrite": dual}))
-
-    def accounts(self) -> list[tuple[object, ...]]:
-        return rows(self.engine, "select key, state::text, balance from wallet.accounts order by key")
-
-
 @pytest.fixture
 def world(database_url: str) -> Iterator[World]:
+    """Two users, absent from the ledger, under the strict policy."""
     engine, settings = install_users(database_url, rows=2, policy="strict", phase="dual_write")
     with interleaving.stage(database_url) as stage:
         yield World(engine, settings, stage)
@@ -69,7 +53,7 @@ def test_who_would_open_an_account_that_was_opened_since_has_to_try_again(
     old.rollback()
     assert result == "40001"
     assert world.accounts() == [("1", "mirrored", 100), ("2", "mirrored", 100)]
-    assert_sound(world.engine, world.settings)
+    world.assert_sound()
 
 
 @above
@@ -107,7 +91,7 @@ def test_who_does_not_lock_the_row_and_finds_the_account_opened_has_to_try_again
     assert of(waiting) == "40001"
     other.rollback()
     assert world.accounts() == [("1", "mirrored", 100)]
-    assert_sound(world.engine, world.settings)
+    world.assert_sound()
 
 
 def test_a_posting_waits_for_who_changes_the_state_under_the_account_s_lock_alone(world: World) -> None:
@@ -124,4 +108,4 @@ def test_a_posting_waits_for_who_changes_the_state_under_the_account_s_lock_alon
     assert of(waiting) == "dual_write"
     poster.commit()
     assert world.accounts() == [("1", "mirrored", 120), ("2", "stale", 100)]
-    assert_sound(world.engine, world.settings)
+    world.assert_sound()

@@ -150,40 +150,33 @@ def test_a_posting_waits_for_no_other_account_of_its_key_as_long_as_all_are_froz
     assert balances(town, 3)[CASH] == ("frozen", Decimal(8))
 
 
-def test_two_postings_at_once_to_one_account_are_both_in_its_balance(town: Town, stage: Stage) -> None:
+def pay_while_paid(town: Town, stage: Stage, one: Movement, other: Movement) -> None:
+    """The other posting comes to wait for the one, which is in flight; both commit."""
     first, second = stage.session(), stage.session()
-    first.do(posting(town, credit(3)))
-    waiting = second.waiting(posting(town, credit(3)), on=first)
+    first.do(posting(town, one))
+    waiting = second.waiting(posting(town, other), on=first)
     first.commit()
     waiting.result(interleaving.PATIENCE_SECONDS)
     second.commit()
-    assert balances(town, 3)[CASH] == ("frozen", Decimal(13))
     assert_sound(town)
+
+
+def test_two_postings_at_once_to_one_account_are_both_in_its_balance(town: Town, stage: Stage) -> None:
+    pay_while_paid(town, stage, credit(3), credit(3))
+    assert balances(town, 3)[CASH] == ("frozen", Decimal(13))
 
 
 def test_who_waits_for_the_first_posting_of_a_row_that_came_again_brings_nothing_to_nothing_twice(
     town: Town, stage: Stage
 ) -> None:
-    first, second = stage.session(), stage.session()
-    first.do(posting(town, credit(1)))
-    waiting = second.waiting(posting(town, credit(1, PROMO)), on=first)
-    first.commit()
-    waiting.result(interleaving.PATIENCE_SECONDS)
-    second.commit()
+    pay_while_paid(town, stage, credit(1), credit(1, PROMO))
     assert balances(town, 1) == {CASH: ("frozen", Decimal(5)), DOLLARS: ("frozen", 0), PROMO: ("frozen", Decimal(5))}
-    assert_sound(town)
 
 
 def test_two_first_postings_of_a_row_that_came_later_open_its_accounts_once(town: Town, stage: Stage) -> None:
-    first, second = stage.session(), stage.session()
     town.sql("insert into users (id) values (10)")
-    first.do(posting(town, credit(10)))
-    waiting = second.waiting(posting(town, credit(10, PROMO)), on=first)
-    first.commit()
-    waiting.result(interleaving.PATIENCE_SECONDS)
-    second.commit()
+    pay_while_paid(town, stage, credit(10), credit(10, PROMO))
     assert balances(town, 10) == {CASH: ("frozen", Decimal(5)), DOLLARS: ("frozen", 0), PROMO: ("frozen", Decimal(5))}
-    assert_sound(town)
 
 
 def test_the_accounts_of_a_row_that_came_again_are_locked_by_id(town: Town, stage: Stage) -> None:

@@ -21,7 +21,7 @@ import servers
 from guardless import ACCOUNT_LOCKS, PROBE, Mutant, remove
 from interleaving import LEVELS
 from invariants import assert_sound
-from ledger import ACT, execute, install_users, set_phase, users_settings
+from ledger import ACT, execute, install_users, scalar, set_phase, users_settings
 from torture import Arena, OrderFailedError, arena
 from torture_orders import PAIRED, pairs, pauses, sample
 from torture_scheduler import Order
@@ -49,7 +49,7 @@ SHARES = {
     "i_transfers": 307,
     "j_folds": 499,
     "m_changes_of_mode": 1229,
-    "l_partitions": 89,
+    "l_partitions": 367,
 }
 """One order of so many is played without --torture; primes, so that every kind of order comes."""
 
@@ -197,6 +197,14 @@ FOUND: dict[str, tuple[Mutant, str]] = {
         Mutant(("fence_users",), r"raise exception '[^']+ is written through[^;]+;", "v_treatment := 'stale';"),
         "mirrored+reject:raw.rc.commit,freeze.rc.commit:1-e1-2-e2",
     ),
+    "a serialization failure of the leg is hidden": (
+        Mutant(("shadow_ledger",), r"v_state like '40%'", "false"),
+        "absent:fail_serial.rc.commit,stop.rc.commit:1-e1-2-e2",
+    ),
+    "what is not frozen is rejected": (
+        Mutant(("fence_users",), r"(?<=elsif v_account\.state) = 'frozen'", " <> 'stale'"),
+        "mirrored:raw.rc.commit,stop.rc.commit:1-e1-2-e2",
+    ),
 }
 """A guard, and an order that ends badly without it."""
 
@@ -212,12 +220,28 @@ def test_an_order_ends_well_and_without_a_guard_badly(theatre: Theatre, guard: s
     theatre.close()
 
 
+def test_a_truncate_is_refused_for_its_own_order_s_frozen_accounts_and_found_where_it_leaves_a_mirror(
+    theatre: Theatre,
+) -> None:
+    with connect.scratch_database(theatre.server.url, None) as url, partitioned(url) as made:
+        frozen, order = (
+            Order.named(f"{state}:truncate.rc.commit,raw.rc.commit:1-e1-2-e2") for state in ("frozen", "mirrored")
+        )
+        assert made.run(frozen).startswith("truncate: WM030")
+        assert made.run(order).startswith("truncate: done")
+        remove(made.engine, Mutant(("fence_truncate_users",), r"in \('mirrored', 'stale'\)", "is null"))
+        with pytest.raises(OrderFailedError, match="the mirror is not true"):
+            made.run(order)
+
+
 # The fence taken down, or replaced by one that looks the same
 
 DOWN = {
-    "disabled": ("alter table users disable trigger {}", "alter table users enable always trigger {}"),
-    "removed": ("drop trigger {} on users", ""),
+    "disabled": ("alter table users disable trigger {0}", "alter table users enable always trigger {0}"),
+    "removed": ("drop trigger {0} on users", ""),
+    "replaced": ("drop trigger {0} on users", "{1}; alter table users enable always trigger {0}"),
 }
+"""How the trigger {0}, which was made by {1}, goes and comes again."""
 
 
 @pytest.mark.parametrize("isolation", LEVELS, ids=lambda level: level.replace(" ", "_").lower())
@@ -225,35 +249,41 @@ DOWN = {
 def test_what_was_written_while_the_fence_was_down_is_not_frozen_and_not_read(
     database_url: str, isolation: IsolationLevel, way: str
 ) -> None:
-    engine, settings = install_users(database_url, rows=3, phase="dual_write")
+    engine, settings = install_users(database_url, rows=4, phase="dual_write")
     execute(engine, "select * from wallet.backfill_users(null, null, null)")
     adapter, mapping = adapters(settings)["on"], settings.mapping(None)
-    down, up = (each.format("walletmigrate_users_update") for each in DOWN[way])
+    name = "walletmigrate_users_update"
+    made = scalar(engine, f"select pg_get_triggerdef(oid) from pg_trigger where tgname = '{name}'")
+    down, up = (each.format(name, made) for each in DOWN[way])
     raw = "update users set total_coins = total_coins + 7 where id = {}"
     with interleaving.stage(database_url) as stage:
-        writer, operator, late = stage.session(isolation), stage.session(), stage.session(isolation)
+        writer, undecided, operator = stage.session(isolation), stage.session(isolation), stage.session()
+        late = stage.session(isolation)
         writer.sql(raw.format(1))
+        undecided.sql(raw.format(4))
         late.look()
         waiting = operator.waiting(lambda c: c.exec_driver_sql(down), on=writer)  # writers in flight meet the fence
         writer.commit()
+        operator.until_blocked(waiting, by=undecided)
+        undecided.rollback()
         waiting.result(interleaving.PATIENCE_SECONDS)
         operator.commit()
         late.sql(raw.format(2))
         late.commit()
         if up:
-            operator.sql(up)
+            operator.do(lambda connection: connection.exec_driver_sql(up))
             operator.commit()
     set_phase(engine, "frozen")
-    with pytest.raises(PreconditionRefused, match="walletmigrate_users_update"):
+    with pytest.raises(PreconditionRefused, match=name):
         freeze(engine, settings, mapping, ACT)
     install(engine, settings, ACT)
     done = freeze(engine, settings, mapping, ACT)
-    assert (done.changed, done.refused) == (1, 2)
+    assert (done.changed, done.refused) == (2, 2)
     with engine.begin() as connection:
         assert adapters(settings)["read"].balance(connection, 2).amount == 107
         assert adapter.credit(connection, 2, 10, type="test").legacy_balance == 117
         found = connection.exec_driver_sql("select key, state::text from wallet.accounts order by key").all()
-    assert [tuple(row) for row in found] == [("1", "stale"), ("2", "stale"), ("3", "frozen")]
+    assert [tuple(row) for row in found] == [("1", "stale"), ("2", "stale"), ("3", "frozen"), ("4", "frozen")]
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.orm import Session
 
 from adapting import OFF, Place, User, place, seal
@@ -164,6 +164,28 @@ def test_a_flush_that_waits_for_a_posting_finds_its_balance(at: Place) -> None:
     at.check()
 
 
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_with_an_old_snapshot_nothing_is_lost_and_the_flush_is_to_be_tried_again(at: Place, level: str) -> None:
+    old = at.engine.execution_options(isolation_level=level)
+    coins: Any = User.total_coins
+    ways: list[Callable[[User], Any]] = [lambda user: user.total_coins + 10, lambda _: coins + 10]
+    for number, assigned in enumerate(ways, start=1):
+        with Session(old) as session:
+            user = session.get_one(User, number)
+            with at.engine.begin() as other:
+                at.adapter.credit(other, number, 7, type="deposit")
+            user.total_coins = assigned(user)
+            with pytest.raises(DBAPIError) as raised:
+                session.flush()
+            assert getattr(raised.value.orig, "sqlstate", None) == "40001"
+            session.rollback()
+            user.total_coins = assigned(user)
+            session.commit()
+        assert (at.coins(number), at.account(number)) == (117, ("mirrored", D(117)))
+    assert lost(at) == []
+    at.check()
+
+
 def test_a_value_assigned_without_a_look_at_the_old_one_loses_nothing(at: Place, session: Session) -> None:
     user = session.get_one(User, 1)
     session.expire(user)
@@ -253,6 +275,26 @@ def test_a_savepoint_that_is_rolled_back_takes_its_assignments_along(at: Place, 
     assert (at.coins(1), at.account(1)) == (51, ("mirrored", D(51)))
     assert [leg[3] for leg in at.legs()] == [100, 50, 1]
     assert [each.operation for each in at.heard.posted] == ["set_balance", "set_balance"]
+    at.check()
+
+
+def test_what_a_savepoint_took_back_is_not_told_when_the_transaction_around_it_commits(
+    at: Place, session: Session
+) -> None:
+    one, two, three = (session.get_one(User, key) for key in (1, 2, 3))
+    coins = cast(Any, User.total_coins)
+    execute(at.engine, "update users set total_coins = 70")
+    with session.begin_nested() as inner:
+        one.total_coins += 10
+        two.total_coins = coins * 2
+        session.flush()
+        inner.rollback()
+    three.total_coins = D(5)
+    session.commit()
+    assert [each.operation for each in at.heard.posted] == ["set_balance"]
+    assert ([told.key for told in lost(at)], unrouted(at)) == ([3], [])
+    assert at.metric("watched_write_total", outcome="lost_update") == 1
+    assert [at.coins(key) for key in (1, 2, 3)] == [70, 70, 5]
     at.check()
 
 

@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from sqlalchemy import bindparam, event, func, literal_column, select, text, update
+from sqlalchemy import bindparam, event, func, inspect, lambda_stmt, literal_column, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Mapped, ORMExecuteState, Session, mapped_column, registry, with_loader_criteria
 
@@ -291,6 +291,39 @@ def test_what_cannot_be_routed_is_executed_as_it_was_and_told(
         assert {where for where, _ in unrouted(at)} == {"insert" if what == "an upsert" else "update"}, what
         assert all(word in reason for _, reason in unrouted(at)), what
         assert at.heard.posted == [], what
+    at.check()
+
+
+def unseen() -> dict[str, Callable[[Session], object]]:
+    """What no session sees. Each brings row 1 to 40."""
+    set_40 = update(User).where(User.id == 1).values(total_coins=40)
+
+    def save(session: Session) -> None:
+        user = session.get_one(User, 1)
+        user.total_coins = D(40)
+        with session.no_autoflush:
+            session.bulk_save_objects([user])
+        session.expire(user)
+
+    return {
+        "bulk_save_objects": save,
+        "bulk_update_mappings": lambda s: s.bulk_update_mappings(inspect(User), [{"id": 1, "total_coins": 40}]),
+        "a Connection": lambda s: s.connection().execute(set_40),
+        "text()": lambda s: s.execute(text("update users set total_coins = 40 where id = 1")),
+        "a driver's text": lambda s: s.connection().exec_driver_sql("update users set total_coins = 40 where id = 1"),
+        "a lambda": lambda s: s.execute(lambda_stmt(lambda: set_40)),
+    }
+
+
+def test_what_no_session_sees_is_caught_by_the_fence(at: Place, session: Session) -> None:
+    for what, run in unseen().items():
+        at.adapter.set_balance(session, 1, 100, actor="test", reason="begin anew")
+        session.commit()
+        at.heard.events.clear()
+        run(session)
+        session.commit()
+        assert (at.coins(1), at.account(1)) == (40, ("stale", D(100))), what
+        assert at.heard.events == [], what
     at.check()
 
 

@@ -15,7 +15,7 @@ from sqlalchemy.pool import NullPool
 
 from interleaving import PATIENCE_SECONDS
 from invariants import violations
-from torture_operations import BYPASSES, DEADLOCK, FROZEN, REJECTED, STEADY
+from torture_operations import BYPASSES, DEADLOCK, FROZEN, GONE, MIRRORING, REJECTED, STEADY, TAKING, UNSEEN
 from torture_scheduler import Crew, Order, OrderImpossibleError, Player
 from torture_steps import Scene, adapters
 from walletmigrate import connect, fences
@@ -145,7 +145,11 @@ class Arena:
 
     def _judge(self, order: Order, scene: Scene, players: list[Player]) -> list[str]:
         found = self._look(scene)
-        problems = [*scene.complaints, *_unexpected(scene, players), *self._check(scene, found, "after the order")]
+        problems = [
+            *scene.complaints,
+            *_unexpected(order, scene, players),
+            *self._check(scene, found, "after the order"),
+        ]
         problems += _unlike_the_mode(order, scene, players, {row.state for row in found})
         if scene.stopped:
             self._crew.monitor.exec_driver_sql("select wallet.set_line(true)")
@@ -233,19 +237,51 @@ def _unlike_the_mode(order: Order, scene: Scene, players: list[Player], after: s
     return []
 
 
-def _unexpected(scene: Scene, players: list[Player]) -> list[str]:
+def _unexpected(order: Order, scene: Scene, players: list[Player]) -> list[str]:
+    """Errors and refusals that a session may not meet, or for which nothing in this order gives a reason."""
     problems = []
     for player in players:
         allowed = set(player.operation.allowed)
-        if player.actor.level != "rc":
+        others = [other for other in players if other is not player]
+        if player.actor.level == "ser" or (player.actor.level == "rr" and any(map(_left_something, others))):
             allowed.add("40001")
+        allowed -= _without_reason(order, player, others)
         if scene.role:
             allowed |= _OF_TRIGGERS
-        if "reject" in scene.modes and FROZEN in allowed:
+        if "reject" in scene.modes and (
+            scene.role or (FROZEN in player.operation.allowed and _mirrored(order, players))
+        ):
             allowed.add(REJECTED)
         if player.outcome and player.outcome not in allowed:
             problems.append(f"session {player.number} ({player.actor.operation}) got {player.outcome}")
+        if player.operation.passed_on and not player.outcome:
+            problems.append(f"session {player.number} ({player.actor.operation}) heard nothing of the error")
     return problems
+
+
+def _without_reason(order: Order, player: Player, others: list[Player]) -> set[str]:
+    """Of what a session may meet, that for which neither the start nor what was committed gives a reason."""
+    words = set(order.start.split("+"))
+    begun = {other.actor.operation for other in others}
+    done = {other.actor.operation for other in others if other.committed} | {player.actor.operation}
+    reasons = {
+        # Rolled back or not: the phase is frozen, in which an account is opened as frozen.
+        FROZEN: words & {"frozen"} or begun & {"freeze"},
+        GONE: words & {"closed"} or done & TAKING,
+        UNSEEN: player.actor.level != "rc",
+    }
+    return {error for error, found in reasons.items() if not found}
+
+
+def _mirrored(order: Order, players: list[Player]) -> bool:
+    """Whether an account is mirrored at the start, or may have become so."""
+    made = {player.actor.operation for player in players} & MIRRORING
+    return "mirrored" in order.start.split("+") or bool(made)
+
+
+def _left_something(player: Player) -> bool:
+    """Whether something is committed that an older snapshot does not see."""
+    return player.committed or bool(player.operation.before)
 
 
 def _twice(players: list[Player]) -> list[str]:

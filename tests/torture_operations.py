@@ -28,6 +28,8 @@ REJECTED = "WM031"
 GONE = "UnknownAccount"
 REUSED = "IdempotencyKeyReused"
 TAKEN = "23505"
+UNSEEN = "0A000"
+"""A TRUNCATE whose snapshot may not see all rows that it takes away."""
 DEADLOCK = "40P01"
 """Allowed only where a transaction has several statements of its own: one call never deadlocks."""
 
@@ -75,6 +77,10 @@ def _moved(source: str, target: str) -> Step:
 
 def _failing(sqlstate: str) -> Step:
     return posting(_credit(kind=f"fail {sqlstate}"), tolerant=True, a=10)
+
+
+def _passing_on(sqlstate: str) -> Operation:
+    return Operation((_failing(sqlstate),), frozenset({GONE, sqlstate}), passed_on=sqlstate)
 
 
 def _fold(scene: Scene, _number: int, connection: Connection) -> Effect:
@@ -159,9 +165,9 @@ _KEYS = {
 }
 _FAILURES = {
     "fail_check": _adapter(_failing("23514")),
-    "fail_serial": Operation((_failing("40001"),), frozenset({GONE, "40001"})),
-    "fail_deadlock": Operation((_failing("40P01"),), frozenset({GONE, "40P01"})),
-    "fail_lock": Operation((_failing("55P03"),), frozenset({GONE, "55P03"})),
+    "fail_serial": _passing_on("40001"),
+    "fail_deadlock": _passing_on("40P01"),
+    "fail_lock": _passing_on("55P03"),
 }
 _FORGERIES = {
     "forged": _plain(in_turn(forged("a", 7), _RAW), allowed=(FROZEN,)),
@@ -177,7 +183,7 @@ _READERS = {
     "read_in_two": _plain(ask_state, read_there),
 }
 _PARTITIONS = {
-    "truncate": _plain(_emptied("users_{base}", "truncate users_{base}"), allowed=(FROZEN, "0A000")),
+    "truncate": _plain(_emptied("users_{base}", "truncate users_{base}"), allowed=(FROZEN, UNSEEN)),
     "detach": _plain(_emptied("users", "alter table users detach partition users_{base}")),
     "attach": _plain(
         statement("create table users_{base}_late partition of users for values from ({c}) to ({spare})"), _NEW
@@ -215,6 +221,17 @@ STEADY = frozenset(
 )
 """Operations after which no account that mirror follows is stale."""
 
+MIRRORING = frozenset(
+    {
+        *("credit", "debit", "long", "pay", "repay", "same", "same_long", "same_other", "batch", "batch_back"),
+        *("backfill", "unfreeze", "after_adapter", "forged"),
+    }
+)
+"""Operations after which an account may be mirrored that was not."""
+
+TAKING = frozenset({"delete", "reinsert", "swap", "truncate", "detach"})
+"""Operations by which a row is gone, if only for a moment."""
+
 _ACCOUNT = (
     "insert into wallet.accounts (mapping, key, bucket, currency, state, balance) "
     "values ('users', '{{{0}}}', 'cash', 'EUR', 'mirrored', 0) on conflict (mapping, key, bucket, currency) "
@@ -234,5 +251,7 @@ HOLDS: dict[str, str] = {
     # Between the ledger's balance and its transaction; between the ledger and the legacy column.
     "journal": "lock table wallet.transactions in share mode",
     "legacy": "lock table users in share mode",
+    # Between the account's state and the catalogue.
+    "catalogue": "lock table wallet.bypasses in share mode",
 }
 """What a further session takes and rolls back. A table lock lets all who wait go on at once; a row's, one by one."""

@@ -85,7 +85,8 @@ class Operation:
     """Statements of one transaction, and the SQLSTATEs and refusals that it may meet.
 
     ``before`` is a statement that commits first; ``again`` is what the caller sends again under its idempotency key.
-    ``once`` is the sum that operations with the same keys may move together, however many there are.
+    ``once`` is the sum that operations with the same keys may move together, however many there are. ``passed_on`` is
+    an error of the ledger leg that the caller gets.
     """
 
     steps: tuple[Step, ...]
@@ -94,6 +95,7 @@ class Operation:
     before: str = ""
     again: Step | None = None
     once: int | None = None
+    passed_on: str = ""
 
 
 def adapters(settings: Settings) -> dict[str, LegacyBalanceAdapter]:

@@ -1,22 +1,6 @@
 -- sqlfluff:exclude_rules:references.keywords,references.from,structure.column_order,layout.indent,layout.select_targets
 -- What reads snapshots: each statement stands under its name. Read-only; a snapshot is the same whenever it is asked.
-{% set kinds = ["opening", "resync", "posting", "correction", "reversal"] %}
-{# The same as in snapshots.sql: which transactions a snapshot has. #}
-{% macro within(t, p) %}
-({{ t }}.id <= {{ p }}.restored_id or {{ t }}.id <= {{ p }}.last_id and (
-    {{ t }}.xid < {{ p }}.horizon or {{ t }}.xid < {{ p }}.next_xid and {{ t }}.xid <> all({{ p }}.in_flight)
-))
-{%- endmacro %}
-{# And which 64 bits it keeps of a row. #}
-{% macro hashed(t) %}
-('x' || left(encode(sha256(convert_to(array[
-    {{ t }}.id::text, {{ t }}.debit_account::text, {{ t }}.credit_account::text,
-    extract(epoch from {{ t }}.posted_at)::text, {{ t }}.xid::text, {{ t }}.group_id::text, {{ t }}.reverses::text,
-    {{ t }}.job_id::text, {{ t }}.kind::text, {{ t }}.amount::text, {{ t }}.debit_balance::text,
-    {{ t }}.credit_balance::text, {{ t }}.currency, {{ t }}.type, {{ t }}.reference_type, {{ t }}.reference_id,
-    {{ t }}.correlation_id, {{ t }}.actor, {{ t }}.reason
-]::text, 'UTF8')), 'hex'), 16))::bit(64)::bigint
-{%- endmacro %}
+{% from "windows.sql" import hashed, kinds, within %}
 
 -- name: problems
 -- Each account of a range: what the journal says it was at the snapshot, against the snapshot's rows.
