@@ -46,7 +46,7 @@ def measure(server: Server, scale: Scale) -> list[Figure]:
     long, short = scale.rounds(full=9, quick=5), scale.rounds(full=5, quick=3)
     with stage.database(server, "bench_verify") as url:
         engine = stage.application(url)
-        jobs = connect.engine(url, application_name="walletmigrate-bench", pool_size=1, max_overflow=0)
+        jobs = connect.engine(url, application_name="walletmigrate-bench")
         try:
             stage.make_users(engine, USERS, scale.accounts)
             with engine.begin() as connection:

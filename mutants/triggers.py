@@ -39,18 +39,24 @@ def _of(place: str, names: str, events: tuple[str, ...]) -> list[Trigger]:
         add(f"trigger after {event} → before", rf"^(create trigger {trigger}) after", r"\1 before")
         add(f"enable always trigger after {event} → enable", rf"enable always (trigger {trigger})$", r"enable \1")
     if "update" in events:
-        add("when a balance changed → always", rf"^(create trigger {names}update .*)when \(.*\) ", r"\1")
+        add("when a watched column changed → always", rf"^(create trigger {names}update .*)when \(.*\) ", r"\1")
     return made
 
 
 _FENCE = r"walletmigrate_(?!\w*_r_)\w+_"
 
 TRIGGERS: list[Trigger] = [
-    *_of("triggers.fence", _FENCE, ("insert", "delete", "update", "key", "truncate")),
+    *_of("triggers.fence", _FENCE, ("insert", "delete", "update", "truncate")),
     Trigger(
         "triggers.fence",
-        "when a balance changed too → key",
-        re.compile(rf"^(create trigger {_FENCE}key .*?when \(.*?) and not .*?\) execute"),
+        "when the key changed → removed",
+        re.compile(rf"^(create trigger {_FENCE}update .*?when \().*? or "),
+        r"\1",
+    ),
+    Trigger(
+        "triggers.fence",
+        "when a balance changed → removed",
+        re.compile(rf"^(create trigger {_FENCE}update .*?when \(.*?) or .*?\) execute"),
         r"\1) execute",
     ),
     *_of("triggers.retired", r"walletmigrate_\w+_r_", ("insert", "update")),

@@ -135,14 +135,6 @@ def test_a_changed_key_is_a_delete_of_the_old_and_an_insert_of_the_new(place: Pl
     ]
 
 
-def test_a_key_that_changes_with_the_balance_is_on_record_once(place: Place) -> None:
-    assert place.write("update users set id = 77, total_coins = 5 where id = 1") == ""
-    assert place.catalogued() == [
-        ("update", "1", "total_coins", "closed", 100, None),
-        ("update", "77", "total_coins", "absent", None, 5),
-    ]
-
-
 def test_only_the_column_that_was_written_is_on_record(database_url: str) -> None:
     place = Place(database_url, with_promo=True)
     assert place.write("update users set promo = promo + 1 where id = 3") == ""

@@ -326,3 +326,17 @@ def test_an_archive_that_is_cancelled_before_it_is_on_record_leaves_no_file(
     with pytest.raises(JobCancelled):
         end.archive()
     assert list(tmp_path.glob("*.gz*")) == []
+
+
+def test_an_archive_that_is_interrupted_leaves_no_file_either(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = End(database_url, tmp_path)
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(archive_check, "check", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        end.archive()
+    assert list(tmp_path.glob("*.gz*")) == []

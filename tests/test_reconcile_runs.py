@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from interleaving import PATIENCE_SECONDS
 from ledger import ACT, add_users, engine_named, execute, rows, scalar, set_phase, until_blocked, users_settings
 from test_reconcile import BY, World, told, told_of, world
-from walletmigrate import audit, job_control, jobs, reconciliations, truths
+from walletmigrate import audit, corrections, job_control, jobs, reconciliations, truths
 from walletmigrate import reconcile as reconcile_module
 from walletmigrate.adapter import LegacyBalanceAdapter
 from walletmigrate.audit import Act
@@ -281,6 +281,23 @@ def test_a_connection_that_is_lost_in_an_undo_leaves_no_correction_out(
     done = undo(world, made.run)
     assert (done.state, done.undone, done.open) == ("done", 10, 0)
     assert next(pages, None) is None
+
+
+def test_a_connection_that_is_lost_while_a_correction_is_undone_leaves_it_for_the_next_try(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = world.reconcile(told(D("100.50")))
+    honest, lost = corrections.Corrector.call, iter([False, True, False])
+
+    def call(self: corrections.Corrector, *arguments: Any, **more: Any) -> Any:
+        if next(lost, False):
+            execute(world.engine, "select pg_terminate_backend(pg_backend_pid())")
+        return honest(self, *arguments, **more)
+
+    monkeypatch.setattr(corrections.Corrector, "call", call)
+    done = undo(world, made.run)
+    assert (done.state, done.undone, done.left, done.open) == ("done", 10, (), 0)
+    assert next(lost, None) is None
 
 
 @pytest.mark.parametrize("truth", [LEGACY, LEDGER])

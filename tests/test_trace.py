@@ -258,6 +258,19 @@ def test_the_command_prints_it_and_ends_with_1_when_nothing_carries_the_id(datab
     assert project.run("trace", "request-1", "--since", "soon").exit_code == 2
 
 
+def test_the_command_says_where_a_part_of_the_way_may_be_older_than_it_looked(
+    database_url: str, tmp_path: Path
+) -> None:
+    project, engine = project_at(tmp_path, database_url, "dual_write")
+    act = (
+        "insert into wallet.audit_log (action, actor, reason, correlation_id) values ('adjust', 'a', 'b', 'request-1')"
+    )
+    ledger.execute(engine, act)
+    said = project.run("trace", "request-1")
+    assert (said.exit_code, "adjust" in said.stdout, "--since all" in said.stderr) == (0, True, True)
+    assert "--since all" not in project.run("trace", "request-1", "--since", "all").stderr
+
+
 def shown(project: Project, identifier: str) -> list[str]:
     """What the command prints, without the times."""
     said = project.run("trace", identifier)

@@ -286,22 +286,6 @@ def test_an_account_that_is_gone_is_found_with_its_transactions(made: Ledger) ->
     ]
 
 
-@pytest.mark.parametrize(("whose", "balances"), [("-2", "null, null"), ("a.id", "a.balance, a.balance + 5")])
-def test_a_transaction_from_an_account_to_itself_is_found(made: Ledger, whose: str, balances: str) -> None:
-    engine, _ = made
-    execute(
-        engine,
-        "insert into wallet.transactions (id, debit_account, credit_account, kind, amount, debit_balance, "
-        f"credit_balance, currency, type) select 900, {whose}, {whose}, 'posting', 5, {balances}, 'EUR', 'forged' "
-        "from wallet.accounts as a where a.key = '1'",
-    )
-    account_id = int(scalar(engine, f"select {whose} from wallet.accounts as a where a.key = '1'"))
-    result = run(made)
-    assert_only(result, "journal")
-    found = [(one.account, one.transaction_id) for one in result.journal if "to itself" in one.problem]
-    assert found == [(account_id, 900)]
-
-
 def test_a_transaction_between_accounts_that_never_were_is_found(made: Ledger) -> None:
     execute(
         made[0],

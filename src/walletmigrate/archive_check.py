@@ -18,7 +18,7 @@ from walletmigrate import functions, job_reads
 from walletmigrate.archive import FETCHED, FORMAT, WIDTH, Archive, Sums, digest, dump, put_on_record, refuse_to_replace
 from walletmigrate.audit import Act, record
 from walletmigrate.config import Column, Mapping, Settings
-from walletmigrate.errors import JobCancelled, UnreadableInput, UsageError
+from walletmigrate.errors import UnreadableInput, UsageError
 from walletmigrate.schema import quoted
 from walletmigrate.standing import REASON, require_installed
 
@@ -306,9 +306,9 @@ def archive(
 ) -> tuple[Archive, ArchiveCheck | None]:
     """Archive a mapping's legacy balances, prove the file at once, and put both on record.
 
-    A difference is a result: the file stays, and is no proof. A job of one snapshot (`job_reads`); cancelled, it leaves
-    no file. Raises what `dump` and `check` raise, and PreconditionRefused while another archive of this mapping is
-    made. The check is None in a dry run.
+    A difference is a result: the file stays, and is no proof. A job of one snapshot (`job_reads`); one that does not
+    come to its end leaves no file. Raises what `dump` and `check` raise, and PreconditionRefused while another archive
+    of this mapping is made. The check is None in a dry run.
     """
     if dry_run:
         return dump(engine, settings, mapping, path, dry_run=True), None
@@ -329,7 +329,7 @@ def archive(
             checked = check(engine, settings, path, recorded=False, told=told)
             problems = checked.problem_count
             made = put_on_record(engine, settings, made, act, run, proven=checked.proven, problems=problems)
-        except JobCancelled:
+        except BaseException:  # cancelled, interrupted or failed: a file without a record is no archive
             path.unlink(missing_ok=True)
             raise
     return made, checked

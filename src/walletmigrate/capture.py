@@ -21,8 +21,7 @@ STALE_BATCH = 5_000
 
 T = TypeVar("T")
 
-EVENTS = ("insert", "delete", "update", "key", "truncate")
-"""A trigger each; ``update`` is one of a balance, ``key`` one of the key alone."""
+EVENTS = ("insert", "delete", "update", "truncate")
 
 _TRIGGERS = """
 select
@@ -175,21 +174,13 @@ def _statements(connection: Connection, settings: Settings, mapping: Mapping) ->
     function = f"{quoted(settings.ledger_schema)}.fence_{mapping.name}()"
     truncate = f"{quoted(settings.ledger_schema)}.fence_truncate_{mapping.name}()"
     table = relation(mapping)
-    key, *balances = (f"old.{quoted(n)} is distinct from new.{quoted(n)}" for n in _watched(mapping))
-    changed = " or ".join(balances)
-    row_triggers = {
-        "insert": "insert",
-        "delete": "delete",
-        # Without a column list: a BEFORE trigger of the application may change a balance that was not assigned.
-        "update": "update",
-        # With one: PostgreSQL reads a condition from the catalog at every statement, which is 2 % of a posting.
-        "key": f"update of {quoted(mapping.key)}",
-    }
-    when = {"update": f"when ({changed}) ", "key": f"when ({key} and not ({changed})) "}
+    # Without a column list: a BEFORE trigger of the application may change a balance that was not assigned.
+    changed = " or ".join(f"old.{quoted(n)} is distinct from new.{quoted(n)}" for n in _watched(mapping))
+    row_triggers = {"insert": "", "delete": "", "update": f"when ({changed}) "}
     made = [
-        f"create trigger {_name(mapping, event)} after {fires} on {table} "
-        f"for each row {when.get(event, '')}execute function {function}"
-        for event, fires in row_triggers.items()
+        f"create trigger {_name(mapping, event)} after {event} on {table} "
+        f"for each row {when}execute function {function}"
+        for event, when in row_triggers.items()
     ]
     tables = relations(connection, mapping)
     made += [

@@ -102,7 +102,11 @@ def trace(
         connection = plain_connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         found = find(connection, run.settings, identifier, since=back)
     lines = [f"{shown_time(one.at)}  {one.where:7}  {one.what}" for one in found]
-    notes = () if found else (f"nothing carries {identifier!r} since {since}: try --since all",)
+    notes: tuple[str, ...] = ()
+    if not found:
+        notes = (f"nothing carries {identifier!r} since {since}: try --since all",)
+    elif back is not None and all(one.where != "ledger" for one in found):
+        notes = (f"no transaction carries it since {since}: try --since all",)
     document = {"correlation_id": found[0].correlation_id if found else None, "rows": [plain(one) for one in found]}
     return Answer(document, tuple(lines), notes, OK if found else FAILURE)
 

@@ -19,7 +19,8 @@ PHASES: Final = ("legacy", "dual_write", "read_ledger", "wallet_only", "frozen",
 TREATMENTS: Final = ("absent", "stale", "turned_stale", "mirrored", "closed", "rejected")
 STATES: Final = ("absent", "mirrored", "stale", "frozen", "closed")
 JOB_KINDS: Final = (
-    *("backfill", "verify", "verify changes", "verify sample", "freeze", "unfreeze", "reconcile", "archive"),
+    *("backfill", "backfill undo", "verify", "verify changes", "verify sample", "freeze", "unfreeze", "archive"),
+    *("reconcile", "reconcile account", "reconcile undo"),
 )
 WHOLE_KINDS: Final = ("snapshot take",)
 """Kinds of jobs on the whole ledger; the others are on one mapping."""

@@ -87,13 +87,11 @@ def whole(
     if sum(row.untouched for row in steps) != since.transactions:  # one is gone, or was written again
         known, since = None, _NOTHING
     problems, accounts = _followed(comparison, connection, limit, ledger, steps, known)
-    others, balances = _system(comparison, connection, accounts_of_system, folded, steps)
-    if any(row.circular for row in steps):
-        others = (*others, *_circular(comparison, connection, limit))
+    of_system, balances = _system(comparison, connection, accounts_of_system, folded, steps)
     sums = [*balances.items(), *((row.currency, row.balance) for row in ledger)]
     return Journal(
-        problems=(*others, *problems),
-        accounts=accounts + len({problem.account for problem in others}),
+        problems=(*of_system, *problems),
+        accounts=accounts + len({problem.account for problem in of_system}),
         imbalance=by_name((), sums),
         grouped=any(row.grouped for row in steps),
         transactions=transactions,
@@ -133,13 +131,6 @@ def _followed(
                 return of_accounts(comparison, connection, limit, scope) if ids else ((), 0)
         in_order = _in_order(comparison, connection, known)
     return ((), 0) if in_order else of_accounts(comparison, connection, limit)
-
-
-def _circular(comparison: Comparison, connection: Connection, limit: int) -> tuple[JournalProblem, ...]:
-    """Transactions that move nothing: no sum tells them."""
-    rows = comparison.run(connection, "circular", limit=limit)
-    what = "a transaction from the account to itself"
-    return tuple(JournalProblem(row.account, None, None, row.currency, what, row.id) for row in rows)
 
 
 def _in_order(comparison: Comparison, connection: Connection, known: Known | None) -> bool:

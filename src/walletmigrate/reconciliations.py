@@ -158,19 +158,16 @@ class _Undoing:
             self.take_back(one)
 
     def _next(self, connection: Connection, settings: Settings) -> Row[Any] | None:
-        """The next correction that was not undone, None: there is none left. By pages, so that a lost connection loses
-        no place.
+        """The next correction that was not undone, None: there is none left.
+
+        `take_back` takes it off the page, so that a lost connection leaves none out.
         """
         if not self._page:
             self._page = _corrections(connection, settings, self._run, self._after)
-        if not self._page:
-            return None
-        one = self._page.pop(0)
-        self._after = one.id
-        return one
+        return self._page[0] if self._page else None
 
     def take_back(self, one: Row[Any]) -> bool:
-        """Take one correction back, in a transaction of its own; whether that was done now."""
+        """Take the first one of the page back, in a transaction of its own; whether that was done now."""
         details = one.details
         mapping, number = self._corrector.mapping, details.get("transaction_id")
         request = {
@@ -181,6 +178,8 @@ class _Undoing:
         }
         column = mapping.column(details["bucket"], details["currency"])
         made = self._corrector.call("correct", details["key"], column, **request)
+        self._page.remove(one)
+        self._after = one.id
         if made.outcome == "undone":
             self.undone += 1
         elif made.refusal == "undone_before":

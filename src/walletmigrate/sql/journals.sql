@@ -176,8 +176,7 @@ select
         case when t.credit_account > 0 and t.credit_balance <> t.amount then {{ credited("- t.amount") }} end
     ) as before,
     count(*) filter (where t.credit_account > 0 and t.credit_balance is distinct from t.amount) as further,
-    count(t.group_id) as grouped,
-    count(*) filter (where t.debit_account = t.credit_account) as circular
+    count(t.group_id) as grouped
 from {{ schema }}.transactions as t
 where t.debit_account <= 0
 group by t.debit_account, t.currency
@@ -195,8 +194,7 @@ select
         case when t.debit_account > 0 and t.debit_balance <> -t.amount then {{ debited("+ t.amount") }} end
     ) as before,
     count(*) filter (where t.debit_account > 0 and t.debit_balance is distinct from -t.amount) as further,
-    count(t.group_id) filter (where t.debit_account > 0) as grouped,
-    0 as circular
+    count(t.group_id) filter (where t.debit_account > 0) as grouped
 from {{ schema }}.transactions as t
 where t.credit_account <= 0
 group by t.credit_account, t.currency
@@ -214,21 +212,10 @@ select
     coalesce(sum(case when t.credit_balance <> t.amount then {{ credited("- t.amount") }} end), 0)
     + coalesce(sum(case when t.debit_balance <> -t.amount then {{ debited("+ t.amount") }} end), 0) as before,
     count(*) as further,
-    count(t.group_id) as grouped,
-    count(*) filter (where t.debit_account = t.credit_account) as circular
+    count(t.group_id) as grouped
 from {{ schema }}.transactions as t
 where t.debit_account > 0 and t.credit_account > 0
 group by t.currency;
-
--- name: circular
-select
-    t.id,
-    t.debit_account as account,
-    t.currency
-from {{ schema }}.transactions as t
-where t.debit_account = t.credit_account
-order by t.id
-limit :limit;
 
 -- name: fresh
 -- Transactions that are not untouched, if no other ones are missing: those by the journal's newest rows.

@@ -98,9 +98,8 @@ create table {{ schema }}.transactions (
     reference_id text,
     correlation_id text,
     actor text,
-    reason text
-    -- That debit and credit differ is up to the functions that write here, and looked after by verify: a CHECK would be
-    -- compiled anew for every posting, and takes 2 % of it.
+    reason text,
+    check (debit_account <> credit_account)
 );
 
 -- History of one owner's account; ids grow under the account's lock, so id order is posting order.
