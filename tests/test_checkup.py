@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from sqlalchemy import Connection
 
 import flag_documents
+import flagsmith_stub
 from capturing import Place
 from commandline import Project, parsed
 from findings import ROOT, assert_told
@@ -25,6 +26,7 @@ from walletmigrate.config import Roles
 from walletmigrate.doctor import Finding
 from walletmigrate.errors import UsageError
 from walletmigrate.exporter import serve
+from walletmigrate.flag_server import FlagsmithSource
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.flags import DUAL_WRITE, READ_FROM_LEDGER
 from walletmigrate.heartbeat import Heartbeat
@@ -303,6 +305,19 @@ def test_flags_that_cannot_be_read_are_found(connection: Connection, place: Plac
         found = doctor.examine(connection, place.settings, FileSource(file))
         assert any(what in one.what for one in found), found
         assert_told(found)
+
+
+def test_a_flagsmith_server_that_lacks_a_flag_or_does_not_answer_is_found(connection: Connection, place: Place) -> None:
+    with flagsmith_stub.running() as server:
+        whole, lacking = (FlagsmithSource(server.api_url, flagsmith_stub.ENVIRONMENT_KEY) for _ in range(2))
+        assert doctor.examine(connection, place.settings, whole) == ()
+        del server.project.features[server.flag(READ_FROM_LEDGER)]
+        found = doctor.examine(connection, place.settings, lacking)
+        assert [READ_FROM_LEDGER in one.what for one in found] == [True]
+        assert_told(found)
+    found = doctor.examine(connection, place.settings, FlagsmithSource(server.api_url, flagsmith_stub.ENVIRONMENT_KEY))
+    assert [one.runbook for one in found] == ["runbooks/flags-stale.md"]
+    assert_told(found)
 
 
 @pytest.mark.parametrize(("off", "said"), [(60, "60 s behind this machine's"), (-60, "60 s ahead of this machine's")])
