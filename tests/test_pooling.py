@@ -299,26 +299,28 @@ def test_a_pooler_that_ends_in_the_middle_of_a_transaction_leaves_no_half_of_it(
 
 
 def test_the_whole_migration_and_the_way_back_go_through_a_pooler(
-    pooler: pooling.Pooler, database_url: str, tmp_path: Path
+    server: Postgres, database_url: str, tmp_path: Path
 ) -> None:
-    project, engine = commandline.project_at(tmp_path, pooler.url_for(database_url), "frozen")
-    settings = project.settings
-    source = StaticSource({**READ, "wallet.enableWithdrawals": True})
-    with engine.begin() as connection:
-        posted = LegacyBalanceAdapter(settings, source).credit(connection, 4, 5, type="test")
-    assert (posted.mode, posted.ledger_balance) == ("ledger", Decimal(105))
-    with pytest.raises(DBAPIError, match="is frozen"):
-        execute(engine, RAW)
-    project.change("unfreeze", "--confirm", "users")
-    assert rows(engine, "select total_coins from users where id in (1, 4) order by id") == [(100,), (105,)]
-    assert project.run("verify", "--json").document["clean"]
-    status = project.run("status", "--json")
-    assert (status.exit_code, status.document["phase"]) == (0, "wallet_only")
-    exporter = serve(settings, 0)
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{exporter.port}/metrics", timeout=30) as answer:
-            scraped = answer.read().decode()
-    finally:
-        exporter.close()
-    assert 'walletmigrate_accounts{state="mirrored"} 10.0' in scraped
-    assert "walletmigrate_exporter_up 1.0" in scraped
+    # Two: a verification says that it lives while its snapshot stands.
+    with pooling.pooler(server.url, size=2) as pooler:
+        project, engine = commandline.project_at(tmp_path, pooler.url_for(database_url), "frozen")
+        settings = project.settings
+        source = StaticSource({**READ, "wallet.enableWithdrawals": True})
+        with engine.begin() as connection:
+            posted = LegacyBalanceAdapter(settings, source).credit(connection, 4, 5, type="test")
+        assert (posted.mode, posted.ledger_balance) == ("ledger", Decimal(105))
+        with pytest.raises(DBAPIError, match="is frozen"):
+            execute(engine, RAW)
+        project.change("unfreeze", "--confirm", "users")
+        assert rows(engine, "select total_coins from users where id in (1, 4) order by id") == [(100,), (105,)]
+        assert project.run("verify", "--json").document["clean"]
+        status = project.run("status", "--json")
+        assert (status.exit_code, status.document["phase"]) == (0, "wallet_only")
+        exporter = serve(settings, 0)
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{exporter.port}/metrics", timeout=30) as answer:
+                scraped = answer.read().decode()
+        finally:
+            exporter.close()
+        assert 'walletmigrate_accounts{state="mirrored"} 10.0' in scraped
+        assert "walletmigrate_exporter_up 1.0" in scraped
