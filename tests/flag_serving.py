@@ -54,7 +54,7 @@ def turns(least: int, seen: set[Decision]) -> Iterator[int]:
 
 
 def in_child(act: Callable[[], bool]) -> bool:
-    """What ``act`` returns in a forked child."""
+    """What ``act`` returns in a forked child, which ends as a worker does that is killed."""
     pid = os.fork()
     if pid == 0:
         good = False

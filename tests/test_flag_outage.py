@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +17,7 @@ from sqlalchemy import Engine
 import flagsmith_stub
 import ledger
 from flag_documents import document
+from flag_serving import in_child
 from flagsmith_stub import ENVIRONMENT_KEY, FlagsmithStub
 from walletmigrate import sources
 from walletmigrate.config import FlagSettings, Settings
@@ -79,20 +79,6 @@ def until(true: Callable[[], bool]) -> bool:
             return False
         time.sleep(0.01)  # the pause between two looks, not what makes the order
     return True
-
-
-def in_child(act: Callable[[], bool]) -> bool:
-    """What ``act`` returns in a forked child, which ends as a worker does that is killed."""
-    pid = os.fork()
-    if pid == 0:
-        good = False
-        try:
-            good = act()
-        except BaseException:  # noqa: BLE001 - the parent is told by the exit status
-            traceback.print_exc()
-        finally:
-            os._exit(0 if good else 1)
-    return os.waitpid(pid, 0)[1] == 0
 
 
 def stored(engine: Engine) -> dict[str, bool]:

@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any, Final
 
 import psycopg
@@ -198,15 +197,8 @@ def run(
 
 def _started(connection: Connection, settings: Settings, kind: str, mapping_name: str, act: Act) -> tuple[Job, int]:
     """The row of this kind and mapping, begun anew; and the number of the run."""
-    values = {
-        "kind": kind,
-        "mapping": mapping_name,
-        "actor": act.actor,
-        "reason": act.reason,
-        "version": version("walletmigrate"),
-        "functions": FUNCTIONS_VERSION,
-        "details": json.dumps({"worker": f"{socket.gethostname()}:{os.getpid()}"}),
-    }
+    worker = {"worker": f"{socket.gethostname()}:{os.getpid()}"}
+    values = job_rows.opening(kind, mapping_name, act, FUNCTIONS_VERSION, worker)
     while True:
         found = job_rows.newest(connection, settings, kind, mapping_name, lock=True)
         if found is not None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
+from importlib.metadata import version
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, Row, text
@@ -106,6 +107,21 @@ _SAID: Final = {
     f"make_interval(secs => {STALLED_SECONDS})) as stalled",
 }
 COLUMNS: Final = ", ".join(_SAID.get(one.name, one.name) for one in fields(Job) if one.name != "resumed")
+
+
+def opening(
+    kind: str, mapping_name: str, act: Act, functions: int, details: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The values with which a row begins, whoever writes it. ``functions`` is the version of the functions it needs."""
+    return {
+        "kind": kind,
+        "mapping": mapping_name,
+        "actor": act.actor,
+        "reason": act.reason,
+        "version": version("walletmigrate"),
+        "functions": functions,
+        "details": json.dumps(details or {}, default=str),
+    }
 
 
 def begin(engine: Engine) -> AbstractContextManager[Connection]:

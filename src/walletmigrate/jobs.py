@@ -6,12 +6,10 @@ next run, or another worker, takes the batch up again. Any number of workers and
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
 from datetime import timedelta
-from importlib.metadata import version
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, text
@@ -36,6 +34,7 @@ from walletmigrate.job_rows import (
     job_of,
     leave,
     newest,
+    opening,
     resuming,
 )
 from walletmigrate.job_work import ATTEMPTS, Progress, Step, Stop, Work
@@ -108,16 +107,7 @@ def started(
     ``wanted`` is asked of an unfinished job, under its lock, before it is resumed, also of one that another process has
     made in this moment. One that is not wanted is cancelled, and a new one made; or it raises, and all stays as it is.
     """
-    values = {
-        "kind": kind,
-        "mapping": mapping_name,
-        "actor": act.actor,
-        "reason": act.reason,
-        "version": version("walletmigrate"),
-        "functions": FUNCTIONS_VERSION,
-        "total": total,
-        "details": json.dumps(details or {}, default=str),
-    }
+    values = {**opening(kind, mapping_name, act, FUNCTIONS_VERSION, details), "total": total}
     row, resumed = None, False
     while row is None:
         found = newest(connection, settings, kind, mapping_name, lock=True)

@@ -130,13 +130,7 @@ def verify(
             _refuse_on_a_standby(moment, mark_stale and not dry_run)
             visibility(connection, mapping, "verify")
             comparison = Comparison(connection, settings, mapping, with_traits=form == "full")
-            if sample is not None:
-                look = _at_sample(comparison, connection, limit, sample, run)
-            elif since_last:
-                look = _since_last(comparison, connection, settings, limit, run)
-            else:
-                look = _at_all(comparison, connection, settings, limit, run)
-            look.guards += _guards(comparison, connection, settings)
+            look = _looked(comparison, connection, settings, limit, run, form, sample)
             found: list[marking.Suspect] = []
             if mark_stale and wrong(look.groups):
                 found = [one for scope in look.scopes for one in marking.suspects(comparison, connection, scope)]
@@ -161,6 +155,26 @@ def verify(
         marked = marking.mark(engine, settings, mapping, comparison, found, act)
         result = replace(result, turned_stale=len(marked.stale), closed=len(marked.closed))
     return result
+
+
+def _looked(
+    comparison: Comparison,
+    connection: Connection,
+    settings: Settings,
+    limit: int,
+    run: job_reads.Run,
+    form: Form,
+    sample: int | None,
+) -> _Look:
+    """The look of a form, with the guards, which every form asks for."""
+    if sample is not None:
+        look = _at_sample(comparison, connection, limit, sample, run)
+    elif form == "incremental":
+        look = _since_last(comparison, connection, settings, limit, run)
+    else:
+        look = _at_all(comparison, connection, settings, limit, run)
+    look.guards += _guards(comparison, connection, settings)
+    return look
 
 
 def _refuse_on_a_standby(moment: _Moment, marks: bool) -> None:
