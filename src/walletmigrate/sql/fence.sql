@@ -125,7 +125,7 @@ begin
                 {% endfor %}
                 end if;
                 v_setting := set_config(
-                    'walletmigrate.posting', concat_ws(' ', 'dual_write', v_transaction, v_after), true
+                    'walletmigrate.posting', concat_ws(' ', 'done', v_transaction, v_after), true
                 );
                 return null;
             end if;
@@ -145,7 +145,7 @@ begin
                     else array[null, null, v_after, null] end
                 );
             end if;
-            v_setting := set_config('walletmigrate.posting', 'legacy ' || v_after, true);
+            v_setting := set_config('walletmigrate.posting', 'done ' || v_after, true);
             return null;
         {% endfor %}
         else
@@ -161,7 +161,7 @@ begin
     {% if capture_mode == "reject" %}
     -- What plain_ has not yet taken: a trigger of the application writes behind the fence. Refused here, its write would
     -- be lost where it catches errors; so plain_ takes all back, and the long way lets it through, or refuses it.
-    if v_setting like 'dual\_write %' or v_setting like 'legacy %' then
+    if v_setting like 'done %' then
         v_setting := set_config('walletmigrate.posting', 'spoilt', true);
     end if;
     {% endif %}

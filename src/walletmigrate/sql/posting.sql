@@ -151,7 +151,8 @@ begin
 end
 $$;
 
--- The one balanced row, and the new balance of each owner's account in it. System accounts have negative ids.
+-- The one balanced row, and the new balance of each owner's account in it. System accounts have negative ids. An
+-- account that would pay itself is no second account, and the row has to have two.
 create or replace function {{ schema }}.write_transaction(
     m {{ schema }}.movement, p {{ schema }}.posting, p_debit bigint, p_credit bigint
 ) returns void
@@ -169,7 +170,7 @@ begin
         reference_type, reference_id, correlation_id, actor, reason, reverses, group_id
     )
     values (
-        p.transaction_id, p_debit, p_credit,
+        p.transaction_id, p_debit, nullif(p_credit, p_debit),
         case m.operation
             when 'reverse' then 'reversal'::transaction_kind
             when 'set_balance' then 'correction'
