@@ -107,8 +107,8 @@ begin
                 exit short when v_id is null;
                 if v_label.idempotency_key is not null then
                     -- Not `on conflict`, which looks twice: a key that was used goes the long way like all else.
-                    insert into idempotency_keys (key, transaction_id, created_at, request, mode)
-                    values (v_label.idempotency_key, v_transaction, null, v_label.request, 'dual_write');
+                    insert into idempotency_keys (key, transaction_id, created_at, request)
+                    values (v_label.idempotency_key, v_transaction, null, v_label.request);
                 end if;
                 {% for debit, credit in (("v_id", c.external), (c.external, "v_id")) %}
                 {{ "if v_label.change < 0 then" if loop.first else "else" }}

@@ -227,7 +227,7 @@ declare
     k idempotency_keys;
 begin
     select * into k from idempotency_keys where key = m.idempotency_key;
-    if k.mode is null then
+    if k.mode is null and k.transaction_id is null then
         return; -- no such key, or one that this batch has reserved
     end if;
     p.debtor_change := null;
@@ -240,7 +240,7 @@ begin
     p.replayed := true;
     p.mismatch := false;
     p.outcome := 'replayed';
-    p.mode := k.mode;
+    p.mode := coalesce(k.mode, 'dual_write');
     p.transaction_id := k.transaction_id;
     p.debtor_legacy := k.balances[1];
     p.debtor_ledger := k.balances[2];
