@@ -119,7 +119,8 @@ begin
                     )
                     values (
                         v_transaction, {{ debit }}, {{ credit }}, 'posting', v_label.type,
-                        round({{ "-" if loop.first }}v_label.change, {{ c.scale }}), v_after, '{{ c.currency }}',
+                        {# With exactly the column's decimals, as the adapter sends it. #}
+                        {{ "-" if loop.first }}v_label.change, v_after, '{{ c.currency }}',
                         v_label.reference_type, v_label.reference_id, v_label.correlation_id, v_label.actor, v_label.reason
                     );
                 {% endfor %}
