@@ -201,8 +201,9 @@ def _silent(engine: Engine, error: DBAPIError) -> bool:
     """
     if getattr(error.orig, "sqlstate", None) or isinstance(error.orig, psycopg.errors.ConnectionTimeout):
         return True
-    given = engine.dialect.create_connect_args(engine.url)[1]
-    conninfo = make_conninfo(**{**given, "connect_timeout": _CONNECT_SECONDS})
+    given = {**engine.dialect.create_connect_args(engine.url)[1], "connect_timeout": _CONNECT_SECONDS}
+    given.pop("context", None)  # SQLAlchemy's own
+    conninfo = make_conninfo(**given)
     return pq.PGconn.ping(conninfo.encode()) in (pq.Ping.REJECT, pq.Ping.NO_RESPONSE)
 
 

@@ -82,13 +82,13 @@ class Patience:
             now = time.monotonic()
             if now - told >= TOLD_SECONDS:
                 told = now
-                _log.warning("%s waits for the database, away for %.0f s: %s", self.who, now - began, why)
+                _log.warning("%s waits for the database, for %.0f s so far: %s", self.who, now - began, why)
             pause = min(2 * pause, _LONGEST_OUTAGE_PAUSE)
             self._rest(random.uniform(0.5, 1) * pause)
             if self.over():
                 raise self._given_up(why) from error
         if told > float("-inf"):
-            _log.warning("%s goes on: the database was away for %.0f s", self.who, time.monotonic() - began)
+            _log.warning("%s goes on after %.0f s without the database", self.who, time.monotonic() - began)
 
     def again(self, error: DBAPIError, tries: int) -> None:
         """Wait a little before the next try, after so many. Raises Retryable when it would be one too many, and the
