@@ -66,7 +66,7 @@ class Patience:
                 tries += 1
                 self.outlast(error)
                 self.again(error, tries)
-                if connect.lost(error) and self.over():
+                if _refused(error) and self.over():
                     raise self._given_up(connect.words(error, self.engine.url)) from error
 
     def outlast(self, error: DBAPIError) -> None:
@@ -96,7 +96,7 @@ class Patience:
         """
         if not retryable(error):
             raise error
-        refused = connect.lost(error) and not sqlstate(error) and not error.connection_invalidated
+        refused = _refused(error)
         if tries >= (REFUSALS if refused else ATTEMPTS):
             why = connect.words(error, self.engine.url) if refused else said(error)
             raise Retryable(f"{self.who} failed {tries} times, last by: {why}") from error
@@ -111,3 +111,8 @@ class Patience:
     def _given_up(self, why: str) -> DatabaseUnreachable:
         detail = f"{why}; {self.who} was stopped, and the same command goes on with it"
         return DatabaseUnreachable(connect.masked(self.engine.url), detail)
+
+
+def _refused(error: DBAPIError) -> bool:
+    """Whether a connection could not be made. The driver tells no SQLSTATE then."""
+    return connect.lost(error) and not sqlstate(error) and not error.connection_invalidated

@@ -35,7 +35,9 @@ SLICE_SECONDS: Final = 5.0
 """How long a worker works before it comes back for more."""
 
 LOSSES: Final = 20
-"""How many workers may be lost before the job is failed: then it is the machines, or the work kills its process."""
+"""How many workers may be lost one after the other, and no account done meanwhile, before the job is failed: then it is
+the machines, or the work kills its process.
+"""
 
 UNREACHED: Final = 3
 """How often each worker may come back without having reached the database, while this process does reach it."""
@@ -93,8 +95,8 @@ class Crew:
         self._count = count
         self._given = executor
         self._pool = executor or _processes(count)
-        self._losses = 0
-        self._unreached = 0
+        self._losses = self._unreached = 0
+        self._done = 0
 
     def run(self, job: Job) -> tuple[Job, bool]:
         """As `Work.run`: until the job ends, stops, or a worker says why it cannot go on."""
@@ -163,7 +165,8 @@ class Crew:
             lost = isinstance(error, BrokenProcessPool | CancelledError) or type(error).__module__.startswith(
                 "distributed"
             )
-            self._losses += 1
+            done = job.items_done + job.items_failed
+            self._losses, self._done = 1 if done > self._done else self._losses + 1, done
             if lost and self._losses <= LOSSES:
                 return None
             what = f"{self._losses} workers were lost, the last by" if lost else "a worker could not do its work:"
