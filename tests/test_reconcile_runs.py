@@ -232,6 +232,20 @@ def test_a_correction_is_undone_at_most_once_by_whatever_way(world: World) -> No
     assert [world.account(key) for key in (1, 2)] == [("mirrored", D(100), D(100))] * 2
 
 
+def test_a_batch_s_own_session_is_not_idle_for_longer_than_one_account_takes(world: World) -> None:
+    """Else it would be ended in the midst of a batch whose truth is slow to answer, and each time again."""
+    last: list[Any] = []
+
+    def truth(_key: str, _bucket: str, _currency: str) -> Any:
+        query = "select state_change from pg_stat_activity where state = 'idle in transaction' and datname = :name"
+        last.extend(one for (one,) in rows(world.engine, query, name=world.engine.url.database))
+        return D(100)
+
+    made = world.reconcile(asked(truth, "a function"))
+    assert made.counts["in_order"] == 10
+    assert (len(last), sorted(set(last)) == last) == (10, True)
+
+
 def test_an_undo_that_is_cut_short_goes_on(world: World) -> None:
     made = world.reconcile(told(D("100.50")))
     cut = undo(world, made.run, stop=lambda: len(world.audited("reconcile undone")) >= 4)

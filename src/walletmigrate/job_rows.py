@@ -13,8 +13,9 @@ from importlib.metadata import version
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, Row, text
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError
 
+from walletmigrate import connect
 from walletmigrate.audit import Act, record
 from walletmigrate.config import Settings
 from walletmigrate.errors import UsageError
@@ -36,9 +37,10 @@ _OWN_COMMAND: Final = {
 """Who goes on with jobs of these kinds: `jobs resume` runs the others."""
 READS: Final = frozenset({"verify", "verify changes", "verify sample", "archive"})
 """Kinds that read one snapshot (`job_reads`)."""
+TURNS: Final = frozenset({"snapshot take", "reconcile undo", "backfill undo"})
+"""Kinds that go in order (`job_turns`)."""
 HOLD_SECONDS: Final = 10
 """How often a job that is held says that it is still there; well below `STALLED_SECONDS`."""
-_LOST: Final = ("08", "57P")  # connection exceptions; the server is shutting down or starting
 
 
 @dataclass(frozen=True)
@@ -252,8 +254,7 @@ def sqlstate(error: DBAPIError) -> str:
 def retryable(error: DBAPIError) -> bool:
     """Whether the same batch may well succeed when it is tried again."""
     state = sqlstate(error)
-    lost = error.connection_invalidated or (not state and isinstance(error, OperationalError))
-    return lost or state.startswith(("40", *_LOST)) or state == "55P03"
+    return connect.lost(error) or state.startswith("40") or state == "55P03"
 
 
 def said(error: BaseException) -> str:
