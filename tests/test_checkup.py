@@ -76,6 +76,13 @@ VERIFIED = (
     "drift_accounts, drift_amount, currency, actor) values ('users', now() - interval '{0}', "
     "now() - interval '{0}', {1}, 'full', 10, 0, 0, 0, 'EUR', 'ana');"
 )
+SAMPLED = VERIFIED.replace("'full'", "'sample'")
+OF_SIDES, OUTSIDE = '{"truth": "legacy", "kind": "legacy"}', '{"truth": "bank.csv", "kind": "file"}'
+RECONCILED = (
+    "insert into wallet.jobs (kind, mapping, state, actor, reason, version, details, finished_at) values ('reconcile', "
+    "'users', 'done', 'ana', 'test', '1', '{{\"options\": {}, \"differences\": {{\"EUR\": {{\"accounts\": {}, "
+    '"amount": "12.00"}}}}}}\', clock_timestamp());'
+)
 OF_DATABASE = "do $$ begin execute format('alter database %I set session_replication_role = replica', {}); end $$"
 
 FAULTS = {
@@ -129,6 +136,10 @@ FAULTS = {
     JOB.format("running", 0, "'replica lags'", 61): ("has committed no batch since", "backfill-stalled"),
     JOB.format("done", 3, "null", 0): ("has set 3 accounts aside", "job-failed"),
     VERIFIED.format("1 h", "true") + VERIFIED.format("1 min", "false"): ("found differences", "balance-drift"),
+    VERIFIED.format("2 h", "true") + SAMPLED.format("1 h", "false"): ("no full one came after it", "balance-drift"),
+    SAMPLED.format("1 h", "false"): ("sample verification of 'users' found differences, and no", "balance-drift"),
+    VERIFIED.format("2 h", "true") + RECONCILED.format(OUTSIDE, 3): ("with bank.csv left 3 accounts", "balance-drift"),
+    VERIFIED.format("2 h", "true") + RECONCILED.format(OF_SIDES, 3): ("with legacy left 3 accounts", "balance-drift"),
     VERIFIED.format("27 h", "true"): ("'users' within 26 h: the last is 27 h old", "verification-stale"),
     "update wallet.control set phase = 'read_ledger', changed_at = now() - interval '27 h'": (
         "'users' within 26 h: there never was one",
@@ -171,6 +182,13 @@ def assert_it_can_be_run(found: Sequence[Finding]) -> None:
     ("kind", "mapping", "details", "again"),
     [
         ("reconcile", "users", "{}", "reconcile --all --mapping users"),
+        ("reconcile", "users", '{"options": {"truth": "legacy"}}', "reconcile --all --mapping users"),
+        (
+            "reconcile",
+            "users",
+            '{"options": {"truth": "a b.csv", "tolerance": "0.50", "correct_up_to": "1.00", "create_missing": "True"}}',
+            "reconcile --all --mapping users --truth 'a b.csv' --tolerance 0.50 --create-missing",
+        ),
         ("reconcile undo", "users", '{"undoes": 7}', "reconcile undo 7"),
         ("backfill undo", "users", '{"of": 7}', "backfill undo --job 7"),
         ("snapshot take", "(all)", "{}", "snapshot take"),
@@ -188,6 +206,19 @@ def test_what_goes_on_with_a_job_can_be_run_as_it_is_shown(
 
 
 @pytest.mark.parametrize(
+    ("kind", "names"), [("reconcile", "reconcile show"), ("reconcile undo", "reconcile undo"), ("freeze", "jobs show")]
+)
+def test_accounts_that_were_set_aside_are_named_by_the_command_that_is_shown(
+    connection: Connection, place: Place, kind: str, names: str
+) -> None:
+    run(connection, JOB.format("done", 3, "null", 0).replace("'backfill'", f"'{kind}'"))
+    run(connection, """update wallet.jobs set details = '{"undoes": 7}'""")
+    (found,) = doctor.examine(connection, place.settings)
+    assert found.mend.startswith(f"walletmigrate {names} ")
+    assert_it_can_be_run([found])
+
+
+@pytest.mark.parametrize(
     "harmless",
     [
         JOB.format("failed", 0, "null", 0) + "; " + JOB.format("done", 0, "null", 0),
@@ -195,6 +226,10 @@ def test_what_goes_on_with_a_job_can_be_run_as_it_is_shown(
         JOB.format("cancelled", 5, "null", 0),
         VERIFIED.format("25 h", "true"),
         VERIFIED.format("2 h", "false") + VERIFIED.format("1 h", "true"),
+        VERIFIED.format("3 h", "true") + SAMPLED.format("2 h", "false") + VERIFIED.format("1 h", "true"),
+        RECONCILED.format(OUTSIDE, 3) + RECONCILED.format(OUTSIDE, 0),
+        RECONCILED.format(OF_SIDES, 3) + VERIFIED.format("-1 s", "true"),
+        RECONCILED.format(OUTSIDE, 3).replace("'users'", "'gone'"),
         "update wallet.control set phase = 'read_ledger', changed_at = now() - interval '25 h'",
         PROCESS.format(7, "1", "a", 299, "null", 0) + PROCESS.format(8, "2", "b", 0, "null", -61),
         "alter role wallet_app set session_replication_role = origin",
@@ -203,6 +238,17 @@ def test_what_goes_on_with_a_job_can_be_run_as_it_is_shown(
 def test_what_is_in_order_is_not_found(connection: Connection, place: Place, harmless: str) -> None:
     run(connection, harmless)
     assert doctor.examine(connection, place.settings) == ()
+
+
+def test_in_phase_legacy_what_was_found_before_is_not_told_as_the_alert_has_it(
+    connection: Connection, place: Place
+) -> None:
+    old = VERIFIED.format("2 h", "true") + VERIFIED.format("1 h", "false") + RECONCILED.format(OUTSIDE, 3)
+    run(connection, old)
+    drift = [one.what for one in doctor.examine(connection, place.settings) if "balance-drift" in one.runbook]
+    assert len(drift) == 2
+    run(connection, "update wallet.control set phase = 'legacy'")
+    assert not [one for one in doctor.examine(connection, place.settings) if "balance-drift" in one.runbook]
 
 
 def test_every_runbook_that_doctor_can_name_exists() -> None:

@@ -41,7 +41,6 @@ from runbook_stage import (
     backfilled,
     bypassed,
     cut_over,
-    failed_job,
     imbalanced,
     stopped,
 )
@@ -59,7 +58,6 @@ SITUATIONS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
     "bypass-writes": bypassed,
     "cutover": backfilled,
     "freeze": before_the_freeze,
-    "job-failed": failed_job,
     "ledger-imbalance": imbalanced,
     "line-stopped": stopped,
     "rehearse": with_history,
