@@ -22,7 +22,7 @@ from findings import ROOT, assert_told
 from ledger import ACT, execute, install_users
 from servers import Postgres
 from walletmigrate import Settings, connect, doctor
-from walletmigrate.config import Roles
+from walletmigrate.config import ExporterSettings, Roles
 from walletmigrate.doctor import Finding
 from walletmigrate.errors import UsageError
 from walletmigrate.exporter import serve
@@ -504,7 +504,7 @@ def test_without_its_address_doctor_says_that_it_did_not_look_at_the_exporter_an
     assert (said.exit_code, said.stderr) == (0, "")
     assert said.stdout == (
         "note: the exporter was not looked at: its address was not named\n"
-        "  mend: walletmigrate doctor --exporter http://127.0.0.1:9464  # or wherever it is\n"
+        "  mend: walletmigrate doctor --exporter http://127.0.0.1:9464  # or wherever it is; [exporter] url: for good\n"
         "  runbook: runbooks/exporter-down.md\n"
         "everything else is as it should be\n"
     )
@@ -521,6 +521,22 @@ def test_without_its_address_doctor_says_that_it_did_not_look_at_the_exporter_an
     try:
         url = f"http://127.0.0.1:{served.port}"
         assert "exporter" not in Project(tmp_path, database_url).run("doctor", "--exporter", url).stdout
+    finally:
+        served.close()
+
+
+def test_the_address_of_the_exporter_is_taken_from_the_configuration_and_the_option_wins(
+    connection: Connection, place: Place
+) -> None:
+    nowhere = place.settings.model_copy(update={"exporter": ExporterSettings(url="http://127.0.0.1:1")})
+    assert [one.runbook for one in doctor.notes(connection, nowhere)] == ["runbooks/releases.md"]
+    (found,) = doctor.examine(connection, nowhere)
+    assert "does not answer" in found.what
+    served = serve(place.settings, 0)
+    try:
+        assert doctor.examine(connection, nowhere, exporter=f"http://127.0.0.1:{served.port}") == ()
+        there = ExporterSettings(url=f"http://127.0.0.1:{served.port}")
+        assert doctor.examine(connection, place.settings.model_copy(update={"exporter": there})) == ()
     finally:
         served.close()
 

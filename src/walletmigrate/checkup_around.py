@@ -95,7 +95,8 @@ def processes(connection: Connection, settings: Settings) -> Iterator[Finding]:
 def unseen() -> Finding:
     """Where the exporter listens is not known here, so without an address it cannot be looked at."""
     what = "the exporter was not looked at: its address was not named"
-    return Finding(what, "walletmigrate doctor --exporter http://127.0.0.1:9464  # or wherever it is", EXPORTER, "note")
+    mend = "walletmigrate doctor --exporter http://127.0.0.1:9464  # or wherever it is; [exporter] url: for good"
+    return Finding(what, mend, EXPORTER, "note")
 
 
 def unheard(connection: Connection, settings: Settings) -> Iterator[Finding]:
@@ -226,5 +227,7 @@ def _metrics(url: str) -> str:
     try:
         flag_http.server_name(url)
     except ConfigError:
-        raise UsageError(f"--exporter {url!r}: write an address such as http://127.0.0.1:9464") from None
+        raise UsageError(
+            f"--exporter, or url in [exporter], is {url!r}: write an address such as http://127.0.0.1:9464"
+        ) from None
     return url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/metrics"
