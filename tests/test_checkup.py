@@ -21,7 +21,7 @@ from commandline import Project, parsed
 from findings import ROOT, assert_told
 from ledger import ACT, execute, install_users
 from servers import Postgres
-from walletmigrate import Settings, connect, doctor
+from walletmigrate import Settings, checkup_tables, connect, doctor
 from walletmigrate.config import ExporterSettings, Roles
 from walletmigrate.doctor import Finding
 from walletmigrate.errors import UsageError
@@ -105,6 +105,23 @@ FAULTS = {
     "alter sequence wallet.line owner to current_user": ("the sequence wallet.line is postgres's", "altered"),
     "alter schema wallet owner to current_user": ("the schema wallet is postgres's", "altered"),
     "alter table wallet.control disable trigger ceiling": ("the trigger ceiling on wallet.control", "altered"),
+    "alter table wallet.idempotency_keys drop constraint idempotency_keys_pkey": (
+        "the constraint idempotency_keys_pkey of the ledger wallet is missing",
+        "altered",
+    ),
+    "drop index wallet.transactions_reversed_once": ("the index transactions_reversed_once of the ledger", "altered"),
+    "update pg_index set indisvalid = false where indexrelid = 'wallet.transactions_reversed_once'::regclass": (
+        "the index transactions_reversed_once of the ledger",
+        "altered",
+    ),
+    "alter table wallet.accounts drop column state_reason": ("the column state_reason of wallet.accounts", "altered"),
+    "alter table wallet.transactions add constraint \"no ifs\" check (type <> 'x') not valid": (
+        "the constraint no ifs on wallet.transactions is not the ledger's",
+        "altered",
+    ),
+    "create unique index one on wallet.accounts (key)": ("the index one on wallet.accounts is not", "altered"),
+    f"create function public.f() {HOLLOW}; create trigger mine before insert on wallet.accounts for each row "
+    "execute function public.f()": ("the trigger mine on wallet.accounts is not the ledger's", "altered"),
     # Releases
     "update wallet.schema_version set version_num = '9999'": ("revision 9999, this release has 0001: a ", "releases"),
     "delete from wallet.schema_version": ("revision None, this release has 0001: it was not installed", "releases"),
@@ -233,6 +250,7 @@ def test_accounts_that_were_set_aside_are_named_by_the_command_that_is_shown(
         "update wallet.control set phase = 'read_ledger', changed_at = now() - interval '25 h'",
         PROCESS.format(7, "1", "a", 299, "null", 0) + PROCESS.format(8, "2", "b", 0, "null", -61),
         "alter role wallet_app set session_replication_role = origin",
+        "create index report on wallet.transactions (posted_at)",
     ],
 )
 def test_what_is_in_order_is_not_found(connection: Connection, place: Place, harmless: str) -> None:
@@ -249,6 +267,28 @@ def test_in_phase_legacy_what_was_found_before_is_not_told_as_the_alert_has_it(
     assert len(drift) == 2
     run(connection, "update wallet.control set phase = 'legacy'")
     assert not [one for one in doctor.examine(connection, place.settings) if "balance-drift" in one.runbook]
+
+
+def test_the_constraints_and_triggers_that_doctor_looks_for_are_those_of_a_fresh_schema(
+    connection: Connection, place: Place
+) -> None:
+    table = "join pg_class as c on c.oid = {} where c.relnamespace = 'wallet'::regnamespace"
+    kinds = "and x.contype in ('p', 'u', 'c', 'f', 'x')"
+    constraints = f"select conname from pg_constraint as x {table.format('x.conrelid')} {kinds}"
+    assert set(connection.exec_driver_sql(constraints).scalars()) == checkup_tables.CONSTRAINTS
+    triggers = f"select tgname from pg_trigger as x {table.format('x.tgrelid')} and not tgisinternal"
+    assert set(connection.exec_driver_sql(triggers).scalars()) == checkup_tables.TRIGGERS
+
+
+def test_what_is_not_the_ledger_s_goes_by_the_command_that_is_shown(connection: Connection, place: Place) -> None:
+    run(connection, f"create function public.f() {HOLLOW}; create unique index one on wallet.accounts (key, id)")
+    run(connection, 'create trigger "My own" before insert on wallet.jobs for each row execute function public.f()')
+    run(connection, "alter table wallet.transactions add constraint no_x check (type <> 'x') not valid")
+    found = doctor.examine(connection, place.settings)
+    assert len(found) == 3
+    for one in found:
+        run(connection, one.mend.rpartition(": ")[2])
+    assert doctor.examine(connection, place.settings) == ()
 
 
 def test_every_runbook_that_doctor_can_name_exists() -> None:

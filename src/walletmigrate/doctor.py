@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from sqlalchemy import Connection
 
-from walletmigrate import checkup_around, checkup_ledger, checkup_operation, checkup_rights
+from walletmigrate import checkup_around, checkup_ledger, checkup_operation, checkup_rights, checkup_tables
 from walletmigrate.checkup import Finding
 from walletmigrate.config import Settings
 from walletmigrate.flags import FlagSource
@@ -65,6 +65,7 @@ def _all(
         for mapping in settings.mappings:
             yield from checkup_ledger.of_mapping(connection, settings, mapping)
         yield from checkup_ledger.of_schema(connection, settings)
+        yield from checkup_tables.examine(connection, settings)
         yield from checkup_rights.examine(connection, settings, logins)
         yield from checkup_operation.examine(connection, settings)
         yield from checkup_around.processes(connection, settings)
