@@ -393,6 +393,33 @@ def test_flags_that_cannot_be_read_are_found(connection: Connection, place: Plac
         assert_told(found)
 
 
+def test_flags_that_no_process_decides_by_are_found(place: Place, tmp_path: Path) -> None:
+    file, other = tmp_path / "environment.json", tmp_path / "other.json"
+    for one in (file, other):
+        one.write_bytes(flag_documents.body(flag_documents.document(DUAL_WRITE)))
+    beats = Heartbeat(place.settings, FileSource(other, check_seconds=0))
+
+    def found() -> list[str]:
+        beats.beat()
+        with place.engine.connect() as connection:
+            told = doctor.examine(connection, place.settings, FileSource(file))
+        assert_told(told)
+        return [one.what for one in told]
+
+    try:
+        assert found() == []
+        file.write_bytes(flag_documents.body(flag_documents.document(DUAL_WRITE, READ_FROM_LEDGER)))
+        what = f"no process decides by the flags that this command reads from file {file}; theirs are of file {other}"
+        assert found() == [what]
+        other.write_bytes(file.read_bytes())
+        assert found() == []
+        other.write_text("{", encoding="utf-8")
+        file.write_bytes(flag_documents.body(flag_documents.document(DUAL_WRITE)))
+        assert [one for one in found() if "no process" in one] == []
+    finally:
+        execute(place.engine, "delete from wallet.processes")
+
+
 def test_a_flagsmith_server_that_lacks_a_flag_or_does_not_answer_is_found(connection: Connection, place: Place) -> None:
     with flagsmith_stub.running() as server:
         whole, lacking = (FlagsmithSource(server.api_url, flagsmith_stub.ENVIRONMENT_KEY) for _ in range(2))

@@ -78,9 +78,10 @@ def examine(connection: Connection, settings: Settings) -> Iterator[Finding]:
             if (kind, one) not in there:
                 mend = "walletmigrate verify, then make it anew as the ledger's migration has it"
                 yield Finding(f"the {kind} {one} of the ledger {name} is missing", mend, INSTALLATION)
+    tables = {table for table, _ in _TABLE.findall(made)}
     known = CONSTRAINTS | TRIGGERS | frozenset(indexes)
     for row in rows:
-        if row.decides and row.name not in known:
+        if row.decides and row.relation in tables and row.name not in known:
             what = f"the {row.kind} {row.name} on {name}.{row.relation} is not the ledger's: postings may fail by it"
             yield Finding(what, _dropping(settings, row.kind, row.name, row.relation), INSTALLATION)
 

@@ -73,5 +73,7 @@ def _all(
             yield from checkup_around.exporter(connection, settings, exporter)
     if source is not None:
         yield from checkup_around.flags(source)
+        if not gone:
+            yield from checkup_around.elsewhere(connection, settings, source)
     yield from checkup_around.clock(connection, now)
     yield from checkup_around.replicas(connection, settings)
