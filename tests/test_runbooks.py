@@ -79,7 +79,8 @@ ALERT_SECTIONS = [
 ]
 CHANGE = re.compile(
     r"walletmigrate ((un)?install|phase (advance|back)|flags set|cutover|rollback|backfill|stop-the-line|resume"
-    r"|(un)?freeze|jobs (pause|resume|cancel|set)|adjust|archive --to|retire|capture (mode|install|remove))\b"
+    r"|(un)?freeze|jobs (pause|resume|cancel|set)|adjust|archive --to|retire|capture (mode|install|remove)"
+    r"|reconcile (--all|--account|undo)|recalculate|verify (.* )?--mark-stale|snapshot (take|prune)|erase)\b"
 )
 PROCEDURE_SECTIONS = ["Before you start", "Steps", "How to know it worked", "How to go back", "Who to call"]
 
