@@ -280,6 +280,16 @@ def test_the_constraints_and_triggers_that_doctor_looks_for_are_those_of_a_fresh
     assert set(connection.exec_driver_sql(triggers).scalars()) == checkup_tables.TRIGGERS
 
 
+def test_the_tables_of_another_release_are_not_held_against_this_one_s(connection: Connection, place: Place) -> None:
+    run(
+        connection, "drop index wallet.transactions_reversed_once; alter table wallet.accounts drop column state_reason"
+    )
+    assert len(doctor.examine(connection, place.settings)) == 2
+    run(connection, "update wallet.schema_version set version_num = '9999'")
+    (found,) = doctor.examine(connection, place.settings)
+    assert "a newer release was installed" in found.what
+
+
 def test_what_is_not_the_ledger_s_goes_by_the_command_that_is_shown(connection: Connection, place: Place) -> None:
     run(connection, f"create function public.f() {HOLLOW}; create unique index one on wallet.accounts (key, id)")
     run(connection, 'create trigger "My own" before insert on wallet.jobs for each row execute function public.f()')

@@ -53,7 +53,7 @@ from pg_index as x
 inner join pg_class as c on c.oid = x.indrelid
 inner join pg_class as i on i.oid = x.indexrelid
 where
-    c.relnamespace = cast(:schema as regnamespace) and c.relkind = 'r' and x.indisvalid
+    c.relnamespace = cast(:schema as regnamespace) and x.indisvalid
     and not exists (select from pg_constraint as k where k.conindid = x.indexrelid)
 union all
 select c.relname, 'trigger', t.tgname, true
