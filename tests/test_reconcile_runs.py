@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
+from findings import assert_told
 from interleaving import PATIENCE_SECONDS
 from ledger import ACT, add_users, engine_named, execute, rows, scalar, set_phase, until_blocked, users_settings
 from test_reconcile import BY, World, told, told_of, world
-from walletmigrate import audit, corrections, job_control, jobs, reconciliations, truths
+from walletmigrate import audit, corrections, doctor, job_control, jobs, reconciliations, truths
 from walletmigrate import reconcile as reconcile_module
 from walletmigrate.adapter import LegacyBalanceAdapter
 from walletmigrate.audit import Act
@@ -195,6 +196,24 @@ def test_a_run_with_other_options_is_not_started_beside_one_that_is_at_work(worl
     with pytest.raises(PreconditionRefused, match="at work with other options"):
         world.reconcile(LEGACY)
     assert world.one(1, told(101)).outcome == "corrected"
+
+
+def test_doctor_tells_of_the_last_run_against_an_outside_truth_until_one_finds_nothing(world: World) -> None:
+    verify(world.engine, world.settings, world.settings.mappings[0], BY)
+
+    def found() -> list[str]:
+        with world.engine.connect() as connection:
+            told = doctor.examine(connection, world.settings)
+        assert_told(told)
+        return [one.what for one in told]
+
+    run = world.reconcile(told(D("112.00")), Limits()).run
+    assert found() == [f"reconciliation {run} of 'users' with a function left 10 accounts that differ"]
+    world.reconcile(LEGACY)
+    world.one(1, told(D("112.00")))
+    assert len(found()) == 1, "neither of them looked at all accounts by that truth"
+    world.reconcile(told(D("112.00")))
+    assert found() == []
 
 
 def test_undo_takes_back_exactly_the_corrections_of_its_run(world: World) -> None:

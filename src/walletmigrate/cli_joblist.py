@@ -64,6 +64,8 @@ def show(run: Run, job: _ID) -> Answer:
         notes.append(f"its process is gone, or waits for a lock; to go on: {resuming(found.job)}")
     if found.set_aside:
         notes.append(f"mend the rows; then: {resuming(found.job)}  # tries them again")
+    elif found.job.kind == "reconcile" and found.job.items_failed:
+        notes.append(f"which accounts: walletmigrate reconcile show {found.job.id}; then: {resuming(found.job)}")
     return Answer(document, tuple(_detail_lines(found)), tuple(notes))
 
 

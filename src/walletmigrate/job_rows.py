@@ -25,7 +25,7 @@ from walletmigrate.standing import REASON
 
 RESUMABLE: Final = ("running", "paused", "failed")
 _OWN_COMMAND: Final = {
-    "reconcile": "reconcile --all --mapping {mapping}",
+    "reconcile": "reconcile --all --mapping {mapping}{run}",
     "reconcile undo": "reconcile undo {undoes}",
     "backfill undo": "backfill undo --job {of}",
     "snapshot take": "snapshot take",
@@ -146,8 +146,22 @@ def resuming(job: Job | Row[Any]) -> str:
     own = _OWN_COMMAND.get(job.kind)
     if own is None:
         return f"walletmigrate jobs resume {job.id} {REASON}"
-    values = defaultdict(lambda: "NUMBER", job.details, mapping=shlex.quote(job.mapping or ""))
+    values = defaultdict(
+        lambda: "NUMBER", job.details, mapping=shlex.quote(job.mapping or ""), run=_of_run(job.details)
+    )
     return f"walletmigrate {own.format_map(values)} {REASON}"
+
+
+def _of_run(details: Mapping[str, Any]) -> str:
+    """The options of a reconciliation: with others it would be another one, of something else."""
+    options = {"truth": "legacy", "tolerance": "0", "correct_up_to": "1.00"}
+    given = {name: details.get("options", {}).get(name, usual) for name, usual in options.items()}
+    said = [
+        f" --{name.replace('_', '-')} {shlex.quote(given[name])}" for name in options if given[name] != options[name]
+    ]
+    flags = ("create_missing", "allow_negative")
+    said += [f" --{name.replace('_', '-')}" for name in flags if details.get("options", {}).get(name) == "True"]
+    return "".join(said)
 
 
 def has_own_command(job: Job | Row[Any]) -> bool:
