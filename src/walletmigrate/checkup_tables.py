@@ -16,9 +16,9 @@ from walletmigrate.schema import quoted, render
 _NAMES: Final = """
 mappings_capture_mode_check mappings_pkey
 control_phase_check control_pkey control_singleton_check
-accounts_mapping_key_bucket_currency_key accounts_pkey
+accounts_key_mapping_bucket_currency_key accounts_pkey
 system_accounts_id_check system_accounts_name_currency_key system_accounts_pkey
-transactions_check transactions_pkey
+transactions_pkey
 transaction_details_pkey
 idempotency_keys_pkey
 failures_pkey
