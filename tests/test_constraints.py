@@ -19,6 +19,7 @@ CHECKS = {
     "system_accounts_id_check": "CHECK ((id < 0))",
     "system_accounts_name_currency_key": "UNIQUE (name, currency)",
     "transactions_check": "CHECK ((debit_account <> credit_account))",
+    "verifications_check": "CHECK ((complete OR (NOT clean)))",
 }
 WORDS = {
     "control_phase_check": ("legacy", "dual_write", "read_ledger", "wallet_only", "frozen", "retired"),
