@@ -12,9 +12,10 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import NullPool
 
 from commandline import Project
 from ledger import ACT, engine_named, execute, fence_down, rows, scalar
@@ -27,6 +28,7 @@ from walletmigrate import verify as verifying
 from walletmigrate.backfill import backfill
 from walletmigrate.comparison import snapshot
 from walletmigrate.config import Settings, ThrottleSettings
+from walletmigrate.connect import parsed
 from walletmigrate.errors import JobCancelled, JobFailed, SnapshotTooOld
 from walletmigrate.observation import verified as gate
 from walletmigrate.verifications import put_on_record
@@ -222,7 +224,7 @@ def test_a_snapshot_has_no_time_limit_whatever_role_and_database_have(database_u
     name = scalar(engine, "select current_database()")
     for limit in limits:
         execute(engine, f'alter database "{name}" set {limit} = 7777')
-    fresh = engine_named(database_url)
+    fresh = create_engine(parsed(database_url), poolclass=NullPool)  # an application's own: no setting of ours
     with snapshot(fresh) as connection:
         found = {limit: connection.exec_driver_sql(f"show {limit}").scalar_one() for limit in limits}
     assert found == dict.fromkeys(limits, "0")
