@@ -13,7 +13,7 @@ from pathlib import Path
 import stage
 from client import BLOCK, bare_update, block
 from figures import Figure, at_least, ratio_note
-from pgbench import CLIENTS, pgbench
+from pgbench import CLIENTS, in_turns
 from sqlalchemy import Engine, text
 from stage import AMOUNT, BARE, USERS, Scale
 
@@ -46,9 +46,9 @@ def measure(server: Server, scale: Scale) -> list[Figure]:
             (folder / "bare").write_text(_script(BARE.name, 1, ROWS))
             for kind, (_, table_name, low, high) in _WRITES.items():
                 (folder / kind).write_text(_script(table_name, low, high))
-            for number in range(scale.rounds(full=5, quick=2)):
+            for _ in range(scale.rounds(full=5, quick=2)):
                 for kind in _WRITES:
-                    pairs[kind].append(_round(server, url, folder, kind, seconds, number))
+                    pairs[kind].append(_round(server, url, folder, kind, seconds))
             for number in range(scale.rounds(full=100, quick=15)):
                 for kind, (_, _, low, high) in _WRITES.items():
                     alone[kind].append(_one_client(engine, low, high, number))
@@ -62,11 +62,9 @@ def measure(server: Server, scale: Scale) -> list[Figure]:
     return [*crowd, *(_figure(f"bypass.client.{kind}", 1, _WRITES[kind][0], alone[kind]) for kind in _WRITES)]
 
 
-def _round(server: Server, url: str, folder: Path, kind: str, seconds: int, number: int) -> tuple[float, float]:
-    found: dict[str, float] = {}
-    for name in (kind, "bare") if number % 2 else ("bare", kind):
-        found[name] = pgbench(server, url, folder / name, seconds).per_second
-    return found[kind], found["bare"]
+def _round(server: Server, url: str, folder: Path, kind: str, seconds: int) -> tuple[float, float]:
+    bare, fenced = in_turns(server, url, (folder / "bare", folder / kind), seconds)
+    return fenced.per_second, bare.per_second
 
 
 def _one_client(engine: Engine, low: int, high: int, number: int) -> tuple[float, float]:

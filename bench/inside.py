@@ -11,7 +11,7 @@ from pathlib import Path
 
 import stage
 from figures import Figure, at_least, at_most, ratio_note
-from pgbench import CLIENTS, pgbench
+from pgbench import CLIENTS, in_turns
 from sqlalchemy import Engine, text
 from stage import AMOUNT, BARE, USERS, Scale
 
@@ -44,11 +44,9 @@ def measure(server: Server, scale: Scale) -> list[Figure]:
         try:
             folder = _prepare(engine, url, Path(name))
             before, began = _sizes(engine), stage.count(engine, _POSTINGS)
-            for each in ("bare", *POLICIES):
-                pgbench(server, url, folder / each, seconds)
-            for number in range(scale.rounds(full=5, quick=2)):
+            for _ in range(scale.rounds(full=5, quick=2)):
                 for policy in POLICIES:
-                    ratios[policy].append(_round(server, url, engine, folder, policy, seconds, number))
+                    ratios[policy].append(_round(server, url, engine, folder, policy, seconds))
             growth = _bytes(before, _sizes(engine), stage.count(engine, _POSTINGS) - began)
             stage.check_mirrored(engine, ROWS)
         finally:
@@ -62,9 +60,9 @@ def _prepare(engine: Engine, url: str, folder: Path) -> Path:
     stage.install_ledger(url, "dual_write")
     stage.mirror(engine, ROWS)
     with engine.begin() as connection:
-        # Dead rows are to be counted, whenever the last vacuum was.
-        for name in ("accounts", "transactions", "idempotency_keys"):
-            connection.execute(text(f"alter table wallet.{name} set (autovacuum_enabled = off)"))
+        # Dead rows are to be counted, whenever the last vacuum was; and no side of the comparison has a vacuum.
+        for name in ("wallet.accounts", "wallet.transactions", "wallet.idempotency_keys", USERS.name, BARE.name):
+            connection.execute(text(f"alter table {name} set (autovacuum_enabled = off)"))
     stage.settle(engine)
     (folder / "bare").write_text(_BARE_SCRIPT)
     for policy in POLICIES:
@@ -79,20 +77,15 @@ def _round(
     folder: Path,
     policy: str,
     seconds: int,
-    number: int,
 ) -> tuple[float, float]:
-    """One bare and one dual-write run in alternate order: (dual-write, bare) transactions per second."""
-    found: dict[str, float] = {}
-    for name in (policy, "bare") if number % 2 else ("bare", policy):
-        stage.checkpoint(engine)
-        postings = stage.count(engine, _POSTINGS)
-        run = pgbench(server, url, folder / name, seconds)
-        found[name] = run.per_second
-        if name == policy:
-            written = stage.count(engine, _POSTINGS) - postings
-            if written != run.transactions:
-                raise RuntimeError(f"{run.transactions} calls wrote {written} postings")
-    return found[policy], found["bare"]
+    """Bare and dual-write in turns: (dual-write, bare) transactions per second."""
+    stage.checkpoint(engine)
+    postings = stage.count(engine, _POSTINGS)
+    bare, posted = in_turns(server, url, (folder / "bare", folder / policy), seconds)
+    written = stage.count(engine, _POSTINGS) - postings
+    if written != posted.transactions:
+        raise RuntimeError(f"{posted.transactions} calls wrote {written} postings")
+    return posted.per_second, bare.per_second
 
 
 def _posting_script(policy: str) -> str:

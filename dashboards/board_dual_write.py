@@ -30,8 +30,9 @@ def _postings() -> Sequence[Panel]:
     return (
         lines(
             "Postings by outcome",
-            "Postings per second. ledger_failed: legacy was written, the account turned stale. skipped: "
-            "dual-write was off. replayed: an idempotency key was seen before. refused: nothing written.",
+            "Postings per second. ledger_failed: under shadow legacy was written and the account turned stale, under "
+            "strict the payment failed. skipped: dual-write was off. replayed: an idempotency key was seen before. "
+            "refused: nothing written.",
             [(per_second(WRITES, "outcome"), "{{outcome}}")],
             unit="ops",
             stacked=True,

@@ -86,7 +86,8 @@ def _now() -> Sequence[Panel]:
         ),
         number(
             "Accounts with drift",
-            "Accounts whose legacy and ledger balance differed in the last full verification.",
+            "Accounts whose balances differ, by the last full verification or what came later: samples, changes, "
+            "reconciliations, those with an outside truth too. More than 0 is a critical alert.",
             [(f"sum({by('currency', 'walletmigrate_drift_accounts')})", "accounts")],
             unit="short",
             steps=ANY_IS_WRONG,
@@ -94,7 +95,8 @@ def _now() -> Sequence[Panel]:
         ),
         number(
             "Verification age",
-            "Time since the last clean full verification, of the mapping that has waited longest.",
+            "Time since the last clean full verification, of the mapping that has waited longest. One that a later "
+            "verification found something after does not count.",
             [(AGE, "age")],
             unit="s",
             steps=((None, GREEN), (26 * HOUR, YELLOW), (50 * HOUR, RED)),
@@ -145,7 +147,8 @@ def _whole() -> Sequence[Panel]:
         ),
         lines(
             "Drift",
-            "Sum of absolute differences in the last full verification, in major units of each currency.",
+            "Sum of absolute differences, in major units of each currency, by the last full verification or what came "
+            "later: samples, changes, reconciliations, those with an outside truth too.",
             [(by("currency", "walletmigrate_drift_amount"), "{{currency}}")],
             unit="none",
         ),

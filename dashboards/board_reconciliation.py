@@ -35,19 +35,22 @@ def _verification() -> Sequence[Panel]:
         ),
         lines(
             "Age of the last clean verification",
-            "Time since the last clean full verification, of the mapping that has waited longest.",
+            "Time since the last clean full verification, of the mapping that has waited longest. One that a later "
+            "verification found something after does not count.",
             [(AGE, "age")],
             unit="s",
         ),
         lines(
             "Accounts with drift by currency",
-            "Accounts whose balances differed in the last full verification. Stale and absent ones are no drift.",
+            "Accounts whose balances differ, by the last full verification or what came later: samples, changes, "
+            "reconciliations, those with an outside truth too. Stale and absent ones are no drift.",
             [(by("currency", "walletmigrate_drift_accounts"), "{{currency}}")],
             unit="short",
         ),
         lines(
             "Drift by currency",
-            "Sum of absolute differences in the last full verification, in major units.",
+            "Sum of absolute differences, in major units, by the last full verification or what came later: samples, "
+            "changes, reconciliations, those with an outside truth too.",
             [(by("currency", "walletmigrate_drift_amount"), "{{currency}}")],
             unit="none",
         ),

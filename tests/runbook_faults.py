@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -15,11 +16,14 @@ from sqlalchemy import make_url
 
 from ledger import ACT, execute, scalar, unguarded, until_blocked
 from monitoring import until
-from runbook_stage import Stage, backfilled, cut_over, cut_over_from, drifted
+from runbook_stage import Stage, backfilled, cut_over, cut_over_from, drift, drifted
 from servers import Postgres
+from walletmigrate.backfill import backfill
+from walletmigrate.errors import JobFailed
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.functions import relation
 from walletmigrate.heartbeat import Heartbeat
+from walletmigrate.undo import undo
 from walletmigrate.verify import verify
 
 BEATING = Path(__file__).parent / "apps" / "beating.py"
@@ -49,9 +53,55 @@ def command(*words: str) -> tuple[str, ...]:
 
 
 def drift_found(server: Postgres, url: str, folder: Path) -> Stage:
-    """As `drifted`, and the nightly verification has found it."""
-    stage = drifted(server, url, folder)
+    """As `drifted`, and the nightly verification has found it. An hourly reconciliation had found before that user 3
+    has 12.00 less than the bank says.
+    """
+    stage = cut_over(server, url, folder)
+    (folder / "bank.csv").write_text("key,balance\n1,100.00\n2,100.00\n3,112.00\n", encoding="utf-8")
+    with running(stage, *command("reconcile", "--all", "--truth", "bank.csv", "--reason", "hourly")) as process:
+        assert process.wait(SECONDS) == 3
+    drift(stage)
     assert not verify(stage.engine, stage.settings, stage.settings.mapping(None), ACT).clean
+    return stage
+
+
+BANK = """\
+import json
+from pathlib import Path
+
+
+def balance_of(key, bucket, currency):
+    return json.loads(Path("bank.json").read_text())[key]
+"""
+"""A truth that does not know each account; a whole number is an amount too."""
+
+
+def failed_jobs(server: Postgres, url: str, folder: Path) -> Stage:
+    """As `backfilled`, and three jobs failed. A reconciliation asked a function that raises for user 4; the session of
+    a verification, which waited for a lock on the table, was ended by an administrator; and the backfill was taken
+    back, to be begun anew, when somebody had added a constraint that every opening breaks.
+    """
+    stage = backfilled(server, url, folder)
+    (folder / "bank.py").write_text(BANK, encoding="utf-8")
+    (folder / "bank.json").write_text(json.dumps({str(key): 100 for key in range(1, 11) if key != 4}), encoding="utf-8")
+    words = command("reconcile", "--all", "--truth", "python:bank:balance_of", "--reason", "hourly")
+    with running(stage, *words) as process:
+        assert process.wait(SECONDS) == 1
+    with psycopg.connect(url) as migration:
+        migration.execute("lock table users in access exclusive mode")
+        with running(stage, *command("verify")) as process:
+            until_blocked(stage.engine, "walletmigrate verify")
+            whose = "application_name = 'walletmigrate verify' and cardinality(pg_blocking_pids(pid)) > 0"
+            execute(stage.engine, f"select pg_terminate_backend(pid) from pg_stat_activity where {whose}")
+            assert process.wait(SECONDS) == 5
+        migration.rollback()
+    undo(stage.engine, stage.settings, 1, ACT)
+    rule = (
+        "alter table wallet.transactions add constraint no_openings check (type not in ('opening', 'resync')) not valid"
+    )
+    execute(stage.engine, rule)
+    with suppress(JobFailed):
+        backfill(stage.engine, stage.settings, stage.settings.mapping(None), ACT)
     return stage
 
 
@@ -192,6 +242,7 @@ FAULTS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
     "dual-write-error-budget-burn": failing,
     "flag-disagreement": disagreeing,
     "flags-stale": unreadable_flags,
+    "job-failed": failed_jobs,
     "read-mismatch": read_apart,
     "verification-stale": unverified,
 }

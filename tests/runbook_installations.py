@@ -31,7 +31,8 @@ time.time = lambda: _true() + (90 if os.path.exists(os.path.join(os.path.dirname
 
 def altered(server: Postgres, url: str, folder: Path) -> Stage:
     """As `cut_over`; then a superuser "tidied up": a sequence is gone, and a function; another runs as its owner, a
-    table is the superuser's, and the journal's trigger does not fire in replica role.
+    table is the superuser's, the journal's trigger does not fire in replica role, an index is gone that keeps a posting
+    from being reversed twice, and a constraint forbids bookings.
     """
     stage = cut_over(server, url, folder)
     for statement in (
@@ -40,6 +41,8 @@ def altered(server: Postgres, url: str, folder: Path) -> Stage:
         "alter function wallet.lock_users(bigint[]) security definer",
         "alter table wallet.failures owner to current_user",
         "alter table wallet.transactions enable trigger append_only",
+        "drop index wallet.transactions_reversed_once",
+        "alter table wallet.transactions add constraint no_bookings check (type <> 'booking') not valid",
     ):
         execute(stage.engine, statement)
     return stage

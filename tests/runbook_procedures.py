@@ -137,12 +137,11 @@ class Terminal:
     def __init__(self, folder: Path) -> None:
         home = folder / "home"
         home.mkdir()
-        # Nothing of PostgreSQL's is on the path: the sandbox brings its own.
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.defpath])
+        # Nothing of this project or of PostgreSQL is on the path: the clone has the one, the sandbox brings the other.
         self._bash = subprocess.Popen(
             ["bash", "-euo", "pipefail"],
             cwd=folder,
-            env={"PATH": path, "HOME": str(home), "LC_ALL": "C.UTF-8"},
+            env={"PATH": os.defpath, "HOME": str(home), "LC_ALL": "C.UTF-8"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -182,6 +181,7 @@ class Terminal:
 
 
 def newcomer(folder: Path) -> Terminal:
-    """A clone, as far as it matters: the examples, and the programs of `.venv` on the path."""
+    """A clone in which `make demo` was run, as far as it matters: the examples, and `.venv`."""
+    (folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
     shutil.copytree(SHOP, folder / "examples" / "shop", ignore=shutil.ignore_patterns("__pycache__"))
     return Terminal(folder)

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from servers import Postgres
 from walletmigrate import LegacyBalanceAdapter, Settings, line, phases
 from walletmigrate.audit import Act
 from walletmigrate.backfill import backfill
-from walletmigrate.errors import WalletMigrateError
 from walletmigrate.flag_file import FlagFile
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.flags import DUAL_WRITE
@@ -158,15 +157,6 @@ def backfilled(
     return stage
 
 
-def failed_job(server: Postgres, url: str, folder: Path) -> Stage:
-    """As `backfilled`, but somebody had added a constraint that every opening breaks: the backfill gave up."""
-    stage = backfilled(server, url, folder, opened=False)
-    execute(stage.engine, "alter table wallet.transactions add constraint no_openings check (type <> 'opening')")
-    with suppress(WalletMigrateError):
-        backfill(stage.engine, stage.settings, stage.settings.mapping(None), ACT)
-    return stage
-
-
 def cut_over(server: Postgres, url: str, folder: Path) -> Stage:
     """Phase read_ledger; the balances of tenant acme are read from the ledger, those of globex are not."""
     return cut_over_from(backfilled(server, url, folder))
@@ -188,10 +178,14 @@ def drifted(server: Postgres, url: str, folder: Path) -> Stage:
     switched it on again: user 7 has a wrong ledger balance that counts as true, and user 11 has no account.
     """
     stage = cut_over(server, url, folder)
+    drift(stage)
+    return stage
+
+
+def drift(stage: Stage) -> None:
     with unguarded(stage.engine, relation(stage.settings.mapping(None))) as connection:
         connection.exec_driver_sql("update public.users set total_coins = total_coins + 25 where id = 7")
         connection.exec_driver_sql("insert into public.users values (11, 'acme', 'member', 40, 0)")
-    return stage
 
 
 def imbalanced(server: Postgres, url: str, folder: Path) -> Stage:

@@ -180,6 +180,19 @@ def test_a_replay_is_the_first_result_though_the_balance_is_another_by_now(datab
     at.check()
 
 
+def test_a_key_of_the_short_way_whose_mode_is_not_kept_is_replayed_as_dual_write(database_url: str) -> None:
+    at = place(database_url, rows=1)
+    with at.engine.begin() as connection:
+        at.adapter.open_account(connection, 1)
+        done = at.adapter.credit(connection, 1, 5, type="deposit", idempotency_key="k")
+        again = at.adapter.credit(connection, 1, 5, type="deposit", idempotency_key="k")
+    assert rows(at.engine, "select mode, transaction_id from wallet.idempotency_keys") == [(None, done.transaction_id)]
+    assert again.replayed
+    for name in ("mode", "transaction_id", "legacy_balance", "ledger_balance"):
+        assert getattr(again, name) == getattr(done, name), name
+    at.check()
+
+
 OTHERS: dict[str, Call] = {
     "account": lambda adapter, on: adapter.credit(on, 2, 5, type="deposit", idempotency_key="k"),
     "amount": lambda adapter, on: adapter.credit(on, 1, 6, type="deposit", idempotency_key="k"),

@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from structlog.contextvars import bound_contextvars
 
 from adapting import DUAL, OFF, bring_into, custom, place, seal
-from ledger import execute, fence_down, scalar
+from ledger import execute, fence_down, rows, scalar
 from refusing import Call, refusal
 from walletmigrate import Movement, PostingRefused, WalletMigrateError, errors
 from walletmigrate.errors import (
@@ -77,6 +77,11 @@ def test_zeros_behind_the_last_decimal_are_no_extra_decimals(database_url: str) 
     at = place(database_url, rows=1)
     with at.engine.begin() as connection:
         assert at.adapter.credit(connection, 1, D("1.500000"), type="deposit").legacy_balance == D("101.50")
+        at.adapter.debit(connection, 1, D("2.5"), type="booking")  # the short way: the account stands now
+    assert rows(at.engine, "select amount::text from wallet.transactions where kind = 'posting' order by id") == [
+        ("1.50",),
+        ("2.50",),
+    ]
 
 
 @pytest.mark.parametrize(

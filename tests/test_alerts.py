@@ -53,6 +53,7 @@ def test_an_alert_says_what_it_means_how_bad_it_is_and_where_its_runbook_is(aler
     assert 15 < len(alert.annotations["summary"]) < 80
     assert "{{" not in alert.annotations["summary"], "it groups notifications, so it is the same for all of them"
     assert len(alert.annotations["description"]) > 80
+    assert re.search(r"\b[Uu]sers\b", alert.annotations["description"]), "it says what users feel"
     assert alert.annotations["runbook_url"] == RUNBOOKS + alert.runbook
 
 

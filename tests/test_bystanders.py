@@ -257,7 +257,7 @@ def test_a_shadow_leg_that_fails_turns_its_own_account_stale_and_is_recorded_onc
         ("users", "1", *CASH, "credit", "23514")
     ]
     modes = "select key, mode::text, transaction_id is null from wallet.idempotency_keys order by key"
-    assert rows(town.engine, modes) == [("one", "legacy", True), ("two", "dual_write", False)]
+    assert rows(town.engine, modes) == [("one", "legacy", True), ("two", None, False)]
 
 
 def test_a_row_that_took_another_balance_leaves_the_others_and_their_keys_alone(town: Town) -> None:

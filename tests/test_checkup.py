@@ -21,8 +21,8 @@ from commandline import Project, parsed
 from findings import ROOT, assert_told
 from ledger import ACT, execute, install_users
 from servers import Postgres
-from walletmigrate import Settings, connect, doctor
-from walletmigrate.config import Roles
+from walletmigrate import Settings, checkup_tables, connect, doctor
+from walletmigrate.config import ExporterSettings, Roles
 from walletmigrate.doctor import Finding
 from walletmigrate.errors import UsageError
 from walletmigrate.exporter import serve
@@ -76,6 +76,13 @@ VERIFIED = (
     "drift_accounts, drift_amount, currency, actor) values ('users', now() - interval '{0}', "
     "now() - interval '{0}', {1}, 'full', 10, 0, 0, 0, 'EUR', 'ana');"
 )
+SAMPLED = VERIFIED.replace("'full'", "'sample'")
+OF_SIDES, OUTSIDE = '{"truth": "legacy", "kind": "legacy"}', '{"truth": "bank.csv", "kind": "file"}'
+RECONCILED = (
+    "insert into wallet.jobs (kind, mapping, state, actor, reason, version, details, finished_at) values ('reconcile', "
+    "'users', 'done', 'ana', 'test', '1', '{{\"options\": {}, \"differences\": {{\"EUR\": {{\"accounts\": {}, "
+    '"amount": "12.00"}}}}}}\', clock_timestamp());'
+)
 OF_DATABASE = "do $$ begin execute format('alter database %I set session_replication_role = replica', {}); end $$"
 
 FAULTS = {
@@ -98,6 +105,23 @@ FAULTS = {
     "alter sequence wallet.line owner to current_user": ("the sequence wallet.line is postgres's", "altered"),
     "alter schema wallet owner to current_user": ("the schema wallet is postgres's", "altered"),
     "alter table wallet.control disable trigger ceiling": ("the trigger ceiling on wallet.control", "altered"),
+    "alter table wallet.idempotency_keys drop constraint idempotency_keys_pkey": (
+        "the constraint idempotency_keys_pkey of the ledger wallet is missing",
+        "altered",
+    ),
+    "drop index wallet.transactions_reversed_once": ("the index transactions_reversed_once of the ledger", "altered"),
+    "update pg_index set indisvalid = false where indexrelid = 'wallet.transactions_reversed_once'::regclass": (
+        "the index transactions_reversed_once of the ledger",
+        "altered",
+    ),
+    "alter table wallet.accounts drop column state_reason": ("the column state_reason of wallet.accounts", "altered"),
+    "alter table wallet.transactions add constraint \"no ifs\" check (type <> 'x') not valid": (
+        "the constraint no ifs on wallet.transactions is not the ledger's",
+        "altered",
+    ),
+    "create unique index one on wallet.accounts (key)": ("the index one on wallet.accounts is not", "altered"),
+    f"create function public.f() {HOLLOW}; create trigger mine before insert on wallet.accounts for each row "
+    "execute function public.f()": ("the trigger mine on wallet.accounts is not the ledger's", "altered"),
     # Releases
     "update wallet.schema_version set version_num = '9999'": ("revision 9999, this release has 0001: a ", "releases"),
     "delete from wallet.schema_version": ("revision None, this release has 0001: it was not installed", "releases"),
@@ -129,6 +153,10 @@ FAULTS = {
     JOB.format("running", 0, "'replica lags'", 61): ("has committed no batch since", "backfill-stalled"),
     JOB.format("done", 3, "null", 0): ("has set 3 accounts aside", "job-failed"),
     VERIFIED.format("1 h", "true") + VERIFIED.format("1 min", "false"): ("found differences", "balance-drift"),
+    VERIFIED.format("2 h", "true") + SAMPLED.format("1 h", "false"): ("no full one came after it", "balance-drift"),
+    SAMPLED.format("1 h", "false"): ("sample verification of 'users' found differences, and no", "balance-drift"),
+    VERIFIED.format("2 h", "true") + RECONCILED.format(OUTSIDE, 3): ("with bank.csv left 3 accounts", "balance-drift"),
+    VERIFIED.format("2 h", "true") + RECONCILED.format(OF_SIDES, 3): ("with legacy left 3 accounts", "balance-drift"),
     VERIFIED.format("27 h", "true"): ("'users' within 26 h: the last is 27 h old", "verification-stale"),
     "update wallet.control set phase = 'read_ledger', changed_at = now() - interval '27 h'": (
         "'users' within 26 h: there never was one",
@@ -171,6 +199,13 @@ def assert_it_can_be_run(found: Sequence[Finding]) -> None:
     ("kind", "mapping", "details", "again"),
     [
         ("reconcile", "users", "{}", "reconcile --all --mapping users"),
+        ("reconcile", "users", '{"options": {"truth": "legacy"}}', "reconcile --all --mapping users"),
+        (
+            "reconcile",
+            "users",
+            '{"options": {"truth": "a b.csv", "tolerance": "0.50", "correct_up_to": "1.00", "create_missing": "True"}}',
+            "reconcile --all --mapping users --truth 'a b.csv' --tolerance 0.50 --create-missing",
+        ),
         ("reconcile undo", "users", '{"undoes": 7}', "reconcile undo 7"),
         ("backfill undo", "users", '{"of": 7}', "backfill undo --job 7"),
         ("snapshot take", "(all)", "{}", "snapshot take"),
@@ -188,6 +223,19 @@ def test_what_goes_on_with_a_job_can_be_run_as_it_is_shown(
 
 
 @pytest.mark.parametrize(
+    ("kind", "names"), [("reconcile", "reconcile show"), ("reconcile undo", "reconcile undo"), ("freeze", "jobs show")]
+)
+def test_accounts_that_were_set_aside_are_named_by_the_command_that_is_shown(
+    connection: Connection, place: Place, kind: str, names: str
+) -> None:
+    run(connection, JOB.format("done", 3, "null", 0).replace("'backfill'", f"'{kind}'"))
+    run(connection, """update wallet.jobs set details = '{"undoes": 7}'""")
+    (found,) = doctor.examine(connection, place.settings)
+    assert found.mend.startswith(f"walletmigrate {names} ")
+    assert_it_can_be_run([found])
+
+
+@pytest.mark.parametrize(
     "harmless",
     [
         JOB.format("failed", 0, "null", 0) + "; " + JOB.format("done", 0, "null", 0),
@@ -195,13 +243,61 @@ def test_what_goes_on_with_a_job_can_be_run_as_it_is_shown(
         JOB.format("cancelled", 5, "null", 0),
         VERIFIED.format("25 h", "true"),
         VERIFIED.format("2 h", "false") + VERIFIED.format("1 h", "true"),
+        VERIFIED.format("3 h", "true") + SAMPLED.format("2 h", "false") + VERIFIED.format("1 h", "true"),
+        RECONCILED.format(OUTSIDE, 3) + RECONCILED.format(OUTSIDE, 0),
+        RECONCILED.format(OF_SIDES, 3) + VERIFIED.format("-1 s", "true"),
+        RECONCILED.format(OUTSIDE, 3).replace("'users'", "'gone'"),
         "update wallet.control set phase = 'read_ledger', changed_at = now() - interval '25 h'",
         PROCESS.format(7, "1", "a", 299, "null", 0) + PROCESS.format(8, "2", "b", 0, "null", -61),
         "alter role wallet_app set session_replication_role = origin",
+        "create index report on wallet.transactions (posted_at)",
     ],
 )
 def test_what_is_in_order_is_not_found(connection: Connection, place: Place, harmless: str) -> None:
     run(connection, harmless)
+    assert doctor.examine(connection, place.settings) == ()
+
+
+def test_in_phase_legacy_what_was_found_before_is_not_told_as_the_alert_has_it(
+    connection: Connection, place: Place
+) -> None:
+    old = VERIFIED.format("2 h", "true") + VERIFIED.format("1 h", "false") + RECONCILED.format(OUTSIDE, 3)
+    run(connection, old)
+    drift = [one.what for one in doctor.examine(connection, place.settings) if "balance-drift" in one.runbook]
+    assert len(drift) == 2
+    run(connection, "update wallet.control set phase = 'legacy'")
+    assert not [one for one in doctor.examine(connection, place.settings) if "balance-drift" in one.runbook]
+
+
+def test_the_constraints_and_triggers_that_doctor_looks_for_are_those_of_a_fresh_schema(
+    connection: Connection, place: Place
+) -> None:
+    table = "join pg_class as c on c.oid = {} where c.relnamespace = 'wallet'::regnamespace"
+    kinds = "and x.contype in ('p', 'u', 'c', 'f', 'x')"
+    constraints = f"select conname from pg_constraint as x {table.format('x.conrelid')} {kinds}"
+    assert set(connection.exec_driver_sql(constraints).scalars()) == checkup_tables.CONSTRAINTS
+    triggers = f"select tgname from pg_trigger as x {table.format('x.tgrelid')} and not tgisinternal"
+    assert set(connection.exec_driver_sql(triggers).scalars()) == checkup_tables.TRIGGERS
+
+
+def test_the_tables_of_another_release_are_not_held_against_this_one_s(connection: Connection, place: Place) -> None:
+    run(
+        connection, "drop index wallet.transactions_reversed_once; alter table wallet.accounts drop column state_reason"
+    )
+    assert len(doctor.examine(connection, place.settings)) == 2
+    run(connection, "update wallet.schema_version set version_num = '9999'")
+    (found,) = doctor.examine(connection, place.settings)
+    assert "a newer release was installed" in found.what
+
+
+def test_what_is_not_the_ledger_s_goes_by_the_command_that_is_shown(connection: Connection, place: Place) -> None:
+    run(connection, f"create function public.f() {HOLLOW}; create unique index one on wallet.accounts (key, id)")
+    run(connection, 'create trigger "My own" before insert on wallet.jobs for each row execute function public.f()')
+    run(connection, "alter table wallet.transactions add constraint no_x check (type <> 'x') not valid")
+    found = doctor.examine(connection, place.settings)
+    assert len(found) == 3
+    for one in found:
+        run(connection, one.mend.rpartition(": ")[2])
     assert doctor.examine(connection, place.settings) == ()
 
 
@@ -305,6 +401,33 @@ def test_flags_that_cannot_be_read_are_found(connection: Connection, place: Plac
         found = doctor.examine(connection, place.settings, FileSource(file))
         assert any(what in one.what for one in found), found
         assert_told(found)
+
+
+def test_flags_that_no_process_decides_by_are_found(place: Place, tmp_path: Path) -> None:
+    file, other = tmp_path / "environment.json", tmp_path / "other.json"
+    for one in (file, other):
+        one.write_bytes(flag_documents.body(flag_documents.document(DUAL_WRITE)))
+    beats = Heartbeat(place.settings, FileSource(other, check_seconds=0))
+
+    def found() -> list[str]:
+        beats.beat()
+        with place.engine.connect() as connection:
+            told = doctor.examine(connection, place.settings, FileSource(file))
+        assert_told(told)
+        return [one.what for one in told]
+
+    try:
+        assert found() == []
+        file.write_bytes(flag_documents.body(flag_documents.document(DUAL_WRITE, READ_FROM_LEDGER)))
+        what = f"no process decides by the flags that this command reads from file {file}; theirs are of file {other}"
+        assert found() == [what]
+        other.write_bytes(file.read_bytes())
+        assert found() == []
+        other.write_text("{", encoding="utf-8")
+        file.write_bytes(flag_documents.body(flag_documents.document(DUAL_WRITE)))
+        assert [one for one in found() if "no process" in one] == []
+    finally:
+        execute(place.engine, "delete from wallet.processes")
 
 
 def test_a_flagsmith_server_that_lacks_a_flag_or_does_not_answer_is_found(connection: Connection, place: Place) -> None:
@@ -458,7 +581,7 @@ def test_without_its_address_doctor_says_that_it_did_not_look_at_the_exporter_an
     assert (said.exit_code, said.stderr) == (0, "")
     assert said.stdout == (
         "note: the exporter was not looked at: its address was not named\n"
-        "  mend: walletmigrate doctor --exporter http://127.0.0.1:9464  # or wherever it is\n"
+        "  mend: walletmigrate doctor --exporter http://127.0.0.1:9464  # or wherever it is; [exporter] url: for good\n"
         "  runbook: runbooks/exporter-down.md\n"
         "everything else is as it should be\n"
     )
@@ -475,6 +598,22 @@ def test_without_its_address_doctor_says_that_it_did_not_look_at_the_exporter_an
     try:
         url = f"http://127.0.0.1:{served.port}"
         assert "exporter" not in Project(tmp_path, database_url).run("doctor", "--exporter", url).stdout
+    finally:
+        served.close()
+
+
+def test_the_address_of_the_exporter_is_taken_from_the_configuration_and_the_option_wins(
+    connection: Connection, place: Place
+) -> None:
+    nowhere = place.settings.model_copy(update={"exporter": ExporterSettings(url="http://127.0.0.1:1")})
+    assert [one.runbook for one in doctor.notes(connection, nowhere)] == ["runbooks/releases.md"]
+    (found,) = doctor.examine(connection, nowhere)
+    assert "does not answer" in found.what
+    served = serve(place.settings, 0)
+    try:
+        assert doctor.examine(connection, nowhere, exporter=f"http://127.0.0.1:{served.port}") == ()
+        there = ExporterSettings(url=f"http://127.0.0.1:{served.port}")
+        assert doctor.examine(connection, place.settings.model_copy(update={"exporter": there})) == ()
     finally:
         served.close()
 

@@ -38,6 +38,9 @@ source = "file"
 path = "flags/environment.json"
 poll_seconds = 10
 
+[exporter]
+url = "http://localhost:9464"
+
 [roles]
 owner = "wallet_owner"
 app = "wallet_app"
@@ -238,6 +241,14 @@ def test_a_wrong_database_url_in_the_environment_is_named_but_not_shown(
         ("poll_seconds = 10", "poll_seconds = 0", "greater than 0", "poll_seconds = 10"),
         ("poll_seconds = 10", 'api_url = "ftp://h"', "not an http", "api_url ="),
         ("poll_seconds = 10", 'api_url = "http://u:p@h/"', "without a user", "api_url ="),
+        ('url = "http://localhost:9464"', 'url = "h:1"', "not an http", 'url = "http://localhost'),
+        ('url = "http://localhost:9464"', 'url = "http://u@h"', "without a user", "url ="),
+        (
+            'url = "http://localhost:9464"',
+            'urls = ""',
+            "unknown key 'urls' in",
+            "did you mean 'url'?",
+        ),
         ('app = "wallet_app"', 'app = "wallet_owner"', "stands for two roles", "a role each"),
         ('app = "wallet_app"', 'app = "Wallet App"', "no usable name", "[roles]"),
         ('app = "wallet_app"', 'ap = "wallet_app"', "unknown key 'ap' in [roles]", "did you mean 'app'?"),

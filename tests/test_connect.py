@@ -154,6 +154,36 @@ def test_a_transaction_does_not_read_values_by_the_database_s_own_settings(url: 
         assert connection.execute(text("show datestyle")).scalar_one() == "German, DMY"
 
 
+def test_limits_that_the_database_has_for_its_sessions_do_not_cut_a_transaction_off(url: str, server: Postgres) -> None:
+    """As they are set against forgotten transactions of an application."""
+    name = make_url(url).database
+    limits = ["statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"]
+    limits += ["transaction_timeout"] if server.major >= 17 else []
+    engine = connect.engine(url, application_name="x", poolclass=NullPool)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        for limit in limits:
+            connection.exec_driver_sql(f"alter database \"{name}\" set {limit} = '7s'")
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        assert [connection.exec_driver_sql(f"show {limit}").scalar_one() for limit in limits] == ["7s"] * len(limits)
+    with engine.begin() as connection:
+        found = [connection.exec_driver_sql(f"show {limit}").scalar_one() for limit in limits]
+    assert found == ["5min", "5s", "0", "0"][: len(limits)]
+
+
+def test_a_host_that_is_gone_without_a_word_is_missed_and_the_url_may_say_when(url: str) -> None:
+    def asked(address: str) -> dict[str, str]:
+        engine = connect.engine(address, application_name="x", poolclass=NullPool)
+        with engine.connect() as connection:
+            driver = connection.connection.driver_connection
+            assert driver is not None
+            return dict(driver.info.get_parameters())
+
+    names = ("keepalives_idle", "keepalives_interval", "keepalives_count")
+    assert [asked(url).get(name) for name in names] == ["30", "10", "3"]
+    own = make_url(url).update_query_dict({"keepalives_idle": "99"}).render_as_string(hide_password=False)
+    assert [asked(own).get(name) for name in names] == ["99", "10", "3"]
+
+
 def test_no_prepared_statement_stays_on_the_server(url: str) -> None:
     engine = connect.engine(url, application_name="x")
     for _ in range(12):

@@ -133,11 +133,17 @@ def test_a_range_is_grafanas_own_interval_and_a_counter_is_only_looked_at_as_a_r
     assert "[" not in expression.replace("[$__rate_interval]", "")
 
 
-def test_the_provisioning_files_load_these_dashboards_and_a_prometheus() -> None:
-    provisioning = FOLDER / "provisioning"
-    (provider,) = yaml.safe_load((provisioning / "dashboards" / "walletmigrate.yaml").read_text())["providers"]
-    assert provider["type"] == "file"
-    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())["datasources"]
-    assert (source["type"], source["access"]) == ("prometheus", "proxy")
+def test_what_the_readme_installs_is_where_grafana_finds_a_prometheus_and_the_four_dashboards(tmp_path: Path) -> None:
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert provider["options"]["path"] in readme, "where the files are to be put"
+    (commands,) = re.findall(r"^```sh\n(install -d .*?)^```", readme, re.MULTILINE | re.DOTALL)
+    provisioned = tmp_path / "etc" / "grafana" / "provisioning"
+    for kind in ("dashboards", "datasources"):
+        (provisioned / kind).mkdir(parents=True)  # Grafana's package brings these
+    there = commands.replace(" /etc/", f" {tmp_path}/etc/")
+    subprocess.run(["sh", "-eu", "-c", there], cwd=FOLDER, check=True)
+    (provider,) = yaml.safe_load((provisioned / "dashboards" / "walletmigrate.yaml").read_text())["providers"]
+    assert provider["type"] == "file"
+    loaded = Path(f"{tmp_path}{provider['options']['path']}").glob("*.json")
+    assert {path.name: path.read_bytes() for path in loaded} == {path.name: path.read_bytes() for path in FILES}
+    (source,) = yaml.safe_load((provisioned / "datasources" / "prometheus.yaml").read_text())["datasources"]
+    assert (source["type"], source["access"]) == ("prometheus", "proxy")

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import Connection, Engine, text
 
 import ledger
-from walletmigrate import job_claims, job_rows, job_work, jobs
+from walletmigrate import job_claims, job_outages, job_rows, jobs
 from walletmigrate.config import Settings
 from walletmigrate.errors import JobFailed, PreconditionRefused, UsageError
 from walletmigrate.job_batches import Claim
@@ -316,7 +316,7 @@ def test_a_job_that_tunes_itself_grows_its_batches(made: Ledger) -> None:
 
 
 def test_attempts_are_counted_where_the_batch_stands(made: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_work, "_LONGEST_PAUSE", 0.001)
+    monkeypatch.setattr(job_outages, "_LONGEST_PAUSE", 0.001)
     left = iter(range(3))
 
     def work(connection: Connection, after: str | None, upto: str | None) -> jobs.Batch:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +29,7 @@ from walletmigrate.backfill import BackfillResult, backfill, steps
 from walletmigrate.config import Settings
 from walletmigrate.errors import JobFailed
 from walletmigrate.job_rows import configure
+from walletmigrate.job_work import Work
 
 Ledger = tuple[Engine, Settings]
 ROWS = 400
@@ -135,6 +136,12 @@ def test_a_worker_process_that_is_killed_in_a_batch_costs_nothing_but_time(made:
     assert_whole(made)
 
 
+def started(made: Ledger) -> jobs.Job:
+    job = jobs.start_or_resume(*made, "backfill", "users", ACT)
+    with made[0].begin() as connection:
+        return configure(connection, made[1], job.id, {"batch_size": 5})
+
+
 def fatal(connection: Connection, after: str | None, upto: str | None) -> jobs.Batch:
     """A step that takes its process down."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -148,6 +155,35 @@ def test_work_that_kills_every_worker_fails_the_job(made: Ledger, monkeypatch: p
     with pytest.raises(JobFailed, match="2 workers were lost"):
         jobs.run_batches(engine, settings, job, fatal, workers=2)
     assert scalar(engine, "select state from wallet.jobs") == "failed"
+
+
+def test_workers_that_are_lost_now_and_then_never_fail_a_job_that_goes_on(
+    made: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As machines of a cluster that are taken away at any time, one after each batch here."""
+    monkeypatch.setattr(job_workers, "LOSSES", 1)
+    engine = made[0]
+    lost: list[int] = []
+
+    def one_batch(assignment: job_workers.Assignment) -> job_workers.Outcome:
+        rests = iter([False])
+        with engine.connect() as connection:
+            job = jobs.get(connection, assignment.settings, assignment.job_id)
+        worker = Work(engine, assignment.settings, assignment.steps, rest=lambda: next(rests, True))
+        found, ended = worker.run(job)
+        if not ended:
+            lost.append(found.items_done)
+            raise CancelledError
+        return job_workers.Outcome(found, ended)
+
+    monkeypatch.setattr(job_workers, "work", one_batch)
+    with ThreadPoolExecutor(1) as pool:
+        # One at a time: a second worker could be lost before the first one's batch has been seen.
+        result = jobs.run_batches(
+            *made, started(made), steps(made[1], made[1].mapping(), 1)[0], workers=1, executor=pool
+        )
+    assert result.items_done == ROWS
+    assert len(lost) > 10 * job_workers.LOSSES
 
 
 def test_a_step_that_cannot_be_sent_to_a_worker_is_an_error_that_says_so(made: Ledger) -> None:

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Connection, Engine, text
 
 import ledger
-from walletmigrate import job_work, jobs
+from walletmigrate import job_outages, jobs
 from walletmigrate.audit import Act
 from walletmigrate.config import Settings
 from walletmigrate.errors import JobFailed, LedgerNotInstalled, PreconditionRefused, Retryable
@@ -32,7 +32,7 @@ def made(database_url: str) -> Ledger:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tries again at once: how long a job pauses between attempts is not what these tests are about."""
-    monkeypatch.setattr(job_work, "_LONGEST_PAUSE", 0.001)
+    monkeypatch.setattr(job_outages, "_LONGEST_PAUSE", 0.001)
 
 
 def step(connection: Connection, after: str | None, upto: str | None) -> jobs.Batch:

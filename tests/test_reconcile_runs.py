@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
+from findings import assert_told
 from interleaving import PATIENCE_SECONDS
 from ledger import ACT, add_users, engine_named, execute, rows, scalar, set_phase, until_blocked, users_settings
 from test_reconcile import BY, World, told, told_of, world
-from walletmigrate import audit, corrections, job_control, jobs, reconciliations, truths
+from walletmigrate import audit, corrections, doctor, job_control, jobs, reconciliations, truths
 from walletmigrate import reconcile as reconcile_module
 from walletmigrate.adapter import LegacyBalanceAdapter
 from walletmigrate.audit import Act
@@ -197,6 +198,24 @@ def test_a_run_with_other_options_is_not_started_beside_one_that_is_at_work(worl
     assert world.one(1, told(101)).outcome == "corrected"
 
 
+def test_doctor_tells_of_the_last_run_against_an_outside_truth_until_one_finds_nothing(world: World) -> None:
+    verify(world.engine, world.settings, world.settings.mappings[0], BY)
+
+    def found() -> list[str]:
+        with world.engine.connect() as connection:
+            told = doctor.examine(connection, world.settings)
+        assert_told(told)
+        return [one.what for one in told]
+
+    run = world.reconcile(told(D("112.00")), Limits()).run
+    assert found() == [f"reconciliation {run} of 'users' with a function left 10 accounts that differ"]
+    world.reconcile(LEGACY)
+    world.one(1, told(D("112.00")))
+    assert len(found()) == 1, "neither of them looked at all accounts by that truth"
+    world.reconcile(told(D("112.00")))
+    assert found() == []
+
+
 def test_undo_takes_back_exactly_the_corrections_of_its_run(world: World) -> None:
     first = world.reconcile(told(D("100.50")))
     second = world.one(1, told(101))
@@ -230,6 +249,20 @@ def test_a_correction_is_undone_at_most_once_by_whatever_way(world: World) -> No
     with world.engine.begin() as connection:
         assert adapter.reverse(connection, numbers["2"], reason="by hand").replayed
     assert [world.account(key) for key in (1, 2)] == [("mirrored", D(100), D(100))] * 2
+
+
+def test_a_batch_s_own_session_is_not_idle_for_longer_than_one_account_takes(world: World) -> None:
+    """Else it would be ended in the midst of a batch whose truth is slow to answer, and each time again."""
+    last: list[Any] = []
+
+    def truth(_key: str, _bucket: str, _currency: str) -> Any:
+        query = "select state_change from pg_stat_activity where state = 'idle in transaction' and datname = :name"
+        last.extend(one for (one,) in rows(world.engine, query, name=world.engine.url.database))
+        return D(100)
+
+    made = world.reconcile(asked(truth, "a function"))
+    assert made.counts["in_order"] == 10
+    assert (len(last), sorted(set(last)) == last) == (10, True)
 
 
 def test_an_undo_that_is_cut_short_goes_on(world: World) -> None:

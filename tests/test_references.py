@@ -21,6 +21,7 @@ import walletmigrate
 from walletmigrate.config import (
     CaptureSettings,
     Column,
+    ExporterSettings,
     FlagSettings,
     Mapping,
     Roles,
@@ -35,12 +36,13 @@ ROOT = Path(__file__).parents[1]
 SOURCE = Path(walletmigrate.__file__).parent
 SETTINGS = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
 ERRORS = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
-TABLES = ("flags", "capture", "throttle", "roles", "mappings")
+TABLES = ("flags", "capture", "throttle", "exporter", "roles", "mappings")
 MODELS: dict[str, type[BaseModel]] = {
     "Top level": Settings,
     "`[flags]`": FlagSettings,
     "`[capture]`": CaptureSettings,
     "`[throttle]`": ThrottleSettings,
+    "`[exporter]`": ExporterSettings,
     "`[roles]`": Roles,
     "`[[mappings]]`": Mapping,
     "`[[mappings.columns]]`": Column,

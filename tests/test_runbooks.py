@@ -4,12 +4,14 @@ A runbook is read with sybil. A ``bash`` block is run; ``<!-- exit: 3 -->`` befo
 with 0; the ``output`` block after it is what a person sees. ``...`` in a line stands for any text of that line,
 alone in a line for any lines; white space counts as one blank. What a command prints must be in the runbook.
 ``<!-- meanwhile: payments -->`` is where others do something that the text speaks of, and that no command here does.
+``<!-- elsewhere: a fresh machine -->`` stands before a block that is not run; a test of its own holds it to the truth.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -41,7 +43,6 @@ from runbook_stage import (
     backfilled,
     bypassed,
     cut_over,
-    failed_job,
     imbalanced,
     stopped,
 )
@@ -59,7 +60,6 @@ SITUATIONS: dict[str, Callable[[Postgres, str, Path], Stage]] = {
     "bypass-writes": bypassed,
     "cutover": backfilled,
     "freeze": before_the_freeze,
-    "job-failed": failed_job,
     "ledger-imbalance": imbalanced,
     "line-stopped": stopped,
     "rehearse": with_history,
@@ -79,7 +79,8 @@ ALERT_SECTIONS = [
 ]
 CHANGE = re.compile(
     r"walletmigrate ((un)?install|phase (advance|back)|flags set|cutover|rollback|backfill|stop-the-line|resume"
-    r"|(un)?freeze|jobs (pause|resume|cancel|set)|adjust|archive --to|retire|capture (mode|install|remove))\b"
+    r"|(un)?freeze|jobs (pause|resume|cancel|set)|adjust|archive --to|retire|capture (mode|install|remove)"
+    r"|reconcile (--all|--account|undo)|recalculate|verify (.* )?--mark-stale|snapshot (take|prune)|erase)\b"
 )
 PROCEDURE_SECTIONS = ["Before you start", "Steps", "How to know it worked", "How to go back", "Who to call"]
 
@@ -92,12 +93,13 @@ class Reader:
         self.meanwhile = dict(meanwhile or {})
         self.ran: Ran | None = None
         self.exit: int | None = None
+        self.elsewhere = False
         self.blocks = 0
 
     def work_through(self, path: Path) -> int:
         """Run the blocks of a document in order; how many there were. Raises SybilFailure, with the line."""
         commands, outputs = CodeBlockParser("bash", self.run), CodeBlockParser("output", self.compare)
-        for example in Document.parse(str(path), commands, outputs, self.exits, self.others):
+        for example in Document.parse(str(path), commands, outputs, self.exits, self.others, self.places):
             example.evaluate()
         end = self.loose_end()
         assert end is None, f"{path.name}, at its end: {end}"
@@ -113,6 +115,16 @@ class Reader:
         """The comments at which others do something."""
         for found in DirectiveInHTMLCommentLexer("meanwhile")(document):
             yield Region(found.start, found.end, found.lexemes["arguments"], self.let)
+
+    def places(self, document: Document) -> Iterator[Region]:
+        """The comments that keep a block from being run."""
+        for found in DirectiveInHTMLCommentLexer("elsewhere")(document):
+            yield Region(found.start, found.end, found.lexemes["arguments"], self.leave_out)
+
+    def leave_out(self, _: Example) -> str | None:
+        """Do not run the block that follows."""
+        self.elsewhere = True
+        return self.loose_end()
 
     def let(self, example: Example) -> str | None:
         """Let others do what the comment names, once."""
@@ -134,6 +146,9 @@ class Reader:
         """Run a block, and compare its exit code."""
         if self.exit is None and (end := self.loose_end()):
             return end
+        if self.elsewhere:
+            self.elsewhere = False
+            return None
         wanted, self.exit = self.exit or 0, None
         self.blocks += 1
         self.ran = self.shell.run(example.parsed)
@@ -198,6 +213,21 @@ def test_a_newcomer_comes_from_a_clone_to_a_cut_over_tenant_and_back(tmp_path: P
     assert list((tmp_path / "home").glob("[!.]*")) == []
 
 
+def test_the_newcomer_begins_on_a_fresh_machine_as_the_readme_does_by_a_target_that_sets_up_what_comes_then() -> None:
+    left_out = r"^<!-- elsewhere: .*\n```bash\n((?:.*\n)*?)```"
+    found = {path.stem: re.findall(left_out, path.read_text(encoding="utf-8"), re.MULTILINE) for path in RUNBOOKS}
+    assert {name: len(blocks) for name, blocks in found.items() if blocks} == {"newcomer": 1}
+    commands = found["newcomer"][0].splitlines()
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8").partition("```bash\n")[2].splitlines()
+    assert commands == [line.partition("  #")[0].rstrip() for line in readme[: len(commands)]]
+    assert commands[0].startswith("git clone ")
+    words = ["make", "--dry-run", "--always-make", *commands[1].split()[1:]]
+    made = subprocess.run(words, cwd=FOLDER.parent, capture_output=True, text=True, check=True).stdout
+    steps = [made.find(step) for step in ("-m venv .venv", ".venv/bin/python -m pip install", "walletmigrate rehearse")]
+    assert -1 not in steps
+    assert steps == sorted(steps)
+
+
 def test_every_runbook_has_its_situation() -> None:
     assert {path.stem for path in (INDEX, *RUNBOOKS)} == SITUATIONS.keys() | {"newcomer"}
 
@@ -232,6 +262,10 @@ def test_whatever_a_runbook_changes_has_a_reason(path: Path) -> None:
 
 
 WRONG = {
+    "a block that is left out, and then one that is not": (
+        "<!-- elsewhere: far -->\n```bash\nfalse\n```\n\n```bash\nexit 3\n```\n",
+        "exit code 3, not 0",
+    ),
     "another exit code": ("```bash\nexit 3\n```\n", "exit code 3, not 0"),
     "no failure where one is announced": ("<!-- exit: 3 -->\n```bash\ntrue\n```\n", "exit code 0, not 3"),
     "a failure before the last command": ("```bash\nfalse\ntrue\n```\n", "exit code 1, not 0"),

@@ -12,7 +12,7 @@ from adapting import Place, place
 from commandline import Project
 from ledger import ACT, execute, rows, scalar
 from test_snapshots import credit, ends_after, proof, take
-from walletmigrate import job_control, job_turns, snapshots, throttle
+from walletmigrate import job_control, job_outages, job_turns, snapshots, throttle
 from walletmigrate.config import ThrottleSettings
 from walletmigrate.errors import Retryable
 from walletmigrate.job_rows import Batch
@@ -133,7 +133,7 @@ def test_a_turn_that_is_cut_off_is_taken_again_and_nothing_is_folded_twice(
 def test_a_turn_that_keeps_failing_fails_the_job_and_the_next_call_goes_on(
     at: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job_turns, "_FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(job_outages, "_FIRST_PAUSE", 0.0)
     honest = snapshots._fold
 
     def fold(connection: Connection, *_: Any) -> int:

@@ -17,6 +17,7 @@ import ledger
 from ledger import ACT, engine_named, execute, install_users, rows, scalar, users_settings
 from servers import Postgres
 from standby import pair
+from walletmigrate import throttle as throttle_module
 from walletmigrate.backfill import BackfillResult, backfill
 from walletmigrate.config import Settings, ThrottleSettings
 from walletmigrate.errors import ConfigError
@@ -133,6 +134,27 @@ def test_sessions_that_wait_for_a_row_of_the_table_are_counted(made: Ledger, dat
     assert count("update users set tenant = 'x' where id = 1") == "sessions waiting for locks 1 is over 0"
     assert count("update public.other set id = 1") is None
     assert built(made, lock_waits=0).reason() is None
+
+
+def test_a_signal_that_never_answers_holds_the_job_as_one_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a function of the user's that asks another machine without a time limit."""
+    monkeypatch.setattr(throttle_module, "ANSWER_SECONDS", 0.0)
+    now, answered, asked = [0.0], threading.Event(), []
+
+    def read() -> float:
+        asked.append(threading.current_thread().daemon)
+        answered.wait()
+        return 1.0
+
+    throttle = Throttle([Signal("peak", read, 5)], clock=lambda: now[0])
+    assert throttle.reason() is None
+    now[0] = 16.0
+    assert throttle.reason() == "peak cannot be read for 16 s: no answer within 0 s"
+    assert asked == [True], "who has not answered yet is not asked again, and keeps no process from its end"
+    answered.set()
+    monkeypatch.setattr(throttle_module, "ANSWER_SECONDS", 30.0)
+    now[0] = 17.0
+    assert throttle.reason() is None
 
 
 def test_sessions_at_work_are_counted(made: Ledger) -> None:

@@ -91,7 +91,7 @@ FAULTS = {
     ),
     "duplicate account": Fault(
         ledger(
-            "alter table wallet.accounts drop constraint accounts_mapping_key_bucket_currency_key",
+            "alter table wallet.accounts drop constraint accounts_key_mapping_bucket_currency_key",
             "insert into wallet.accounts (mapping, key, bucket, currency, state, balance) "
             "select mapping, key, bucket, currency, state, 0 from wallet.accounts where key = '3'",
         ),

@@ -16,21 +16,17 @@ from sqlalchemy import create_engine, select
 from sqlalchemy.orm import sessionmaker
 
 from walletmigrate import LegacyBalanceAdapter
-from walletmigrate.config import Settings
 from walletmigrate.errors import InsufficientFunds, UnknownAccount
 from walletmigrate.heartbeat import Heartbeat
 from walletmigrate.observe import LogObserver, PrometheusObserver
-from walletmigrate.sources import source_of
 
 app = Flask(__name__)
 engine = create_engine(os.environ["SHOP_DATABASE_URL"])
 Session = sessionmaker(engine)
 
-settings = Settings.load(os.environ["WALLETMIGRATE_CONFIG"])
-flags = source_of(settings)
 observers = (PrometheusObserver(CollectorRegistry()), LogObserver())
-adapter = LegacyBalanceAdapter(settings, flags, observers=observers)
-heartbeat = Heartbeat(settings, flags, name="shop", observers=observers).start()
+adapter = LegacyBalanceAdapter.from_config(observers=observers)
+heartbeat = Heartbeat(adapter.settings, adapter.source, name="shop", observers=observers).start()
 
 
 @app.before_request

@@ -77,7 +77,7 @@ def backfill(
             return _plan(connection, settings, mapping, began)
         total = jobs.count_items(connection, mapping)
     job = jobs.start_or_resume(engine, settings, KIND, mapping.name, act, total=total, force=force)
-    _fill(engine, settings, _FILLED_PERCENT)
+    jobs.persist(engine, job, lambda: _fill(engine, settings, _FILLED_PERCENT))
     main, late = steps(settings, mapping, job.id)
     job = jobs.run_batches(
         engine,
@@ -93,11 +93,9 @@ def backfill(
         stop=stop,
     )
     if job.state == "running":
-        with engine.begin() as connection:
-            connection.execute(text(f"select {quoted(settings.ledger_schema)}.fold_system_accounts()"))
-            aside = len(job_batches.set_aside(connection, settings, job.id)) * len(mapping.columns)
-        _fill(engine, settings, KEPT_PERCENT)
-        failed = job.counts.get("unfit", 0) + aside
+        found = job
+        aside = jobs.persist(engine, found, lambda: _closed(engine, settings, found))
+        failed = job.counts.get("unfit", 0) + aside * len(mapping.columns)
         job = jobs.finish(engine, settings, mapping, job, act, failed=failed)
     counts = job.counts
     return BackfillResult(
@@ -111,6 +109,15 @@ def backfill(
         resumed=job.resumed,
         state=job.state,
     )
+
+
+def _closed(engine: Engine, settings: Settings, job: jobs.Job) -> int:
+    """What is left to do when no key is; how many rows were set aside."""
+    with engine.begin() as connection:
+        connection.execute(text(f"select {quoted(settings.ledger_schema)}.fold_system_accounts()"))
+        aside = len(job_batches.set_aside(connection, settings, job.id))
+    _fill(engine, settings, KEPT_PERCENT)
+    return aside
 
 
 def _fill(engine: Engine, settings: Settings, percent: int) -> None:

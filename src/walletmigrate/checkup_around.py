@@ -92,10 +92,29 @@ def processes(connection: Connection, settings: Settings) -> Iterator[Finding]:
             yield Finding(what, "see that it reaches its flag source, or restart it", FLAGS)
 
 
+def elsewhere(connection: Connection, settings: Settings, source: FlagSource) -> Iterator[Finding]:
+    """If no living process decides by the document of ``source``: who switches flags there switches them for nobody."""
+    snapshot = source.snapshot()
+    if not isinstance(snapshot, DocumentSnapshot) or snapshot.document is None:
+        return
+    living = text(
+        f"select document_id, document_source from {quoted(settings.ledger_schema)}.processes "
+        "where seen_at > clock_timestamp() - make_interval(secs => :live) and problem is null order by 2"
+    )
+    rows = connection.execute(living, {"live": LIVE_SECONDS}).all()
+    if not rows or snapshot.document_id in {row.document_id for row in rows}:
+        return
+    theirs = ", ".join(dict.fromkeys(str(row.document_source) for row in rows))
+    what = f"no process decides by the flags that this command reads from {snapshot.source}; theirs are of {theirs}"
+    mend = "look again in half a minute, which a change may take; then give processes and commands one flag source"
+    yield Finding(what, mend, "runbooks/flag-disagreement.md")
+
+
 def unseen() -> Finding:
     """Where the exporter listens is not known here, so without an address it cannot be looked at."""
     what = "the exporter was not looked at: its address was not named"
-    return Finding(what, "walletmigrate doctor --exporter http://127.0.0.1:9464  # or wherever it is", EXPORTER, "note")
+    mend = "walletmigrate doctor --exporter http://127.0.0.1:9464  # or wherever it is; [exporter] url: for good"
+    return Finding(what, mend, EXPORTER, "note")
 
 
 def unheard(connection: Connection, settings: Settings) -> Iterator[Finding]:
@@ -226,5 +245,7 @@ def _metrics(url: str) -> str:
     try:
         flag_http.server_name(url)
     except ConfigError:
-        raise UsageError(f"--exporter {url!r}: write an address such as http://127.0.0.1:9464") from None
+        raise UsageError(
+            f"--exporter, or url in [exporter], is {url!r}: write an address such as http://127.0.0.1:9464"
+        ) from None
     return url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/metrics"

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, text
 
 from walletmigrate.checkup import DRIFT, LATENCY, Finding
 from walletmigrate.config import Settings
+from walletmigrate.facts import reported
 from walletmigrate.job_options import EVERYTHING, STALLED_SECONDS
 from walletmigrate.job_rows import resuming
 from walletmigrate.schema import quoted
@@ -25,6 +26,20 @@ select distinct on (kind, mapping)
     id, kind, mapping, state, items_failed, updated_at, held, details,
     updated_at < clock_timestamp() - make_interval(secs => :stalled) as old
 from {schema}.jobs where mapping = any(:mappings) order by kind, mapping, id desc
+"""
+
+# A run of any form that was not clean speaks until a full one that began after it.
+_RUNS: Final = """
+select
+    (array_agg(v.form order by v.full_run desc) filter (where not v.clean and v.started_at >= f.begun))[1] as unclean,
+    max(v.finished_at) filter (where v.clean and v.full_run) as last_clean,
+    clock_timestamp() as now
+from {schema}.verifications as v
+cross join (
+    select coalesce(max(started_at), '-infinity') as begun
+    from {schema}.verifications where full_run and mapping = :mapping
+) as f
+where v.mapping = :mapping
 """
 
 _STATISTICS: Final = """
@@ -45,6 +60,7 @@ def examine(connection: Connection, settings: Settings) -> Iterator[Finding]:
         yield Finding("the line is stopped: accounts turn stale at their next write", mend, "runbooks/line-stopped.md")
     yield from _jobs(connection, settings)
     yield from _verifications(connection, settings)
+    yield from _reconciliations(connection, settings)
     yield from _statistics(connection, settings)
 
 
@@ -68,7 +84,10 @@ def _jobs(connection: Connection, settings: Settings) -> Iterator[Finding]:
             mend = f"walletmigrate jobs show {job.id}  # goes on by itself when that is over"
             yield Finding(f"{name} waits: {job.held}", mend, "runbooks/backfill-stalled.md")
         elif job.items_failed and job.state in ("running", "done"):
-            mend = f"walletmigrate jobs show {job.id}  # names the rows; mend them, then: {resume}"
+            shows = "reconcile" if job.kind == "reconcile" else "jobs"
+            mend = f"walletmigrate {shows} show {job.id}  # names the accounts; mend them, then: {resume}"
+            if job.kind == "reconcile undo":
+                mend = f"{resume}  # names what cannot be undone"
             yield Finding(f"{name} has set {job.items_failed} accounts aside", mend, "runbooks/job-failed.md")
 
 
@@ -77,24 +96,35 @@ def _verifications(connection: Connection, settings: Settings) -> Iterator[Findi
     phase = show(connection, settings).phase
     if phase in ("legacy", "retired"):
         return
-    query = text(
-        "select bool_and(v.clean) filter (where v.newest) as clean, "
-        "max(v.finished_at) filter (where v.clean) as last_clean, clock_timestamp() as now from ("
-        "select x.clean, x.finished_at, x.started_at = max(x.started_at) over () as newest "
-        f"from {quoted(settings.ledger_schema)}.verifications as x where x.full_run and x.mapping = :mapping) as v"
-    )
+    query = text(_RUNS.replace("{schema}", quoted(settings.ledger_schema)))
     begun = in_force_since(connection, settings, "read_ledger") if reached(phase, "read_ledger") else None
     for mapping in settings.mappings:
         run = connection.execute(query, {"mapping": mapping.name}).one()
         again = f"walletmigrate verify --mapping {mapping.name}"
-        if run.clean is False:
+        if run.unclean is not None:
             what = f"the last full verification of {mapping.name!r} found differences"
+            if run.unclean != "full":
+                what = (
+                    f"{run.unclean} verification of {mapping.name!r} found differences, and no full one came after it"
+                )
             yield Finding(what, f"{again}  # names the accounts", DRIFT)
         since = run.last_clean or begun
         if since is not None and run.now - since > VERIFIED_WITHIN:
             age = f"the last is {shown_span(run.now - since)} old" if run.last_clean else "there never was one"
             what = f"no clean full verification of {mapping.name!r} within {shown_span(VERIFIED_WITHIN)}: {age}"
             yield Finding(what, again, "runbooks/verification-stale.md")
+
+
+def _reconciliations(connection: Connection, settings: Settings) -> Iterator[Finding]:
+    """As the alert has it: what the last run reported, and a later one of the same kind has not lifted."""
+    if show(connection, settings).phase == "legacy":
+        return
+    names = {mapping.name for mapping in settings.mappings}
+    for run in reported(connection, settings.ledger_schema):
+        accounts = sum(int(one["accounts"]) for one in run.differences.values())
+        if run.mapping in names and accounts:
+            what = f"reconciliation {run.id} of {run.mapping!r} with {run.truth} left {accounts} accounts that differ"
+            yield Finding(what, f"walletmigrate reconcile show {run.id}  # names the accounts", DRIFT)
 
 
 def _statistics(connection: Connection, settings: Settings) -> Iterator[Finding]:

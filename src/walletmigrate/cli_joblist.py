@@ -16,7 +16,7 @@ from walletmigrate.freeze import freeze, unfreeze
 from walletmigrate.invocation import Run
 from walletmigrate.job_control import JobDetail
 from walletmigrate.job_options import parsed
-from walletmigrate.job_rows import READS, Job, get, has_own_command, resuming
+from walletmigrate.job_rows import READS, TURNS, Job, get, has_own_command, resuming
 from walletmigrate.standing import shown_time
 
 KINDS: Final[dict[str, JobCall]] = {"backfill": backfill, "freeze": freeze, "unfreeze": unfreeze}
@@ -64,6 +64,8 @@ def show(run: Run, job: _ID) -> Answer:
         notes.append(f"its process is gone, or waits for a lock; to go on: {resuming(found.job)}")
     if found.set_aside:
         notes.append(f"mend the rows; then: {resuming(found.job)}  # tries them again")
+    elif found.job.kind == "reconcile" and found.job.items_failed:
+        notes.append(f"which accounts: walletmigrate reconcile show {found.job.id}; then: {resuming(found.job)}")
     return Answer(document, tuple(_detail_lines(found)), tuple(notes))
 
 
@@ -140,7 +142,11 @@ def _detail_lines(found: JobDetail) -> list[str]:
         lines.append(f"  one snapshot, at: {job.details.get('stage')}; read by {job.details.get('worker')}")
     else:
         took = f"last {job.last_batch_seconds or 0:.2f} s"
-        lines.append(f"  {where}cut up to key {job.cursor} of {job.until_key}; {batches}; {took}")
+        lines.append(
+            f"  in turns, one at a time; {took}"
+            if job.kind in TURNS
+            else f"  {where}cut up to key {job.cursor} of {job.until_key}; {batches}; {took}"
+        )
         lines.append("  " + " ".join(f"{name}={value}" for name, value in job.options.shown().items()))
     if job.details.get("error"):
         lines.append(f"  error: {job.details['error']}")

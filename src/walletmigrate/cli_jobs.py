@@ -76,10 +76,9 @@ def undo(
 ) -> Answer:
     """Take back what a backfill opened, where no other transaction stands on it. Resumable."""
     act = run.act()
-    with run.interruptible():
-        done = undo_backfill(
-            run.engine, run.settings, job, act, batch_size=batch_size, dry_run=run.dry_run, stop=run.stop
-        )
+    with run.interruptible(), bar(f"{run.command} {job}", as_json=run.as_json) as progress:
+        options: dict[str, Any] = {"batch_size": batch_size, "dry_run": run.dry_run, "progress": progress}
+        done = undo_backfill(run.engine, run.settings, job, act, **options, stop=run.stop)
     verb = "would be taken back" if run.dry_run else "taken back"
     number = "" if done.state in ("done", "planned") else f" (job {done.job_id}, {done.state})"
     lines = [f"{done.mapping}: {done.undone} openings of job {done.of} {verb}, {done.left_count} left{number}"]

@@ -244,6 +244,19 @@ class CaptureSettings(_Model):
     retention: Duration = timedelta(days=30)
 
 
+class ExporterSettings(_Model):
+    """Where `walletmigrate exporter` listens, as seen from where `doctor` is called; empty: doctor does not look."""
+
+    url: str = ""
+
+    @field_validator("url")
+    @classmethod
+    def _url_of_the_exporter(cls, url: str) -> str:
+        if url and (not re.match(r"https?://[^/\s]", url) or "@" in url):
+            raise wrong("not an http or https address without a user")
+        return url
+
+
 class ThrottleSettings(_Model):
     """Limits above which jobs stand still; one that is not set is not looked at. ``check`` names a callable.
 
@@ -318,6 +331,7 @@ class Settings(BaseSettings):
     flags: FlagSettings = FlagSettings()
     capture: CaptureSettings = CaptureSettings()
     throttle: ThrottleSettings = ThrottleSettings()
+    exporter: ExporterSettings = ExporterSettings()
     roles: Roles = Roles()
     mappings: tuple[Mapping, ...] = ()
 
@@ -417,6 +431,7 @@ _KNOWN = {
     ("flags",): tuple(FlagSettings.model_fields),
     ("capture",): tuple(CaptureSettings.model_fields),
     ("throttle",): tuple(ThrottleSettings.model_fields),
+    ("exporter",): tuple(ExporterSettings.model_fields),
     ("roles",): tuple(Roles.model_fields),
     ("mappings",): tuple(Mapping.model_fields),
     ("mappings", "columns"): tuple(Column.model_fields),

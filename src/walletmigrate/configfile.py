@@ -35,7 +35,7 @@ _SECRET_KEYS = (
     "password",
 )
 
-_TABLES = ("FLAGS", "CAPTURE", "THROTTLE", "ROLES", "MAPPINGS")
+_TABLES = ("FLAGS", "CAPTURE", "THROTTLE", "EXPORTER", "ROLES", "MAPPINGS")
 
 # What a right value looks like, by key: the fix of an error that has no better one.
 EXAMPLES: Mapping[str | int, str] = {
@@ -57,6 +57,8 @@ EXAMPLES: Mapping[str | int, str] = {
     "wal_bytes_per_second": "wal_bytes_per_second = 50_000_000",
     "batch_seconds": "batch_seconds = 2",
     "check": 'check = "python:module:function"',
+    "exporter": 'an [exporter] table such as url = "http://localhost:9464"',
+    "url": 'url = "http://localhost:9464"',
     "roles": 'a [roles] table such as owner = "wallet_owner", app = "wallet_app"',
     "name": 'name = "users"',
     "table": 'table = "public.users"',

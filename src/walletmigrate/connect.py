@@ -8,8 +8,8 @@ and a plain ``SET`` would stay on a server connection that the next client gets.
 trip per transaction and, unlike ``select set_config(…)``, takes no snapshot, so that ``SET TRANSACTION`` and
 the first real statement of a REPEATABLE READ transaction behave as if it were not there.
 
-In the same breath each transaction gets the settings that reading values depends on (`_READABLE`), whatever server,
-database or role say; and BEGIN names its isolation level.
+In the same breath each transaction gets the settings that reading values depends on (`_READABLE`), and no limit on its
+own length or on its pauses (`_UNHURRIED`), whatever server, database or role say; and BEGIN names its isolation level.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+import psycopg
 import sqlalchemy
+from psycopg import pq
+from psycopg.conninfo import make_conninfo
 from pydantic import SecretStr
 from sqlalchemy import event, make_url, text
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.engine.interfaces import IsolationLevel
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.pool import NullPool
 
 from walletmigrate.errors import ConfigError, DatabaseUnreachable
@@ -47,8 +50,24 @@ _READABLE: Final = (
 and cross-checks run in these transactions too, and nothing here depends on either.
 """
 
+_UNHURRIED: Final = (
+    # Set for a role, to end what an application forgot, these would cut off a batch that waits for its job's other
+    # sessions, or what reads one snapshot for an hour: each time anew, so that it never came to its end.
+    ("idle_in_transaction_session_timeout", "0"),
+    ("transaction_timeout", "0"),  # the last: PostgreSQL 15 and 16 do not know it
+)
+_TRANSACTION_TIMEOUT_SINCE: Final = 17
 _CONNECT_SECONDS: Final = 10
+_KEPT_ALIVE: Final = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+"""Seconds, and tries: a host that is gone without a word is missed after a minute, and not after the two hours that a
+system waits by default. Of no meaning for a socket.
+"""
 _INSUFFICIENT_PRIVILEGE: Final = "42501"
+_READ_ONLY: Final = "25006"
+_PASSING: Final = ("08", "57P01", "57P02", "57P03", "57P05", _READ_ONLY)
+"""SQLSTATEs of a session that was ended from outside, of a server that shuts down or starts, and of one that is a
+standby, or set read-only, for now.
+"""
 _SCHEMES: Final = frozenset({"postgresql", "postgres", "postgresql+psycopg"})
 _SECRET_PARAMETERS: Final = frozenset({"password", "sslpassword", "passphrase", "oauth_client_secret"})
 _HIDDEN: Final = "***"
@@ -99,29 +118,33 @@ def engine(
 ) -> Engine:
     """Make an engine whose every transaction has a lock and a statement time limit (milliseconds, 0: none).
 
-    What is read does not depend on the settings of server, database or role. ``application_name`` is what
-    ``pg_stat_activity`` shows. ``options`` go to ``sqlalchemy.create_engine``.
+    It has no other, and what is read does not depend on the settings of server, database or role.
+    ``application_name`` is what ``pg_stat_activity`` shows. ``options`` go to ``sqlalchemy.create_engine``.
     Connections in autocommit have no transaction to hold the limits: they run with the server's.
 
     Raises ConfigError for a URL that cannot be read; connects to nothing yet.
     """
+    address = parsed(url)
     arguments: dict[str, Any] = {
         "application_name": application_name,
         "connect_timeout": _CONNECT_SECONDS,
+        **{name: value for name, value in _KEPT_ALIVE.items() if name not in address.query},
         # Prepared statements outlive a transaction; a PgBouncer older than 1.21 then mixes up its clients.
         "prepare_threshold": None,
         **options.pop("connect_args", {}),
     }
     # No hstore here: to look for it costs each engine a round trip in a savepoint, which an interrupt can meet.
     options = {"use_native_hstore": False, "isolation_level": isolation_level, **options}
-    made = sqlalchemy.create_engine(parsed(url), connect_args=arguments, **options)
+    made = sqlalchemy.create_engine(address, connect_args=arguments, **options)
     limits = (("lock_timeout", int(lock_timeout_ms)), ("statement_timeout", int(statement_timeout_ms)))
-    settings = "; ".join(f"set local {name} = {value}" for name, value in (*limits, *_READABLE))
+    settings = [f"set local {name} = {value}" for name, value in (*limits, *_READABLE, *_UNHURRIED)]
+    every, older = "; ".join(settings), "; ".join(settings[:-1])
 
     @event.listens_for(made, "begin")
     def _limit(connection: Connection) -> None:
         if not _in_autocommit(connection):
-            connection.exec_driver_sql(settings)
+            release = connection.dialect.server_version_info or (0,)
+            connection.exec_driver_sql(every if release >= (_TRANSACTION_TIMEOUT_SINCE,) else older)
 
     return made
 
@@ -135,7 +158,53 @@ def reachable(engine: Engine) -> None:
         with engine.connect() as connection:
             connection.execute(text("select 1"))
     except DBAPIError as error:
-        raise DatabaseUnreachable(masked(engine.url), _without_secrets(error, engine.url)) from None
+        raise DatabaseUnreachable(masked(engine.url), words(error, engine.url)) from None
+
+
+def words(error: DBAPIError, url: URL) -> str:
+    """The driver's own words on one line, without any secret of the URL."""
+    said = " ".join(str(error.orig).split())
+    secret_values = [value for name, value in url.query.items() if name.lower() in _SECRET_PARAMETERS]
+    for value in (url.password, *secret_values):
+        for secret in (value,) if isinstance(value, str) else value or ():
+            if secret:
+                said = said.replace(secret, _HIDDEN)
+    return said.rstrip(".")
+
+
+def lost(error: DBAPIError) -> bool:
+    """Whether it is the connection's and not the statement's: it was lost, could not be made, or cannot write."""
+    state = getattr(error.orig, "sqlstate", None) or ""
+    without = not state and isinstance(error, OperationalError)
+    return error.connection_invalidated or without or state.startswith(_PASSING)
+
+
+def away(engine: Engine) -> str | None:
+    """Why the database cannot be worked with now, if that passes by itself; no secret in it.
+
+    None where it answers, and also where it refuses this client (a password, a database, a right to connect): then the
+    next statement says so.
+    """
+    try:
+        with engine.connect() as connection:
+            writable = connection.scalar(text("select current_setting('transaction_read_only') = 'off'"))
+        return None if writable else "it takes no writes (it is a standby, or was set read-only)"
+    except DBAPIError as error:
+        if not lost(error) or not _silent(engine, error):
+            return None
+        return words(error, engine.url)
+
+
+def _silent(engine: Engine, error: DBAPIError) -> bool:
+    """Whether a server that could not be connected to is away. A refusal has no SQLSTATE in the driver's error, so the
+    driver's library is asked, which knows it: a server that refuses a client is there.
+    """
+    if getattr(error.orig, "sqlstate", None) or isinstance(error.orig, psycopg.errors.ConnectionTimeout):
+        return True
+    given = {**engine.dialect.create_connect_args(engine.url)[1], "connect_timeout": _CONNECT_SECONDS}
+    given.pop("context", None)  # SQLAlchemy's own
+    conninfo = make_conninfo(**given)
+    return pq.PGconn.ping(conninfo.encode()) in (pq.Ping.REJECT, pq.Ping.NO_RESPONSE)
 
 
 @contextmanager
@@ -180,14 +249,3 @@ def _drop_database(admin: Engine, name: str) -> None:
 
 def _in_autocommit(connection: Connection) -> bool:
     return bool(getattr(connection.connection.driver_connection, "autocommit", False))
-
-
-def _without_secrets(error: DBAPIError, url: URL) -> str:
-    """Give the driver's first words on one line, without any secret of the URL."""
-    words = " ".join(str(error.orig).split())
-    secret_values = [value for name, value in url.query.items() if name.lower() in _SECRET_PARAMETERS]
-    for value in (url.password, *secret_values):
-        for secret in (value,) if isinstance(value, str) else value or ():
-            if secret:
-                words = words.replace(secret, _HIDDEN)
-    return words.rstrip(".")

@@ -28,9 +28,9 @@ LINE_STOPPED: Final = 2
 VOIDED: Final = 1.0
 """As a time it is 1970: older than any limit, and not the 0 of what was never verified, which may be no fault yet."""
 
-# The last reconciliation of each mapping, of legacy with the ledger only where no verification came after it.
 _REPORTED: Final = """
-select distinct on (j.mapping, r.outside) j.mapping, r.outside, j.details -> 'differences' as differences
+select distinct on (j.mapping, r.outside)
+    j.id, j.mapping, r.outside, j.details #>> '{options,truth}' as truth, j.details -> 'differences' as differences
 from {schema}.jobs as j
 cross join lateral (select j.details #>> '{options,kind}' in ('file', 'callable') as outside) as r
 where
@@ -218,7 +218,7 @@ def _differences(
     of_sides: dict[str, tuple[int, Decimal]] = defaultdict(lambda: (0, Decimal(0)))
     outside: dict[str, tuple[int, Decimal]] = defaultdict(lambda: (0, Decimal(0)))
     mappings = {mapping for mapping, _ in scope}
-    for run in connection.execute(sa.text(_REPORTED.replace("{schema}", quoted(schema)))):
+    for run in reported(connection, schema):
         if mappings and run.mapping not in mappings:
             continue
         for currency, one in run.differences.items():
@@ -229,6 +229,13 @@ def _differences(
         accounts, amount = max(found.get(currency, (0, Decimal(0))), of_sides[currency])
         found[currency] = (accounts + outside[currency][0], total((amount, outside[currency][1])))
     return found
+
+
+def reported(connection: sa.Connection, schema: str) -> list[sa.Row[Any]]:
+    """The last reconciliation of each mapping with an outside truth, and the last of legacy with the ledger where no
+    full verification came after it: id, mapping, outside, truth, and differences (accounts and amount, by currency).
+    """
+    return list(connection.execute(sa.text(_REPORTED.replace("{schema}", quoted(schema)))))
 
 
 def _last_success(connection: sa.Connection, schema: str, scope: Collection[tuple[str, str]]) -> float:

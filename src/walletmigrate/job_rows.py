@@ -13,8 +13,9 @@ from importlib.metadata import version
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, Row, text
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError
 
+from walletmigrate import connect
 from walletmigrate.audit import Act, record
 from walletmigrate.config import Settings
 from walletmigrate.errors import UsageError
@@ -24,7 +25,7 @@ from walletmigrate.standing import REASON
 
 RESUMABLE: Final = ("running", "paused", "failed")
 _OWN_COMMAND: Final = {
-    "reconcile": "reconcile --all --mapping {mapping}",
+    "reconcile": "reconcile --all --mapping {mapping}{run}",
     "reconcile undo": "reconcile undo {undoes}",
     "backfill undo": "backfill undo --job {of}",
     "snapshot take": "snapshot take",
@@ -37,9 +38,10 @@ _OWN_COMMAND: Final = {
 """Who goes on with jobs of these kinds: `jobs resume` runs the others."""
 READS: Final = frozenset({"verify", "verify changes", "verify sample", "archive", "snapshot verify"})
 """Kinds that only read (`job_reads`)."""
+TURNS: Final = frozenset({"snapshot take", "reconcile undo", "backfill undo"})
+"""Kinds that go in order (`job_turns`)."""
 HOLD_SECONDS: Final = 10
 """How often a job that is held says that it is still there; well below `STALLED_SECONDS`."""
-_LOST: Final = ("08", "57P")  # connection exceptions; the server is shutting down or starting
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,22 @@ def resuming(job: Job | Row[Any]) -> str:
     own = _OWN_COMMAND.get(job.kind)
     if own is None:
         return f"walletmigrate jobs resume {job.id} {REASON}"
-    values = defaultdict(lambda: "NUMBER", job.details, mapping=shlex.quote(job.mapping or ""))
+    values = defaultdict(
+        lambda: "NUMBER", job.details, mapping=shlex.quote(job.mapping or ""), run=_of_run(job.details)
+    )
     return f"walletmigrate {own.format_map(values)} {REASON}"
+
+
+def _of_run(details: Mapping[str, Any]) -> str:
+    """The options of a reconciliation: with others it would be another one, of something else."""
+    options = {"truth": "legacy", "tolerance": "0", "correct_up_to": "1.00"}
+    given = {name: details.get("options", {}).get(name, usual) for name, usual in options.items()}
+    said = [
+        f" --{name.replace('_', '-')} {shlex.quote(given[name])}" for name in options if given[name] != options[name]
+    ]
+    flags = ("create_missing", "allow_negative")
+    said += [f" --{name.replace('_', '-')}" for name in flags if details.get("options", {}).get(name) == "True"]
+    return "".join(said)
 
 
 def has_own_command(job: Job | Row[Any]) -> bool:
@@ -253,8 +269,7 @@ def sqlstate(error: DBAPIError) -> str:
 def retryable(error: DBAPIError) -> bool:
     """Whether the same batch may well succeed when it is tried again."""
     state = sqlstate(error)
-    lost = error.connection_invalidated or (not state and isinstance(error, OperationalError))
-    return lost or state.startswith(("40", *_LOST)) or state == "55P03"
+    return connect.lost(error) or state.startswith("40") or state == "55P03"
 
 
 def said(error: BaseException) -> str:

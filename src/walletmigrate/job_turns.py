@@ -8,22 +8,21 @@ transaction of the turn: killed anywhere, the next turn goes on. Two processes t
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError
 
 from walletmigrate import job_rows, throttle
 from walletmigrate.audit import Act, record
 from walletmigrate.config import Settings
-from walletmigrate.errors import Retryable
+from walletmigrate.errors import DatabaseUnreachable
 from walletmigrate.job_options import EVERYTHING
-from walletmigrate.job_rows import Batch, Job, begin, said
-from walletmigrate.job_work import ATTEMPTS, Progress, Stop, Work
+from walletmigrate.job_outages import never
+from walletmigrate.job_rows import Batch, Job, begin
+from walletmigrate.job_work import Progress, Stop, Work
 
 Turn = Callable[[Connection, int], Batch]
 """``turn(connection, size)``: do at most the next ``size`` items, under the lock of the job's row and in that
@@ -33,8 +32,6 @@ Closing = Callable[[Connection], dict[str, Any]]
 """What is left to be done when no items are, in the transaction that calls the job done; details of its audit row."""
 
 _HELD: Final = 0.25
-_FIRST_PAUSE: Final = 0.05
-_LONGEST_PAUSE: Final = 2.0
 
 
 def run_turns(
@@ -52,23 +49,21 @@ def run_turns(
     """Take turns until none is left, and call the job done. ``size`` is the batch size unless the operator set one.
 
     Returns the job ``paused`` when ``stop`` said so, or in the state that another process gave it. Raises Retryable
-    when a turn ran out of attempts, or what it failed with; the job is ``failed`` then, and can be resumed. Ctrl-C
-    pauses it and goes on as KeyboardInterrupt.
+    when a turn ran out of attempts, or what it failed with; the job is ``failed`` then, and can be resumed.
+    DatabaseUnreachable if it is to stop before the end of an outage. Ctrl-C pauses it and goes on as KeyboardInterrupt.
     """
-    work = Work(engine, settings, (), throttle=_throttle(engine, settings, job))
-    tries = 0
+    work = Work(engine, settings, (), stop=stop or never, throttle=_throttle(engine, settings, job))
+
+    def next_turn() -> tuple[Job, int]:
+        work.ask(job)
+        return _one(engine, settings, job, turn, act, size, closing)
+
     try:
         while job.state == "running":
-            if stop is not None and stop():
-                return job_rows.leave(engine, settings, job, "paused")
-            try:
-                work.ask(job)
-                now, done = _one(engine, settings, job, turn, act, size, closing)
-            except DBAPIError as error:
-                tries += 1
-                _again(job, error, tries)
-                continue
-            tries, job = 0, replace(now, resumed=job.resumed)
+            if work.stop():
+                return work.pause(job)
+            now, done = work.patience(job).persist(next_turn)
+            job = replace(now, resumed=job.resumed)
             if job.held is not None and job.state == "running":
                 time.sleep(_HELD)
             elif done:
@@ -76,6 +71,8 @@ def run_turns(
                     progress(job)
                 if job.options.rate is not None:
                     time.sleep(done / job.options.rate)
+    except DatabaseUnreachable:
+        raise
     except BaseException as error:
         work.leave_somehow(job, error)
         raise
@@ -112,13 +109,3 @@ def _size(job: Job, usual: int) -> int:
     """As the operator set it; with a rate no more at once than a second's worth."""
     wanted = job.options.batch_size or usual
     return wanted if job.options.rate is None else min(wanted, max(1, int(job.options.rate)))
-
-
-def _again(job: Job, error: DBAPIError, tries: int) -> None:
-    """Wait before the same turn is tried again. Raises what ends the job."""
-    if not job_rows.retryable(error):
-        raise error
-    if tries >= ATTEMPTS:
-        what = f"a batch of job {job.id} ({job.kind}) failed {ATTEMPTS} times, last by: {said(error)}"
-        raise Retryable(what) from error
-    time.sleep(random.uniform(0.5, 1) * min(_FIRST_PAUSE * 2**tries, _LONGEST_PAUSE))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import socket
 import threading
 import time
@@ -17,22 +16,13 @@ from sqlalchemy.exc import DBAPIError
 
 from walletmigrate import job_batches, job_claims, job_rows
 from walletmigrate.config import Settings
-from walletmigrate.errors import (
-    JobFailed,
-    LedgerNotInstalled,
-    Retryable,
-    WalletMigrateError,
-)
+from walletmigrate.errors import DatabaseUnreachable, JobFailed, LedgerNotInstalled, WalletMigrateError
 from walletmigrate.job_batches import Claim
 from walletmigrate.job_claims import ClaimLost, NoClaim
+from walletmigrate.job_outages import Patience, never
 from walletmigrate.job_rows import Batch, Job, begin, leave, said, sqlstate
 from walletmigrate.throttle import Throttle
 
-ATTEMPTS: Final = 8
-"""How often a batch is tried that meets a deadlock, a lock time limit or a lost connection."""
-
-_FIRST_PAUSE: Final = 0.05
-_LONGEST_PAUSE: Final = 2.0
 _OTHERS_AT_WORK: Final = 0.05
 _HELD: Final = 0.25
 _NO_FUNCTIONS: Final = ("42883", "42P01", "3F000", "WM010")
@@ -49,10 +39,6 @@ Stop = Callable[[], bool]
 """Asked before each batch; True pauses the job."""
 
 
-def _never() -> bool:
-    return False
-
-
 @dataclass(frozen=True)
 class Work:
     """What a worker needs: ``steps``, one for each pass over the keys, and whom it asks and tells on the way.
@@ -64,8 +50,8 @@ class Work:
     settings: Settings
     steps: Sequence[Step]
     progress: Progress | None = None
-    stop: Stop = _never
-    rest: Stop = _never
+    stop: Stop = never
+    rest: Stop = never
     throttle: Throttle | None = None
     name: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident() % 10_000}")
 
@@ -73,13 +59,14 @@ class Work:
         """Do batches until none is left; the job as it is then, and whether it has come to its end.
 
         Raises Retryable when a batch ran out of attempts, LedgerNotInstalled or JobFailed; the job is failed then.
-        Ctrl-C pauses it and goes on as KeyboardInterrupt.
+        DatabaseUnreachable if it is to stop, or rest, before the end of an outage: the job stays as it is. Ctrl-C
+        pauses it and goes on as KeyboardInterrupt.
         """
         tries = 0
         try:
             while not self.rest():
                 if self.stop():
-                    return leave(self.engine, self.settings, job, "paused"), False
+                    return self.pause(job), False
                 found: Claim | NoClaim | None = None
                 try:
                     self.ask(job)
@@ -101,10 +88,20 @@ class Work:
                     continue
                 if self.progress is not None:
                     self.progress(job)
+        except DatabaseUnreachable:
+            raise
         except BaseException as error:
             self.leave_somehow(job, error)
             raise
         return job, False
+
+    def patience(self, job: Job) -> Patience:
+        """With the database, for as long as somebody waits for this worker."""
+        return Patience(self.engine, f"job {job.id} ({job.kind})", lambda: self.stop() or self.rest())
+
+    def pause(self, job: Job) -> Job:
+        """Take the job out of work, because its operator says so here."""
+        return self.patience(job).persist(lambda: leave(self.engine, self.settings, job, "paused"))
 
     def ask(self, job: Job) -> None:
         """Ask the throttle, and write down what it says: no worker claims a batch while the job is held."""
@@ -139,21 +136,20 @@ class Work:
     def _failed(self, job: Job, claimed: Claim | None, error: Exception, tries: int) -> None:
         """Make the batch ready to be tried again, whole or in halves. Raises what ends the job."""
         if isinstance(error, DBAPIError) and job_rows.retryable(error):
+            patience = self.patience(job)
+            patience.outlast(error)
             if claimed is not None:
                 self._give_back(claimed)
                 tries = max(tries, claimed.attempts)
-            if tries >= ATTEMPTS:
-                what = f"a batch of job {job.id} ({job.kind}) failed {ATTEMPTS} times, last by: {said(error)}"
-                raise Retryable(what) from error
-            time.sleep(random.uniform(0.5, 1) * min(_FIRST_PAUSE * 2**tries, _LONGEST_PAUSE))
+            patience.again(error, tries)
             return
         if claimed is None or isinstance(error, WalletMigrateError):
             if claimed is not None:
                 self._give_back(claimed)
-            raise _typed(job, error) from error
+            raise typed(job, error) from error
         if isinstance(error, DBAPIError) and sqlstate(error) in (*_NO_FUNCTIONS, _NO_GRANT):
             self._give_back(claimed)
-            raise _typed(job, error) from error
+            raise typed(job, error) from error
         why = None
         # Without a database the lease ends the claim, and the batch fails once more.
         with suppress(DBAPIError), begin(self.engine) as connection:
@@ -176,7 +172,8 @@ class Work:
                 leave(self.engine, self.settings, job, "failed", detail)
 
 
-def _typed(job: Job, error: Exception) -> Exception:
+def typed(job: Job, error: Exception) -> Exception:
+    """What a worker raises for an error that no other try would mend."""
     if not isinstance(error, DBAPIError):
         return error
     if sqlstate(error) in _NO_FUNCTIONS:

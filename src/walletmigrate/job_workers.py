@@ -26,15 +26,21 @@ from sqlalchemy.exc import DBAPIError
 
 from walletmigrate import connect, job_rows
 from walletmigrate.config import Settings
-from walletmigrate.errors import JobFailed, Retryable, UsageError, WalletMigrateError
-from walletmigrate.job_rows import Job, begin, leave, said
-from walletmigrate.job_work import ATTEMPTS, Step, Work
+from walletmigrate.errors import DatabaseUnreachable, JobFailed, UsageError, WalletMigrateError
+from walletmigrate.job_outages import Patience
+from walletmigrate.job_rows import Job, begin
+from walletmigrate.job_work import Step, Work, typed
 
 SLICE_SECONDS: Final = 5.0
 """How long a worker works before it comes back for more."""
 
 LOSSES: Final = 20
-"""How many workers may be lost before the job is failed: then it is the machines, or the work kills its process."""
+"""How many workers may be lost one after the other, and no account done meanwhile, before the job is failed: then it is
+the machines, or the work kills its process.
+"""
+
+UNREACHED: Final = 3
+"""How often each worker may come back without having reached the database, while this process does reach it."""
 
 _LOOK: Final = 0.25
 
@@ -64,12 +70,17 @@ def work(assignment: Assignment) -> Outcome:
     # One connection for the batch, one for a step that has transactions of its own in it.
     engine = connect.engine(assignment.url, application_name="walletmigrate worker", pool_size=2, max_overflow=0)
     end = time.monotonic() + assignment.seconds
-    try:
-        connect.reachable(engine)
+
+    def rest() -> bool:
+        return time.monotonic() > end
+
+    def found() -> Job:
         with begin(engine) as connection:
-            job = job_rows.get(connection, assignment.settings, assignment.job_id)
-        worker = Work(engine, assignment.settings, assignment.steps, rest=lambda: time.monotonic() > end)
-        return Outcome(*worker.run(job))
+            return job_rows.get(connection, assignment.settings, assignment.job_id)
+
+    try:
+        job = Patience(engine, f"a worker of job {assignment.job_id}", rest).persist(found)
+        return Outcome(*Work(engine, assignment.settings, assignment.steps, rest=rest).run(job))
     except WalletMigrateError as error:
         return Outcome(None, False, error)
     finally:
@@ -84,7 +95,8 @@ class Crew:
         self._count = count
         self._given = executor
         self._pool = executor or _processes(count)
-        self._losses = 0
+        self._losses = self._unreached = 0
+        self._done = 0
 
     def run(self, job: Job) -> tuple[Job, bool]:
         """As `Work.run`: until the job ends, stops, or a worker says why it cannot go on."""
@@ -109,7 +121,7 @@ class Crew:
                 told = job.items_done + job.items_failed
                 self._main.progress(job)
             if job.state == "running" and not ended and self._main.stop():
-                job = leave(self._main.engine, self._main.settings, job, "paused")
+                job = self._main.pause(job)
             while job.state == "running" and not ended and len(running) < self._count:
                 running.add(self._pool.submit(task))
             if not running:
@@ -121,22 +133,29 @@ class Crew:
                 self._pool.shutdown(wait=True, cancel_futures=True)
                 self._pool, running = _processes(self._count), set()
             for outcome in outcomes:
-                if outcome is not None and outcome.error is not None:
-                    raise outcome.error
-                ended = ended or (outcome is not None and outcome.ended)
+                if outcome is not None:
+                    self._judge(outcome)
+                    ended = ended or outcome.ended
 
     def _look(self, job: Job) -> Job:
-        """Ask the throttle, and look how far the job is; a database that is away for a moment is waited for."""
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                self._main.ask(job)
-                with begin(self._main.engine) as connection:
-                    return replace(job_rows.get(connection, self._main.settings, job.id), resumed=job.resumed)
-            except DBAPIError as error:
-                if not job_rows.retryable(error) or attempt == ATTEMPTS:
-                    raise Retryable(f"job {job.id} ({job.kind}) cannot be looked at: {said(error)}") from error
-            time.sleep(_LOOK * attempt)
-        raise AssertionError("unreachable")
+        """Ask the throttle, and look how far the job is. A database that is away is waited for, as in the workers."""
+
+        def look() -> Job:
+            self._main.ask(job)
+            with begin(self._main.engine) as connection:
+                return replace(job_rows.get(connection, self._main.settings, job.id), resumed=job.resumed)
+
+        try:
+            return self._main.patience(job).persist(look)
+        except DBAPIError as error:
+            raise typed(job, error) from error
+
+    def _judge(self, outcome: Outcome) -> None:
+        """Raises what the worker stopped for, unless it has only been away from the database as everybody was."""
+        reached = not isinstance(outcome.error, DatabaseUnreachable)
+        self._unreached = 0 if reached else self._unreached + 1
+        if outcome.error is not None and (reached or self._unreached > UNREACHED * self._count):
+            raise outcome.error
 
     def _outcome(self, job: Job, future: Future[Outcome]) -> Outcome | None:
         """None for a worker that was lost. Raises JobFailed for one that could not be given its work."""
@@ -146,7 +165,8 @@ class Crew:
             lost = isinstance(error, BrokenProcessPool | CancelledError) or type(error).__module__.startswith(
                 "distributed"
             )
-            self._losses += 1
+            done = job.items_done + job.items_failed
+            self._losses, self._done = 1 if done > self._done else self._losses + 1, done
             if lost and self._losses <= LOSSES:
                 return None
             what = f"{self._losses} workers were lost, the last by" if lost else "a worker could not do its work:"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, Engine, text
 
@@ -20,6 +20,7 @@ from walletmigrate.capture import fence_problems
 from walletmigrate.config import Settings
 from walletmigrate.errors import LedgerNotInstalled, PreconditionRefused
 from walletmigrate.functions import FUNCTIONS_VERSION, Installed, alteration, fingerprint, installed_mapping, relation
+from walletmigrate.job_outages import ATTEMPTS, Patience
 from walletmigrate.job_rows import (
     COLUMNS,
     RESUMABLE,
@@ -37,7 +38,7 @@ from walletmigrate.job_rows import (
     opening,
     resuming,
 )
-from walletmigrate.job_work import ATTEMPTS, Progress, Step, Stop, Work
+from walletmigrate.job_work import Progress, Step, Stop, Work
 from walletmigrate.job_workers import Crew
 from walletmigrate.schema import installed, quoted
 from walletmigrate.standing import REASON
@@ -58,6 +59,7 @@ __all__ = [
     "leave",
     "newest",
     "obstacles",
+    "persist",
     "phase",
     "require_installed",
     "run_batches",
@@ -66,6 +68,7 @@ __all__ = [
     "visibility",
 ]
 
+_T = TypeVar("_T")
 FRESH: Final = timedelta(days=7)
 """How long ago the last batch of a job may be that is resumed without being forced."""
 
@@ -157,7 +160,8 @@ def run_batches(
     Returns the job ``paused`` when ``stop`` said so, or in the state that another process gave it. Ctrl-C pauses it
     and goes on as KeyboardInterrupt. A batch that fails is halved until the one bad row is set aside; the job fails
     when its first batches fail alike, or when too many rows are set aside (JobFailed), when a batch ran out of
-    attempts (Retryable), or when functions are missing (LedgerNotInstalled); a failed job is resumable.
+    attempts (Retryable), or when functions are missing (LedgerNotInstalled); a failed job is resumable. A database that
+    is away is waited for; DatabaseUnreachable if ``stop`` says so before it is back.
     """
     given = {name: one for name, one in (("batch_size", batch_size), ("rate", rate)) if one is not None}
     if given:
@@ -190,30 +194,42 @@ def finish(
     ``failed`` accounts, if known better than by the sum over the batches. Raises PreconditionRefused, and the job is
     failed, if the fence fell while it ran: accounts could then be behind without knowing it.
     """
-    with begin(engine) as connection:
-        reasons = obstacles(connection, settings, mapping)
-    if reasons:
-        refused = PreconditionRefused(job.kind, reasons)
-        leave(engine, settings, job, "failed", str(refused))
-        raise refused
-    with begin(engine) as connection:
-        now = get(connection, settings, job.id, lock=True)
-        if now.state != "running":
-            return replace(now, resumed=job.resumed)
-        more = closing(connection, now) if closing is not None else {}
-        done = change(
-            connection,
-            settings,
-            job.id,
-            "state = 'done', items_failed = coalesce(:failed, items_failed), "
-            "items_total = greatest(items_total, items_done + coalesce(:failed, items_failed)), "
-            "held = null, held_at = null, finished_at = clock_timestamp(), updated_at = clock_timestamp()",
-            failed=failed,
-        )
-        job_batches.clear(connection, settings, job.id)
-        facts = {**done.counts, "failed": done.items_failed, **(details or {}), **more}
-        record(connection, settings, f"{job.kind} done", act, mapping=job.mapping, job_id=job.id, details=facts)
-    return replace(done, resumed=job.resumed)
+
+    def ended() -> Job:
+        with begin(engine) as connection:
+            reasons = obstacles(connection, settings, mapping)
+        if reasons:
+            refused = PreconditionRefused(job.kind, reasons)
+            leave(engine, settings, job, "failed", str(refused))
+            raise refused
+        with begin(engine) as connection:
+            now = get(connection, settings, job.id, lock=True)
+            if now.state != "running":
+                return replace(now, resumed=job.resumed)
+            more = closing(connection, now) if closing is not None else {}
+            done = change(
+                connection,
+                settings,
+                job.id,
+                "state = 'done', items_failed = coalesce(:failed, items_failed), "
+                "items_total = greatest(items_total, items_done + coalesce(:failed, items_failed)), "
+                "held = null, held_at = null, finished_at = clock_timestamp(), updated_at = clock_timestamp()",
+                failed=failed,
+            )
+            job_batches.clear(connection, settings, job.id)
+            facts = {**done.counts, "failed": done.items_failed, **(details or {}), **more}
+            record(connection, settings, f"{job.kind} done", act, mapping=job.mapping, job_id=job.id, details=facts)
+        return replace(done, resumed=job.resumed)
+
+    return persist(engine, job, ended)
+
+
+def persist(engine: Engine, job: Job, call: Callable[[], _T]) -> _T:
+    """What ``call`` gives, tried again while that may help, as batches are: for what comes before and after them.
+
+    It has to be something that may be done twice. Raises Retryable, and what no other try would mend.
+    """
+    return Patience(engine, f"job {job.id} ({job.kind})").persist(call)
 
 
 def cancel(connection: Connection, settings: Settings, kind: str, mapping_name: str, act: Act) -> int | None:

@@ -204,6 +204,9 @@ path = "flags/environment.json"   # relative to this file
 # api_url = "http://localhost:8000/api/v1/"
 poll_seconds = 10
 
+# [exporter]                      # where `walletmigrate exporter` is found, so that `doctor` looks at it
+# url = "http://localhost:9464"
+
 [capture]                         # the catalogue of writes past the adapter
 raw_queries = false               # their text as it was sent; it may hold personal data
 retention = "30d"                 # what `walletmigrate capture prune` keeps

@@ -168,9 +168,7 @@ class _Run:
         settling = replace(self._settling, run=job.id)
         job = jobs.run_batches(self._engine, self._settings, job, settling, **options)
         if job.state == "running":
-            tally = Tally()
-            self._unknown(tally)
-            self._set_aside(job.id, tally)
+            tally = jobs.persist(self._engine, job, lambda: self._unmet(job.id))
 
             def closing(connection: Connection, now: jobs.Job) -> Mapping[str, Any]:
                 # With the end of the job, in one transaction: cut short before it, nothing is counted twice.
@@ -182,7 +180,15 @@ class _Run:
                 return dict(self._facts(counts)["details"])
 
             job = jobs.finish(self._engine, self._settings, self._mapping, job, self._act, closing=closing)
-        return self._result(job.id, job.counts, self._items(job), job.state, resumed=job.resumed)
+        items = jobs.persist(self._engine, job, lambda: self._items(job))
+        return self._result(job.id, job.counts, items, job.state, resumed=job.resumed)
+
+    def _unmet(self, run: int) -> Tally:
+        """What no batch could tell."""
+        tally = Tally()
+        self._unknown(tally)
+        self._set_aside(run, tally)
+        return tally
 
     def _items(self, job: jobs.Job) -> list[Correction]:
         """As they stand on record: several processes may have met them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from decimal import Context, Decimal
 from typing import Any, Final
@@ -84,7 +84,10 @@ class Settling:
         """Compare and settle. Raises what concerns all accounts."""
         keys, rows = self.standing(connection, after, upto)
         tally = Tally()
-        self.go_through(rows, Corrector(connection.engine, self.settings, self.mapping, self.act), tally)
+        # The batch's own session does nothing meanwhile, and would be ended for that (`job_claims.hold`): who is asked
+        # for the truth may take his time, and so may locks.
+        corrector = Corrector(connection.engine, self.settings, self.mapping, self.act)
+        self.go_through(rows, corrector, tally, alive=lambda: connection.exec_driver_sql("select"))
         self.keep(connection, tally)
         failed = tally.counts["failed"]
         counts = {name: int(number) for name, number in tally.counts.items()}
@@ -110,11 +113,17 @@ class Settling:
         query = text(f"select * from {quoted(self.settings.ledger_schema)}.standing_{self.mapping.name}({given})")
         return list(connection.execute(query, {"keys": keys})) if keys else []
 
-    def go_through(self, rows: Iterable[Row[Any]], corrector: Corrector, tally: Tally) -> None:
-        """Settle what is not in order at a look."""
+    def go_through(
+        self, rows: Iterable[Row[Any]], corrector: Corrector, tally: Tally, alive: Callable[[], object] = object
+    ) -> None:
+        """Settle what is not in order at a look; ``alive`` is called after each that took a transaction of its own."""
         for row in rows:
             column = self.mapping.column(row.bucket, row.currency)
-            tally.add(self._judged(row, column) or self.settle(row.key, column, corrector))
+            found = self._judged(row, column)
+            if found is None:
+                found = self.settle(row.key, column, corrector)
+                alive()
+            tally.add(found)
 
     def _judged(self, row: Row[Any], column: Column) -> Correction | None:
         """What can be said without a lock: nearly all accounts are in order. None: to be looked at under its locks."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import pkgutil
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -26,6 +28,9 @@ from walletmigrate.job_rows import said, table
 BLIND_SECONDS: Final = 15.0
 LOOK_SECONDS: Final = 1.0
 """How often the signals are read at most."""
+
+ANSWER_SECONDS: Final = 2.0
+"""How long a signal may take; one that takes longer cannot be read for now."""
 
 _REST_SECONDS: Final = 5
 _HIDDEN: Final = "<insufficient privilege>"
@@ -53,6 +58,7 @@ class Throttle:
         self._looked: float | None = None
         self._read_at = dict.fromkeys((one.name for one in self._signals), clock())
         self._reason: str | None = None
+        self._unanswered: dict[str, Future[float | str | None]] = {}
 
     def reason(self) -> str | None:
         """Why the job has to stand still, None: it need not."""
@@ -65,7 +71,7 @@ class Throttle:
 
     def _judged(self, signal: Signal) -> str | None:
         try:
-            value = signal.read()
+            value = self._value(signal)
         except Exception as error:  # noqa: BLE001 - the user's callable may raise anything; blind is blind
             blind = self._clock() - self._read_at[signal.name]
             if blind < BLIND_SECONDS:
@@ -75,6 +81,30 @@ class Throttle:
         if value is None or isinstance(value, str):
             return value if value is None else f"{signal.name}: {value}"
         return f"{signal.name} {value:g} is over {signal.limit:g}" if value > signal.limit else None
+
+    def _value(self, signal: Signal) -> float | str | None:
+        """What it says, read in a thread of its own: a network that swallows the question, or a user's function that
+        never comes back, must not leave the workers without anybody who looks.
+        """
+        asked = self._unanswered.pop(signal.name, None) or _begun(signal.read)
+        if not wait([asked], ANSWER_SECONDS).done:
+            self._unanswered[signal.name] = asked
+            raise Unreadable(f"no answer within {ANSWER_SECONDS:g} s")
+        return asked.result()
+
+
+def _begun(read: Callable[[], float | str | None]) -> Future[float | str | None]:
+    future: Future[float | str | None] = Future()
+
+    def answer() -> None:
+        try:
+            future.set_result(read())
+        except BaseException as error:  # noqa: BLE001 - raised where it is asked for
+            future.set_exception(error)
+
+    # A daemon: a process that is to end does not wait for it.
+    threading.Thread(target=answer, name="walletmigrate throttle", daemon=True).start()
+    return future
 
 
 def of_settings(engine: Engine, settings: Settings, job_id: int, mapping_name: str | None) -> Throttle | None:

@@ -106,7 +106,7 @@ where t.id >= :first and t.correlation_id = :id
 select
     coalesce(t.posted_at, k.created_at) as at, 'key' as place, jsonb_strip_nulls(to_jsonb(k)) as details,
     format(
-        'idempotency key %s: mode %s, %s', k.key, k.mode,
+        'idempotency key %s: mode %s, %s', k.key, coalesce(k.mode::text, 'dual_write'),
         coalesce('transaction ' || k.transaction_id, 'no transaction')
     ) as what
 from {schema}.idempotency_keys as k

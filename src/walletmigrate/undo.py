@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Final
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, Row, text
 
-from walletmigrate import jobs
+from walletmigrate import job_rows, job_turns, jobs
 from walletmigrate.audit import Act
 from walletmigrate.config import Settings
 from walletmigrate.errors import PreconditionRefused, UsageError
 from walletmigrate.schema import quoted
-from walletmigrate.standing import REASON, Reason, require_installed, show
+from walletmigrate.standing import REASON, Reason, require_installed
 
 KIND: Final = "backfill undo"
 SHOWN: Final = 1000
 """How many accounts that were left are named."""
+
+_BEFORE: Final = "taken back before"
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,12 @@ class Left:
 
 @dataclass(frozen=True)
 class UndoResult:
-    """What became of the accounts that backfill ``of`` opened, or would (``dry_run``, and then no ``job_id``).
+    """What became of the accounts that backfill ``of`` opened, over all runs of the undo's job, or would (``dry_run``,
+    and then no ``job_id``).
 
     ``undone`` accounts are stale now, at balance 0; ``left`` names the first thousand of the ``left_count`` that stay,
-    those aside that were ``undone_before``. ``state`` is done, planned, or paused; or failed or cancelled, by another
-    process: then the figures are those of a part.
+    those aside that were ``undone_before``, by another job. ``state`` is done, planned, or paused; or failed or
+    cancelled, by another process: then the figures are those of a part.
     """
 
     of: int
@@ -58,28 +61,35 @@ def undo(
     *,
     batch_size: int = 500,
     dry_run: bool = False,
-    stop: Callable[[], bool] | None = None,
+    progress: jobs.Progress | None = None,
+    stop: jobs.Stop | None = None,
 ) -> UndoResult:
     """Reverse each opening of a backfill, one account after the other under its lock. Idempotent, resumable.
 
-    The legacy row is true for such an account again; the next posting or backfill brings it up. Raises UsageError
-    where there is no backfill of that id, PreconditionRefused while it runs, once the column is retired, or while the
-    undo of another backfill of this mapping is not finished.
+    A job of turns (`job_turns`), ``batch_size`` accounts each: ``stop``, and an operator's pause or cancellation, hold
+    from the next turn on, and the next call goes on behind the last account. The legacy row is true for such an account
+    again; the next posting or backfill brings it up. Raises UsageError where there is no backfill of that id,
+    PreconditionRefused while it runs, once the column is retired, while the undo of another backfill of this mapping is
+    not finished, or if the fence fell meanwhile; and what `job_turns.run_turns` raises.
     """
-    with engine.begin() as connection:
+    with jobs.begin(engine) as connection:
         mapping = _mapping(connection, settings, job_id)
+    undoing = _Undoing(settings, mapping, job_id, act)
     if dry_run:
-        return _all(engine, settings, UndoResult(job_id, mapping, None, 0, 0, 0, (), True, "planned"), act, batch_size)
-    job = _start(engine, settings, mapping, job_id, act)
-    result = UndoResult(job_id, mapping, job.id, 0, 0, 0, (), False, job.state)
-    result = _all(engine, settings, result, act, batch_size, stop)
-    if result.state == "stopped":
-        return replace(result, state=jobs.leave(engine, settings, job, "paused").state)
-    if result.state == "running":
-        facts = {"of": job_id, "undone": result.undone, "left": result.left_count, "before": result.undone_before}
-        job = jobs.finish(engine, settings, settings.mapping(mapping), job, act, details=facts)
-        return replace(result, state=job.state)
-    return result
+        return undoing.planned(engine, batch_size)
+    job = undoing.start(engine)
+    job = job_turns.run_turns(
+        engine,
+        settings,
+        job,
+        undoing.turn(job.id),
+        act,
+        size=batch_size,
+        closing=undoing.closing(job.id),
+        progress=progress,
+        stop=stop,
+    )
+    return undoing.result(job)
 
 
 def _mapping(connection: Connection, settings: Settings, job_id: int) -> str:
@@ -94,75 +104,119 @@ def _mapping(connection: Connection, settings: Settings, job_id: int) -> str:
     reasons: list[Reason] = []
     if row.state == "running":
         reasons.append((f"job {job_id} is running", "stop it by Ctrl-C where it runs, or wait for its end"))
-    if show(connection, settings).phase == "retired":
-        reasons.append(("the phase is retired: there is no legacy column to be true instead", ""))
+    reasons += _of_phase(connection, settings)
     if reasons:
         raise PreconditionRefused(KIND, reasons)
     return str(settings.mapping(row.mapping).name)
 
 
-def _start(engine: Engine, settings: Settings, mapping: str, job_id: int, act: Act) -> jobs.Job:
-    """Begin, or go on with, the undo of this backfill; one of another backfill is not taken up in its place."""
-
-    def of_this(found: jobs.Job) -> bool:
-        of = found.details.get("of")
-        if of == job_id:
-            return True
-        what = f"job {found.id}, the undo of backfill {of}, is {found.state} and not finished"
-        mend = f"walletmigrate backfill undo --job {of} {REASON}; or: walletmigrate jobs cancel {found.id} {REASON}"
-        raise PreconditionRefused(KIND, [(what, mend)])
-
-    with jobs.begin(engine) as connection:
-        return jobs.started(connection, settings, KIND, mapping, act, details={"of": job_id}, wanted=of_this)
+def _of_phase(connection: Connection, settings: Settings) -> list[Reason]:
+    if jobs.phase(connection, settings) == "retired":
+        return [("the phase is retired: there is no legacy column to be true instead", "")]
+    return []
 
 
-def _all(
-    engine: Engine,
-    settings: Settings,
-    result: UndoResult,
-    act: Act,
-    batch_size: int,
-    stop: Callable[[], bool] | None = None,
-) -> UndoResult:
-    """Batch by batch, each in a transaction of its own; done again, it finds what is taken back already.
+class _Undoing:
+    """The undo of one backfill."""
 
-    Each batch holds the job's row: once a pause or a cancellation has committed, nothing more is done for the job.
-    """
-    statement = text(
-        f"select * from {quoted(settings.ledger_schema)}.undo_openings("
-        ":mapping, :job, :undo, :after, :limit, :actor, :reason, :dry_run)"
-    )
-    after = 0
-    while stop is None or not stop():
+    def __init__(self, settings: Settings, mapping: str, of: int, act: Act) -> None:
+        self._settings, self._mapping, self._of, self._act = settings, mapping, of, act
+        self._schema = quoted(settings.ledger_schema)
+
+    def start(self, engine: Engine) -> jobs.Job:
+        """Begin, or go on with, this undo; one of another backfill is not taken up in its place."""
+
+        def of_this(found: jobs.Job) -> bool:
+            of = found.details.get("of")
+            if of == self._of:
+                return True
+            what = f"job {found.id}, the undo of backfill {of}, is {found.state} and not finished"
+            mend = f"walletmigrate backfill undo --job {of} {REASON}; or: walletmigrate jobs cancel {found.id} {REASON}"
+            raise PreconditionRefused(KIND, [(what, mend)])
+
+        count = text(f"select count(*) from {self._schema}.accounts where mapping = :mapping and job_id = :of")
         with jobs.begin(engine) as connection:
-            if result.job_id is not None:
-                state = jobs.get(connection, settings, result.job_id, lock=True).state
-                if state != "running":
-                    return replace(result, state=state)
-            rows = connection.execute(
-                statement,
-                {
-                    "mapping": result.mapping,
-                    "job": result.of,
-                    "undo": result.job_id,
-                    "after": after,
-                    "limit": batch_size,
-                    "actor": act.actor,
-                    "reason": act.reason,
-                    "dry_run": result.dry_run,
-                },
-            ).all()
-        if not rows:
-            return result
-        after = rows[-1].account
-        before = sum(row.why == "taken back before" for row in rows)
-        left = [row for row in rows if not row.undone and row.why != "taken back before"]
-        named = (Left(row.key, row.bucket, row.currency, row.why) for row in left)
-        result = replace(
-            result,
-            undone=result.undone + sum(row.undone for row in rows),
-            undone_before=result.undone_before + before,
-            left_count=result.left_count + len(left),
-            left=(*result.left, *named)[:SHOWN],
+            total = connection.scalar(count, {"mapping": self._mapping, "of": self._of})
+            more: dict[str, Any] = {"total": total, "details": {"of": self._of}, "wanted": of_this}
+            return jobs.started(connection, self._settings, KIND, self._mapping, self._act, **more)
+
+    def turn(self, undo: int) -> job_turns.Turn:
+        """The next accounts of the job, its cursor and its counts, in one transaction."""
+
+        def turn(connection: Connection, size: int) -> jobs.Batch:
+            # A step of the phase waits for no turn.
+            refused = _of_phase(connection, self._settings)
+            if refused:
+                raise PreconditionRefused(KIND, refused)
+            job = jobs.get(connection, self._settings, undo)
+            rows = self._next(connection, undo, int(job.cursor or 0), size)
+            if not rows:
+                return jobs.Batch(0, 0, 0, {})
+            self._note(connection, job, rows)
+            # One that is left has been gone through, and is no failure: nothing is to be mended about it.
+            return jobs.Batch(len(rows), len(rows), 0, {})
+
+        return turn
+
+    def closing(self, undo: int) -> job_turns.Closing:
+        """Nothing but the look whether it may be called done."""
+
+        def closing(connection: Connection) -> dict[str, Any]:
+            reasons = jobs.obstacles(connection, self._settings, self._settings.mapping(self._mapping))
+            if reasons:
+                raise PreconditionRefused(KIND, reasons)
+            return {"of": self._of, **jobs.get(connection, self._settings, undo).counts}
+
+        return closing
+
+    def planned(self, engine: Engine, size: int) -> UndoResult:
+        """The same look at all of them, with every write left out."""
+        result, after = UndoResult(self._of, self._mapping, None, 0, 0, 0, (), True, "planned"), 0
+        while True:
+            with jobs.begin(engine) as connection:
+                rows = self._next(connection, None, after, size)
+            if not rows:
+                return result
+            after, counts = rows[-1].account, _counts(rows)
+            result = replace(
+                result,
+                undone=result.undone + counts["undone"],
+                undone_before=result.undone_before + counts["before"],
+                left_count=result.left_count + counts["left"],
+                left=(*result.left, *_left(rows))[:SHOWN],
+            )
+
+    def result(self, job: jobs.Job) -> UndoResult:
+        """By what stands on the job's row."""
+        counts = job.counts
+        left = tuple(Left(**one) for one in job.details.get("items", []))
+        figures = (counts.get("undone", 0), counts.get("before", 0), counts.get("left", 0))
+        return UndoResult(self._of, self._mapping, job.id, *figures, left, False, job.state)
+
+    def _next(self, connection: Connection, undo: int | None, after: int, size: int) -> list[Row[Any]]:
+        """The next accounts, taken back or left; ``undo`` None changes nothing."""
+        statement = text(
+            f"select * from {self._schema}.undo_openings("
+            ":mapping, :of, :undo, :after, :limit, :actor, :reason, :dry_run)"
         )
-    return replace(result, state="stopped")
+        values = {"mapping": self._mapping, "of": self._of, "undo": undo, "after": after, "limit": size}
+        act = {"actor": self._act.actor, "reason": self._act.reason, "dry_run": undo is None}
+        return list(connection.execute(statement, {**values, **act}))
+
+    def _note(self, connection: Connection, job: jobs.Job, rows: list[Row[Any]]) -> None:
+        """Move the job's cursor behind these accounts, and add up what became of them."""
+        counts = {name: job.counts.get(name, 0) + number for name, number in _counts(rows).items()}
+        items = job.details.get("items", [])
+        more = {"counts": counts, "items": [*items, *map(asdict, _left(rows))][:SHOWN]}
+        changes = "cursor = :cursor, details = details || cast(:more as jsonb)"
+        values = {"cursor": str(rows[-1].account), "more": json.dumps(more)}
+        job_rows.change(connection, self._settings, job.id, changes, **values)
+
+
+def _counts(rows: list[Row[Any]]) -> dict[str, int]:
+    undone, before = sum(row.undone for row in rows), sum(row.why == _BEFORE for row in rows)
+    return {"undone": undone, "before": before, "left": len(rows) - undone - before}
+
+
+def _left(rows: list[Row[Any]]) -> list[Left]:
+    return [Left(row.key, row.bucket, row.currency, row.why) for row in rows if row.why not in (None, _BEFORE)]

@@ -107,8 +107,8 @@ begin
                 exit short when v_id is null;
                 if v_label.idempotency_key is not null then
                     -- Not `on conflict`, which looks twice: a key that was used goes the long way like all else.
-                    insert into idempotency_keys (key, transaction_id, created_at, request, mode)
-                    values (v_label.idempotency_key, v_transaction, null, v_label.request, 'dual_write');
+                    insert into idempotency_keys (key, transaction_id, created_at, request)
+                    values (v_label.idempotency_key, v_transaction, null, v_label.request);
                 end if;
                 {% for debit, credit in (("v_id", c.external), (c.external, "v_id")) %}
                 {{ "if v_label.change < 0 then" if loop.first else "else" }}
@@ -119,13 +119,14 @@ begin
                     )
                     values (
                         v_transaction, {{ debit }}, {{ credit }}, 'posting', v_label.type,
-                        round({{ "-" if loop.first }}v_label.change, {{ c.scale }}), v_after, '{{ c.currency }}',
+                        {# With exactly the column's decimals, as the adapter sends it. #}
+                        {{ "-" if loop.first }}v_label.change, v_after, '{{ c.currency }}',
                         v_label.reference_type, v_label.reference_id, v_label.correlation_id, v_label.actor, v_label.reason
                     );
                 {% endfor %}
                 end if;
                 v_setting := set_config(
-                    'walletmigrate.posting', concat_ws(' ', 'dual_write', v_transaction, v_after), true
+                    'walletmigrate.posting', concat_ws(' ', 'done', v_transaction, v_after), true
                 );
                 return null;
             end if;
@@ -145,7 +146,7 @@ begin
                     else array[null, null, v_after, null] end
                 );
             end if;
-            v_setting := set_config('walletmigrate.posting', 'legacy ' || v_after, true);
+            v_setting := set_config('walletmigrate.posting', 'done ' || v_after, true);
             return null;
         {% endfor %}
         else
@@ -161,7 +162,7 @@ begin
     {% if capture_mode == "reject" %}
     -- What plain_ has not yet taken: a trigger of the application writes behind the fence. Refused here, its write would
     -- be lost where it catches errors; so plain_ takes all back, and the long way lets it through, or refuses it.
-    if v_setting like 'dual\_write %' or v_setting like 'legacy %' then
+    if v_setting like 'done %' then
         v_setting := set_config('walletmigrate.posting', 'spoilt', true);
     end if;
     {% endif %}

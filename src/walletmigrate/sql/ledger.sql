@@ -8,9 +8,10 @@ create type {{ schema }}.transaction_kind as enum ('opening', 'resync', 'posting
 create type {{ schema }}.posting_mode as enum ('legacy', 'dual_write', 'ledger');
 
 -- Domains, because a CHECK of a table is read from the catalog and compiled at every statement (2 to 5 µs of CPU
--- each, measured); a domain's is compiled once a session. NaN is greater than infinity: one bound excludes both.
+-- each, measured); a domain's is compiled once a session. NaN is greater than infinity: one bound excludes both. And
+-- neither has a scale, which asks in one call what two bounds do.
 create domain {{ schema }}.amount as numeric check (value > 0 and value < 'Infinity');
-create domain {{ schema }}.balance as numeric check (value > '-Infinity' and value < 'Infinity');
+create domain {{ schema }}.balance as numeric check (value is null or scale(value) is not null);
 
 create table {{ schema }}.mappings (
     name text collate "C" primary key,
@@ -61,7 +62,8 @@ create table {{ schema }}.accounts (
     state_at timestamptz,
     state_reason text,
     job_id bigint,
-    unique (mapping, key, bucket, currency)
+    -- The key first: a search compares from the left, and a mapping has as many rows as keys.
+    unique (key, mapping, bucket, currency)
 ) with (fillfactor = 70);
 
 -- Ids of system accounts are negative: (name, currency) of opening, external, correction, bypass, transit.
@@ -79,6 +81,8 @@ create sequence {{ schema }}.transaction_ids as bigint;
 
 create table {{ schema }}.transactions (
     id bigint primary key,
+    -- Never the same. Only write_transaction can be asked for two owners' accounts, and gives no second one then; all
+    -- others write one owner's and one of the system, whose ids are negative.
     debit_account bigint not null,
     credit_account bigint not null,
     posted_at timestamptz not null default clock_timestamp(),
@@ -98,8 +102,7 @@ create table {{ schema }}.transactions (
     reference_id text,
     correlation_id text,
     actor text,
-    reason text,
-    check (debit_account <> credit_account)
+    reason text
 );
 
 -- History of one owner's account; ids grow under the account's lock, so id order is posting order.
@@ -123,7 +126,8 @@ create table {{ schema }}.idempotency_keys (
     created_at timestamptz default clock_timestamp(),
     -- Digest of the request; another request under the same key is an error.
     request uuid not null,
-    -- Null only while a batch that reserved the key is still at work.
+    -- Null of what the short way posted, in dual-write with its transaction; and, with none, while a batch that reserved
+    -- the key is still at work.
     mode {{ schema }}.posting_mode,
     -- Legacy and ledger of the debtor, then of the creditor, as the first result had them. Null where the
     -- transaction says it all: dual-write on every side that it has.

@@ -201,7 +201,8 @@ $$;
 -- The adapter's one round trip for a credit or a debit, and nearly always three statements: the legacy row is updated
 -- under a label, and the fence, which fires on it, writes the ledger from the row itself (see fence.sql). What does
 -- not fit takes itself back and goes the long way, which decides, with the same results, and meets the same failures.
--- p_label: the row of type label that the fence reads, as text. Returns "<mode> [<transaction> ]<balance>", or the long way's row as JSON.
+-- p_label: the row of type label that the fence reads, as text. Returns "done [<transaction> ]<balance>", without a transaction where legacy
+-- alone was written, or the long way's row as JSON.
 create or replace function {{ schema }}.plain_{{ mapping }}(
     p_fingerprint text, p_policy text, p_key {{ key_type }}, p_bucket text, p_currency text, p_change numeric,
     p_label text
@@ -229,7 +230,7 @@ begin
         {{ "end if;" if columns | length > 1 }}
         -- What the fence has left there; looked at and taken away in one go.
         v_done := current_setting('walletmigrate.posting') || set_config('walletmigrate.posting', '', true);
-        if v_done like 'dual\_write %' or v_done like 'legacy %' then
+        if v_done like 'done %' then
             return v_done;
         end if;
         -- The fence had nothing to fire on, or a trigger of the application took the label away: posted itself.

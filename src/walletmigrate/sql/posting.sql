@@ -151,7 +151,8 @@ begin
 end
 $$;
 
--- The one balanced row, and the new balance of each owner's account in it. System accounts have negative ids.
+-- The one balanced row, and the new balance of each owner's account in it. System accounts have negative ids. An
+-- account that would pay itself is no second account, and the row has to have two.
 create or replace function {{ schema }}.write_transaction(
     m {{ schema }}.movement, p {{ schema }}.posting, p_debit bigint, p_credit bigint
 ) returns void
@@ -169,7 +170,7 @@ begin
         reference_type, reference_id, correlation_id, actor, reason, reverses, group_id
     )
     values (
-        p.transaction_id, p_debit, p_credit,
+        p.transaction_id, p_debit, nullif(p_credit, p_debit),
         case m.operation
             when 'reverse' then 'reversal'::transaction_kind
             when 'set_balance' then 'correction'
@@ -226,7 +227,7 @@ declare
     k idempotency_keys;
 begin
     select * into k from idempotency_keys where key = m.idempotency_key;
-    if k.mode is null then
+    if k.mode is null and k.transaction_id is null then
         return; -- no such key, or one that this batch has reserved
     end if;
     p.debtor_change := null;
@@ -239,7 +240,7 @@ begin
     p.replayed := true;
     p.mismatch := false;
     p.outcome := 'replayed';
-    p.mode := k.mode;
+    p.mode := coalesce(k.mode, 'dual_write');
     p.transaction_id := k.transaction_id;
     p.debtor_legacy := k.balances[1];
     p.debtor_ledger := k.balances[2];
