@@ -18,6 +18,7 @@ CHECKS = {
     "flag_documents_singleton_check": "CHECK (singleton)",
     "system_accounts_id_check": "CHECK ((id < 0))",
     "system_accounts_name_currency_key": "UNIQUE (name, currency)",
+    "verifications_check": "CHECK ((complete OR (NOT clean)))",
 }
 WORDS = {
     "control_phase_check": ("legacy", "dual_write", "read_ledger", "wallet_only", "frozen", "retired"),

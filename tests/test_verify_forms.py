@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, text
 
 from ledger import ACT, add_users, execute, fence_down, install_users, post, rows, unguarded
 from test_verify import Ledger, assert_only, prepared, run, states_of
-from walletmigrate import comparison, samples, sums, verifications
+from walletmigrate import comparison, looks, samples, sums, verifications
 from walletmigrate import verify as verifying
 from walletmigrate.backfill import backfill
 from walletmigrate.comparison import Comparison, snapshot
@@ -152,7 +152,8 @@ def between_the_looks(monkeypatch: pytest.MonkeyPatch, happens: Any) -> Iterator
             yield connection
 
     with monkeypatch.context() as patch:
-        patch.setattr(verifying, "snapshot", counted)
+        for module in (verifying, looks):
+            patch.setattr(module, "snapshot", counted)
         yield
     assert len(taken) == 2
 
@@ -227,7 +228,7 @@ def test_a_difference_whose_account_has_merely_been_written_is_still_one(
 
 def test_too_many_differences_are_not_looked_at_again(made: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     drift(*made, where="id < 5")
-    monkeypatch.setattr(verifying, "AGAIN", 3)
+    monkeypatch.setattr(looks, "AGAIN", 3)
     assert run(made).drift_accounts == 4
 
 
@@ -398,7 +399,7 @@ def test_more_changed_accounts_than_are_compared_at_once_are_all_looked_at(
 ) -> None:
     run(made)
     execute(made[0], "update wallet.accounts set balance = balance + 1")
-    monkeypatch.setattr(verifying, "AT_A_TIME", 3)
+    monkeypatch.setattr(looks, "AT_A_TIME", 3)
     result = run(made, since_last=True, limit=4, mark_stale=True)
     assert (result.accounts, result.drift_accounts, len(result.drift), result.turned_stale) == (10, 10, 4, 10)
     assert result.journal_accounts == 10

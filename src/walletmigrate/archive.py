@@ -121,7 +121,7 @@ def dump(
     gone).
     """
     refuse_to_replace(path)
-    with snapshot(engine) as connection, run.cutting(connection) if run else nullcontext():
+    with snapshot(engine) as connection, run.reading(connection) if run else nullcontext():
         jobs.require_installed(connection, settings, mapping)
         jobs.visibility(connection, mapping, "archive")
         legacy = survey.inspect_mapping(connection, mapping)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import islice
@@ -124,15 +125,15 @@ def check(
     path: Path,
     *,
     recorded: bool = True,
-    told: Callable[[int], None] | None = None,
+    run: job_reads.Run | None = None,
 ) -> ArchiveCheck:
     """Prove an archive: the file by its sums, each row by the journal as it stood when the archive was taken.
 
     A mirrored account must hold what its row says; a frozen one must have held it when it was frozen. The journal is
     read by the snapshot that the archive was taken in, so what was posted since changes nothing. ``recorded``: the
-    audit log must know the file by its checksum; ``told`` hears how many rows are done. Without an engine only the
-    file's own sums are looked at, which proves nothing. Reads only. Raises UsageError without the file,
-    UnreadableInput, UnknownMapping, LedgerNotInstalled.
+    audit log must know the file by its checksum; ``run`` is the job that it is a part of. Each batch of rows is a
+    transaction of its own. Without an engine only the file's own sums are looked at, which proves nothing. Reads only.
+    Raises UsageError without the file, UnreadableInput, UnknownMapping, LedgerNotInstalled, JobCancelled.
     """
     reading, found = Reading(path), _Found()
     mapping = settings.mapping(reading.head["mapping"]) if engine is not None else None
@@ -152,9 +153,10 @@ def check(
                 for one, cell in zip(sums, cells, strict=True):
                     one.add(key, cell[0], cell[2] or "absent")
             if connection is not None and mapping is not None:
-                _prove(connection, settings, mapping, reading.head, batch, found)
-            if told is not None:
-                told(sums[0].rows)
+                with run.cutting(connection) if run else nullcontext():
+                    _prove(connection, settings, mapping, reading.head, batch, found)
+            if run is not None:
+                run.at("proof, 2 of 2", done=sums[0].rows * len(sums))
         _whole(reading, sums, found)
         sha256 = digest(path)[0]
         if connection is not None and recorded:
@@ -319,14 +321,9 @@ def archive(
     refuse_to_replace(path)
     with job_reads.run(engine, settings, "archive", mapping.name, act) as run:
         made = dump(engine, settings, mapping, path, run=run)
-        columns = len(made.columns)
-
-        def told(rows: int) -> None:
-            run.at("proof, 2 of 2", done=rows * columns, total=made.rows * columns)
-
         try:
-            told(0)
-            checked = check(engine, settings, path, recorded=False, told=told)
+            run.at("proof, 2 of 2", done=0, total=made.rows * len(made.columns))
+            checked = check(engine, settings, path, recorded=False, run=run)
             problems = checked.problem_count
             made = put_on_record(engine, settings, made, act, run, proven=checked.proven, problems=problems)
         except BaseException:  # cancelled, interrupted or failed: a file without a record is no archive

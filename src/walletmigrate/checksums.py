@@ -16,6 +16,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, Row, text
 
 from walletmigrate.config import Settings
+from walletmigrate.job_reads import Run
 from walletmigrate.schema import quoted, statements
 
 RANGE: Final = 10_000
@@ -94,16 +95,20 @@ def edited(
 
 
 def edited_in_turns(
-    engine: Engine, settings: Settings, snapshot_id: int, unchecked: Bare, size: int
+    engine: Engine, settings: Settings, snapshot_id: int, unchecked: Bare, size: int, run: Run
 ) -> Iterator[Edited]:
-    """The same of the whole journal: about ``size`` transactions in a database transaction, always whole ranges."""
+    """The same of the whole journal: about ``size`` transactions in a database transaction, always whole ranges. A part
+    of the job ``run``.
+    """
     after = FIRST
     while after < LAST:
-        with engine.begin() as connection:
+        run.at("rows of the journal, 3 of 3")
+        with engine.begin() as connection, run.cutting(connection):
             row = _run(connection, settings, "next_transaction", snapshot=snapshot_id, after=after, limit=size)[0]
             upto = LAST if row.upto is None else row.upto // RANGE * RANGE + RANGE - 1
             found = ranges(connection, settings, snapshot_id, unchecked, after, upto)
-            yield from edited(connection, settings, snapshot_id, unchecked, found)
+            unlike = list(edited(connection, settings, snapshot_id, unchecked, found))
+        yield from unlike
         after = upto
 
 

@@ -38,7 +38,8 @@ def archive(
     if len(chosen) > 1:
         raise UsageError(f"an archive is of one mapping: add --mapping, one of {', '.join(m.name for m in chosen)}")
     act = run.act()
-    made, checked = archive_check.archive(run.engine, run.settings, chosen[0], to, act, dry_run=run.dry_run)
+    with run.unwinding():
+        made, checked = archive_check.archive(run.engine, run.settings, chosen[0], to, act, dry_run=run.dry_run)
     verb = "would write" if run.dry_run else "wrote"
     lines = [f"{verb} {made.rows} rows of {made.mapping}, as of {made.taken_at:%Y-%m-%d %H:%M:%S %Z}, to {made.path}"]
     lines += [f"  {one.column}: total {one.total}, {one.nulls} empty, SHA-256 {one.sha256}" for one in made.columns]

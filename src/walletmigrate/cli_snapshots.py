@@ -56,15 +56,14 @@ def verify(
 ) -> Answer:
     """Prove a snapshot against the whole journal. Exit 3 when it is not what the journal says."""
     act = run.act("a snapshot's verification")
-    found = snapshot_checks.verify(
-        run.engine,
-        run.settings,
-        act,
-        snapshot_id=snapshot,
-        limit=limit,
-        batch_size=batch_size,
-        dry_run=run.dry_run,
-    )
+    with run.unwinding():
+        found = snapshot_checks.verify(
+            *(run.engine, run.settings, act),
+            snapshot_id=snapshot,
+            limit=limit,
+            batch_size=batch_size,
+            dry_run=run.dry_run,
+        )
     verdict = "clean" if found.clean else f"NOT CLEAN, {found.found} problems"
     lines = [f"snapshot {found.snapshot.id}: {verdict}, {found.accounts} accounts in {found.seconds:.1f} s"]
     lines += [f"  {one.problem}: {_told(one)}" for one in found.problems[:_SHOWN]]

@@ -53,17 +53,18 @@ def verify(
         raise UsageError("pass --sample N or --since-last, not both")
     form = "sample" if sample is not None else "incremental" if since_last else "full"
     act = run.act(None if mark_stale else _REASONS[form])
-    found = [
-        run_verify(
-            *(run.engine, run.settings, one, act),
-            limit=limit,
-            dry_run=run.dry_run,
-            mark_stale=mark_stale,
-            sample=sample,
-            since_last=since_last,
-        )
-        for one in run.mappings(mapping)
-    ]
+    with run.unwinding():
+        found = [
+            run_verify(
+                *(run.engine, run.settings, one, act),
+                limit=limit,
+                dry_run=run.dry_run,
+                mark_stale=mark_stale,
+                sample=sample,
+                since_last=since_last,
+            )
+            for one in run.mappings(mapping)
+        ]
     clean = all(one.clean for one in found)
     lines = [line for one in found for line in _lines(one)]
     notes = [] if clean else ["see runbooks/balance-drift.md"]
@@ -105,7 +106,7 @@ def _run(one: VerificationRun) -> dict[str, Any]:
 
 
 def _run_line(one: VerificationRun) -> str:
-    verdict = "clean" if one.clean else "NOT CLEAN"
+    verdict = "clean" if one.clean else "NOT CLEAN" if one.complete else "NOT CLEAN, and ended early"
     drift = f", drift {one.drift_amount} in {one.drift_accounts}" if one.drift_accounts else ""
     missing = f", {one.missing} missing" if one.missing else ""
     return (

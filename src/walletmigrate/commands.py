@@ -90,6 +90,9 @@ Role = Literal["app", "operator", "auditor", "installer", "none"]
 ROLES: Final[dict[str, Role]] = {}
 """Every command and its role; see docs/roles.md."""
 
+BEGIN_ANEW: Final = frozenset({"verify", "archive", "archive check", "snapshot verify", "evidence", "evidence check"})
+"""Commands that prove something of one moment: half of it proves nothing, and is not gone on with."""
+
 COMMON: Final = {"config": (CONFIG, None), "database_url": (DATABASE_URL, None), "as_json": (JSON, False)}
 CHANGES: Final = {"dry_run": (_DRY_RUN, False), "actor": (_ACTOR, None), "reason": (_REASON, None)}
 CONFIRMS: Final = {"confirm": (_CONFIRM, None)}
@@ -143,7 +146,9 @@ def carry_out(run: Run, call: Callable[[Run], Answer]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return console.FAILURE
     except (KeyboardInterrupt, typer.Abort):
-        said = "interrupted: what was committed stays, and the same command goes on from there"
+        said = "interrupted: what was committed stays. Run the same command again: " + (
+            "it begins anew" if run.command in BEGIN_ANEW else "it goes on from there"
+        )
         return console.show_failure(run.command, "interrupted", said, console.INTERRUPTED, as_json=run.as_json)
     except Exception as error:  # noqa: BLE001 - a defect, too, ends with one document and a code
         console.say("".join(traceback.format_exception(error)))

@@ -25,6 +25,8 @@ RANGES: Final = 1024
 """Ranges of keys, by the keys' hashes: equally large whatever the keys are, and the same on both sides."""
 
 _MEMORY: Final = "64MB"
+_TRANSACTION_TIMEOUT: Final = (17,)
+"""The version of PostgreSQL from which on transactions can have a limit."""
 _INTEGER: Final = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -282,10 +284,15 @@ class Comparison:
 def snapshot(engine: Engine) -> Iterator[Connection]:
     """A read-only transaction that sees one state of the database throughout, and writes nothing.
 
-    Its statements have no time limit: a table of a hundred million rows is read for longer than a job may take.
+    It has no time limit, whatever the role, the database or the server set: a table of a hundred million rows is read
+    for longer than a job may take, and while the throttle holds a run its transaction is idle.
     """
     isolated = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
     with isolated.begin() as connection:
+        limits = ["statement_timeout", "idle_in_transaction_session_timeout"]
+        if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT:
+            limits.append("transaction_timeout")
         # One sort or hash of a million rows fits; nothing else of the session is changed.
-        connection.exec_driver_sql(f"set local work_mem = '{_MEMORY}'; set local statement_timeout = 0")
+        settings = [f"work_mem = '{_MEMORY}'", *(f"{limit} = 0" for limit in limits)]
+        connection.exec_driver_sql("; ".join(f"set local {setting}" for setting in settings))
         yield connection

@@ -258,7 +258,10 @@ class ExporterSettings(_Model):
 
 
 class ThrottleSettings(_Model):
-    """Limits above which jobs stand still; one that is not set is not looked at. ``check`` names a callable."""
+    """Limits above which jobs stand still; one that is not set is not looked at. ``check`` names a callable.
+
+    ``snapshot_seconds`` is how long in all they hold a job with its snapshot open, before it ends.
+    """
 
     replica_lag_seconds: Seconds | None = None
     lock_waits: Count | None = None
@@ -266,6 +269,7 @@ class ThrottleSettings(_Model):
     wal_bytes_per_second: Count | None = None
     batch_seconds: Seconds | None = None
     check: CallableName | None = None
+    snapshot_seconds: Seconds = 600
 
 
 class Roles(_Model):

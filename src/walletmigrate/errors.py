@@ -503,7 +503,9 @@ class JobFailed(WalletMigrateError):
 
 @dataclass(eq=False)
 class JobCancelled(WalletMigrateError):
-    """A job that reads one snapshot was cancelled, or another run has taken its place. Nothing of it is on record."""
+    """A job that only reads was cancelled, or another run has taken its place. It has no result; only faults that a
+    verification had seen by then are on record.
+    """
 
     job_id: int
     kind: str
@@ -512,8 +514,26 @@ class JobCancelled(WalletMigrateError):
 
     def __str__(self) -> str:
         return (
-            f"job {self.job_id} ({self.kind}) was cancelled, or taken for dead by another run: nothing is on record. "
+            f"job {self.job_id} ({self.kind}) was cancelled, or taken for dead by another run: it has no result. "
             f"walletmigrate jobs show {self.job_id} says how it stands; the same command begins anew."
+        )
+
+
+@dataclass(eq=False)
+class SnapshotTooOld(WalletMigrateError):
+    """The throttle has held a job for ``seconds`` in all with its snapshot open, which keeps vacuum from its work."""
+
+    kind: str
+    seconds: float
+    held: str
+
+    code = "snapshot_too_old"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kind} was held for {self.seconds:g} s with its snapshot open, and has ended so that vacuum can "
+            f"go on ({self.held}). Run the same command again, which begins anew, when the database is quieter, or on "
+            "a standby; the limit is snapshot_seconds under [throttle]."
         )
 
 

@@ -22,7 +22,7 @@ JOB_KINDS: Final = (
     *("backfill", "backfill undo", "verify", "verify changes", "verify sample", "freeze", "unfreeze", "archive"),
     *("reconcile", "reconcile account", "reconcile undo"),
 )
-WHOLE_KINDS: Final = ("snapshot take",)
+WHOLE_KINDS: Final = ("snapshot take", "snapshot verify")
 """Kinds of jobs on the whole ledger; the others are on one mapping."""
 LINE_STOPPED: Final = 2
 VOIDED: Final = 1.0

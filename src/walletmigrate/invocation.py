@@ -196,6 +196,18 @@ class Run:
                 signal.signal(number, handler)
 
     @contextmanager
+    def unwinding(self) -> Iterator[None]:
+        """SIGTERM ends the command as Ctrl-C does: what it has seen goes on record, and no half a file stays."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    @contextmanager
     def hands(self, workers: int | None, dask: str | None) -> Iterator[dict[str, Any]]:
         """``workers`` and ``executor`` of a job, by ``--workers`` and ``--dask``. Raises UsageError if none answers."""
         if dask is None or self.dry_run:

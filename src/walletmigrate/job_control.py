@@ -77,7 +77,11 @@ def pause(engine: Engine, settings: Settings, job_id: int, act: Act, *, dry_run:
     """
     with begin(engine) as connection:
         job = _in(connection, settings, job_id, "pause", ("running",))
-        _unless_it_reads(job, "pause", "a pause would keep its snapshot open, and vacuum from its work")
+        _unless_it_reads(
+            job,
+            "pause",
+            "it goes on from nowhere, and a pause would keep its snapshot open, and vacuum from its work",
+        )
         return job if dry_run else job_rows.left(connection, settings, job, "paused", act)
 
 

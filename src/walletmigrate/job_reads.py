@@ -10,25 +10,26 @@ record.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import psycopg
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from walletmigrate import job_rows, throttle
 from walletmigrate.audit import Act, record
 from walletmigrate.config import Settings
-from walletmigrate.errors import JobCancelled, PreconditionRefused, UsageError
+from walletmigrate.errors import JobCancelled, PreconditionRefused, SnapshotTooOld, UsageError
 from walletmigrate.functions import FUNCTIONS_VERSION
-from walletmigrate.job_rows import COLUMNS, Job, begin, job_of, said, sqlstate, table
+from walletmigrate.job_rows import COLUMNS, Job, begin, job_of, retryable, said, sqlstate, table
 from walletmigrate.standing import REASON
 
 BEAT_SECONDS: Final = 5.0
@@ -36,9 +37,13 @@ BEAT_SECONDS: Final = 5.0
 DEAD_SECONDS: Final = 30
 """After how long without a word another run takes its place."""
 
+WAITS: Final = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0, 10.0, 10.0)
+"""Seconds between attempts to put on record what a run saw that was ended: a server starts again within a minute."""
+
 _WRITE_SECONDS: Final = 1.0
 _HELD: Final = 0.25
 _QUERY_CANCELED: Final = "57014"
+_log = logging.getLogger("walletmigrate")
 
 
 @dataclass
@@ -55,12 +60,15 @@ class Run:
     _wrote: float = 0.0
     _signals: throttle.Throttle | None = None
     _reads: Connection | None = None
+    _holds: bool = False
+    _waited: float = 0.0
     _lost: bool = False
     _over: threading.Event = field(default_factory=threading.Event)
+    _cutting: threading.Lock = field(default_factory=threading.Lock)
 
     def at(self, stage: str, done: int | None = None, total: int | None = None) -> None:
         """Between two parts: say what comes, and how many of how many accounts are done; stand still while the
-        throttle says so. Raises JobCancelled.
+        throttle says so. Raises JobCancelled, and SnapshotTooOld where it has stood still with its snapshot too long.
         """
         if self.job is None:
             return
@@ -74,7 +82,7 @@ class Run:
                 raise self._ended()
         while self._signals is not None and (reason := self._signals.reason()) is not None:
             self._hold(reason)
-            time.sleep(_HELD)
+            self._wait(reason)
         if self._signals is not None:
             self._hold(None)
         if self._lost:
@@ -87,7 +95,24 @@ class Run:
         try:
             yield
         finally:
-            self._reads = None
+            # Not in the midst of a cancellation, which would end what the connection is used for next.
+            with self._cutting:
+                self._reads = None
+
+    @contextmanager
+    def reading(self, connection: Connection) -> Iterator[None]:
+        """The same of one that holds a snapshot open, with which the throttle holds a run for a while only."""
+        self._holds = True
+        try:
+            with self.cutting(connection):
+                yield
+        finally:
+            self._holds = False
+
+    def require(self, connection: Connection) -> None:
+        """Make sure, in the caller's transaction, that the job is still this run's. Raises JobCancelled."""
+        if self.job is not None and not self._change(connection, "held = null, held_at = null"):
+            raise self._ended()
 
     def finish(self, connection: Connection, done: int) -> None:
         """Call the job done, after so many accounts, in the caller's transaction, which puts its result on record.
@@ -103,13 +128,18 @@ class Run:
     def beat(self) -> None:
         """Say that it lives; where it is not to go on, end what it runs. To be called by a thread of its own."""
         while not self._over.wait(BEAT_SECONDS):
-            # Without a database the run itself fails, or goes on; a word that is missing is said later.
-            with suppress(DBAPIError):
+            # Without a database, or a connection of the pool's, the run itself fails, or goes on; a word that is
+            # missing is said later.
+            with suppress(SQLAlchemyError):
                 self._lost = self._lost or not self._changed("held = held")
-            # Again and again: the run may have been between two statements.
-            if self._lost and (reads := self._reads) is not None:
-                with suppress(psycopg.Error, AttributeError):
-                    reads.connection.driver_connection.cancel_safe()  # type: ignore[union-attr]
+            if self._lost:
+                self._cut()
+
+    def _cut(self) -> None:
+        """End the statement that runs. Again and again: the run may have been between two."""
+        with self._cutting, suppress(psycopg.Error, AttributeError):
+            if self._reads is not None:
+                self._reads.connection.driver_connection.cancel_safe()  # type: ignore[union-attr]
 
     def over(self) -> None:
         """End the beats."""
@@ -117,7 +147,7 @@ class Run:
 
     def translated(self, error: BaseException) -> BaseException:
         """A statement that was ended because the job was cancelled failed for that, and not by itself."""
-        return self._ended() if self._lost and isinstance(error, DBAPIError) and _cut(error) else error
+        return self._ended() if self._lost and isinstance(error, DBAPIError) and _was_cut(error) else error
 
     def leave(self, error: BaseException, act: Act) -> None:
         """Take a run that did not come to its end out of work, on record. What was refused, or stopped by its operator,
@@ -130,9 +160,18 @@ class Run:
         note = json.dumps({"error": said(error)})
         changes = f"state = '{state}', held = null, held_at = null, finished_at = clock_timestamp(), "
         changes += "details = details || cast(:note as jsonb)"
-        with suppress(DBAPIError), begin(self.engine) as connection:
+        with suppress(SQLAlchemyError), begin(self.engine) as connection:
             if self._change(connection, changes, note=note):
                 record(connection, self.settings, f"{self.kind} {word}", act, mapping=self.job.mapping)
+
+    def _wait(self, reason: str) -> None:
+        """A while of standing still. A snapshot that is held open keeps vacuum from its work in the whole database."""
+        began = time.monotonic()
+        time.sleep(_HELD)
+        if self._holds:
+            self._waited += time.monotonic() - began
+            if self._waited >= (limit := self.settings.throttle.snapshot_seconds):
+                raise SnapshotTooOld(self.kind, limit, reason)
 
     def _hold(self, reason: str | None) -> None:
         assert self.job is not None
@@ -195,6 +234,22 @@ def run(
         heart.join()
 
 
+def insist(engine: Engine, write: Callable[[Connection], object], what: str) -> None:
+    """Put on record what a run saw before it was ended, when its connection or the server may be gone as well. Where
+    that cannot be, ``what`` it was is logged.
+    """
+    for wait in (*WAITS, None):
+        try:
+            with begin(engine) as connection:
+                write(connection)
+            return
+        except SQLAlchemyError as failure:
+            if wait is None or (isinstance(failure, DBAPIError) and not retryable(failure)):
+                _log.error("%s, and that could not be put on record: %s", what, said(failure))
+                return
+        time.sleep(wait)
+
+
 def _started(connection: Connection, settings: Settings, kind: str, mapping_name: str, act: Act) -> tuple[Job, int]:
     """The row of this kind and mapping, begun anew; and the number of the run."""
     worker = {"worker": f"{socket.gethostname()}:{os.getpid()}"}
@@ -222,7 +277,7 @@ def _refuse_beside(connection: Connection, found: Job) -> None:
         raise PreconditionRefused(found.kind, [(what, mend)])
 
 
-def _cut(error: DBAPIError) -> bool:
+def _was_cut(error: DBAPIError) -> bool:
     return sqlstate(error) == _QUERY_CANCELED
 
 

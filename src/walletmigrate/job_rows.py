@@ -29,14 +29,15 @@ _OWN_COMMAND: Final = {
     "reconcile undo": "reconcile undo {undoes}",
     "backfill undo": "backfill undo --job {of}",
     "snapshot take": "snapshot take",
+    "snapshot verify": "snapshot verify",
     "verify": "verify --mapping {mapping}",
     "verify changes": "verify --since-last --mapping {mapping}",
     "verify sample": "verify --sample NUMBER --mapping {mapping}",
     "archive": "archive --to FILE --mapping {mapping}",
 }
 """Who goes on with jobs of these kinds: `jobs resume` runs the others."""
-READS: Final = frozenset({"verify", "verify changes", "verify sample", "archive"})
-"""Kinds that read one snapshot (`job_reads`)."""
+READS: Final = frozenset({"verify", "verify changes", "verify sample", "archive", "snapshot verify"})
+"""Kinds that only read (`job_reads`)."""
 TURNS: Final = frozenset({"snapshot take", "reconcile undo", "backfill undo"})
 """Kinds that go in order (`job_turns`)."""
 HOLD_SECONDS: Final = 10

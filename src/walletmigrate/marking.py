@@ -16,6 +16,7 @@ from walletmigrate import config
 from walletmigrate.audit import Act, record
 from walletmigrate.comparison import ALL, Comparison, Scope
 from walletmigrate.config import Settings
+from walletmigrate.job_reads import Run
 from walletmigrate.schema import quoted
 
 BATCH: Final = 500
@@ -63,8 +64,10 @@ def mark(
     comparison: Comparison,
     found: Sequence[Suspect],
     act: Act,
+    run: Run,
 ) -> Marked:
-    """Turn stale, or close, those that still differ, in small transactions; then one audit row.
+    """Turn stale, or close, those that still differ, in small transactions; then one audit row. A part of the job
+    ``run``, which may be cancelled in between.
 
     Idempotent. When it is cut short, the audit row tells of what was turned until then.
     """
@@ -73,7 +76,9 @@ def mark(
     at_a_time = engine.execution_options(isolation_level="READ COMMITTED")
     try:
         for batch in _batches(found):
+            run.at("what differs turned stale")
             with at_a_time.begin() as connection:
+                run.require(connection)
                 done = _turn(connection, settings, mapping, comparison, batch, f"verify: {act.reason}")
             stale += done.stale
             closed += done.closed

@@ -204,7 +204,7 @@ def _of_verification(
     connection: Connection, settings: Settings, number: int | None, charts: tuple[Chart, ...]
 ) -> Document:
     name, scale = quoted(settings.ledger_schema), _scale(settings)
-    columns = "id, mapping, currency, form, started_at, finished_at, clean, accounts, missing, drift_accounts"
+    columns = "id, mapping, currency, form, started_at, finished_at, clean, complete, accounts, missing, drift_accounts"
     query = f"select {columns}, drift_amount, actor, details from {name}.verifications"
     row = _found(connection, query, "verification", number)
     facts = [(title, value) for title, value in row._mapping.items() if title != "details"]

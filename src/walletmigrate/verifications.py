@@ -33,8 +33,8 @@ KEPT: Final = 100
 Form = Literal["full", "incremental", "sample"]
 
 _COLUMNS: Final = (
-    "id, mapping, currency, form, started_at, finished_at, clean, accounts, missing, drift_accounts, drift_amount, "
-    "actor, details"
+    "id, mapping, currency, form, started_at, finished_at, clean, complete, accounts, missing, drift_accounts, "
+    "drift_amount, actor, details"
 )
 
 
@@ -123,7 +123,9 @@ class Bound:
 class VerificationRun:
     """A verification on record: one row for each currency of the mapping. ``drift_amount`` is in major units.
 
-    ``clean`` is that of the whole run. ``details`` has its other findings, at most `KEPT` of each kind.
+    ``clean`` is that of the whole run. One that is not ``complete`` was ended when it had seen a fault
+    (``details["unfinished"]`` says by what); its counts are of what it had seen. ``details`` has the other findings, at
+    most `KEPT` of each kind.
     """
 
     id: int
@@ -133,6 +135,7 @@ class VerificationRun:
     started_at: datetime
     finished_at: datetime
     clean: bool
+    complete: bool
     accounts: int
     missing: int
     drift_accounts: int
@@ -158,21 +161,24 @@ def put_on_record(
     act: Act,
     bound: Bound | None,
     journal: Known | None = None,
+    unfinished: str | None = None,
 ) -> None:
     """One row per currency, each clean only if all is; then the audit row.
 
     ``bound``: where the next incremental run begins. ``journal``: what a full run saw of it, for `last_known`.
+    ``unfinished``: why it did not come to its end; such a run is not complete, whatever it saw.
     """
-    facts = _facts(result)
+    told = facts(result)
+    told |= {"unfinished": unfinished} if unfinished else {}
     seen = {"journal_seen": vars(journal)} if journal else {}
     for currency in result.legacy_total:
         groups = [group for group in result.groups if group.currency == currency]
         connection.execute(
             text(
                 f"insert into {quoted(settings.ledger_schema)}.verifications (mapping, started_at, clean, form, "
-                "system_identifier, horizon, accounts, missing, drift_accounts, drift_amount, currency, actor, "
-                "details) values "
-                "(:mapping, :started_at, :clean, :form, :system_identifier, :horizon, :accounts, :missing, "
+                "complete, system_identifier, horizon, accounts, missing, drift_accounts, drift_amount, currency, "
+                "actor, details) values "
+                "(:mapping, :started_at, :clean, :form, :complete, :system_identifier, :horizon, :accounts, :missing, "
                 ":drift_accounts, :drift_amount, :currency, :actor, cast(:details as jsonb))"
             ),
             {
@@ -180,6 +186,7 @@ def put_on_record(
                 "started_at": result.started_at,
                 "clean": result.clean,
                 "form": result.form,
+                "complete": unfinished is None,
                 "system_identifier": bound.system_identifier if bound else None,
                 "horizon": bound.horizon if bound else None,
                 "accounts": counted(group for group in groups if group.state != "absent"),
@@ -188,14 +195,15 @@ def put_on_record(
                 "drift_amount": by_name([currency], ((currency, group.apart) for group in wrong(groups)))[currency],
                 "currency": currency,
                 "actor": act.actor,
-                "details": json.dumps({**facts, **seen, **_findings(result, currency)}, default=str),
+                "details": json.dumps({**told, **seen, **_findings(result, currency)}, default=str),
             },
         )
-    told = {"form": result.form, "clean": result.clean, "accounts": result.accounts, "missing": result.missing}
-    record(connection, settings, "verify", act, mapping=result.mapping, details={**told, **facts})
+    first = {"form": result.form, "clean": result.clean, "accounts": result.accounts, "missing": result.missing}
+    record(connection, settings, "verify", act, mapping=result.mapping, details={**first, **told})
 
 
-def _facts(result: Verification) -> dict[str, Any]:
+def facts(result: Verification) -> dict[str, Any]:
+    """The counts of a run that its columns do not have."""
     facts: dict[str, Any] = {
         "stale": result.stale,
         "drift_accounts": result.drift_accounts,

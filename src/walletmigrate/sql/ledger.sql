@@ -263,7 +263,9 @@ create table {{ schema }}.verifications (
     clean boolean not null,
     -- full: all accounts and the whole journal; incremental: what changed since a run that stands here; sample: some.
     form text not null default 'full' check (form in ('full', 'incremental', 'sample')),
-    full_run boolean not null generated always as (form = 'full') stored,
+    -- False: it was ended when it had seen a fault, and stands for that alone. None that is clean is kept so.
+    complete boolean not null default true check (complete or not clean),
+    full_run boolean not null generated always as (form = 'full' and complete) stored,
     -- Of the cluster with this identifier, all that was written by transactions with an xid below has been looked at,
     -- by this run or by those that it counts from; null of a sample.
     system_identifier bigint,
