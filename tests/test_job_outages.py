@@ -290,6 +290,20 @@ def test_a_server_that_lets_nobody_in_is_no_outage_and_ends_the_job_with_its_wor
     assert_whole(made, ROWS)
 
 
+def test_whom_the_server_refuses_does_not_try_on_when_nobody_waits(made: Ledger) -> None:
+    """As a worker whose five seconds are over, or a job that its operator stops."""
+    nowhere = made[0].url.set(database="nowhere").render_as_string(hide_password=False)
+    engine, tried = ledger.engine_named(nowhere), [0]
+
+    def call() -> None:
+        tried[0] += 1
+        engine.connect()
+
+    with pytest.raises(DatabaseUnreachable, match='"nowhere" does not exist; it was stopped'):
+        Patience(engine, "it", lambda: True).persist(call)
+    assert tried == [1]
+
+
 def test_what_no_waiting_mends_ends_the_job_although_the_connection_was_lost_before(
     made: Ledger, down: Flaky, monkeypatch: pytest.MonkeyPatch
 ) -> None:
