@@ -25,7 +25,7 @@ failures_pkey
 bypasses_pruned_pkey
 jobs_pkey jobs_state_check
 job_batches_job_id_fkey job_batches_pkey job_batches_state_check
-verifications_form_check verifications_pkey
+verifications_check verifications_form_check verifications_pkey
 snapshots_pkey snapshots_state_check
 snapshot_balances_pkey
 snapshot_totals_pkey
