@@ -174,7 +174,7 @@ FOUND: dict[str, tuple[Mutant, str]] = {
         "absent:same.rc.commit,same.rc.commit:1-2-e1-e2",
     ),
     "a key in use is not asked for": (
-        Mutant(("fence_users",), r"(?<='dual_write'\));", " on conflict do nothing;"),
+        Mutant(("fence_users",), r"(?<=v_label\.request\));", " on conflict do nothing;"),
         "mirrored:same.rc.commit,same.rc.commit:1-2-e1-e2",
     ),
     "neither state nor balance asked by the update": (
