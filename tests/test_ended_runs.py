@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from sqlalchemy.pool import NullPool
 from commandline import Project
 from ledger import ACT, engine_named, execute, fence_down, rows, scalar
 from retiring import End
-from test_job_reads import NEWEST, RECORDED, between, number, verified
+from test_job_reads import NEWEST, RECORDED, between, number, said_to_live, verified
 from test_snapshot_job import ANSWERS, quiet
 from test_verify import Ledger, marks, prepared
 from walletmigrate import archive_check, job_control, job_reads, marking, throttle
@@ -243,15 +242,7 @@ def test_the_heart_goes_on_when_the_pool_has_no_connection_for_it(
         return honest(self, *arguments, **values)
 
     monkeypatch.setattr(job_reads.Run, "_changed", changed)
-    stamp = "select updated_at from wallet.jobs where kind = 'verify'"
-
-    def waits(_: Connection) -> bool:
-        before, patience = scalar(engine, stamp), time.monotonic() + 30
-        while scalar(engine, stamp) == before and time.monotonic() < patience:
-            time.sleep(0.02)
-        return bool(scalar(engine, stamp) > before)
-
-    given = between(monkeypatch, waits)
+    given = between(monkeypatch, said_to_live(engine))
     assert verified(made).clean
     assert (given, next(first, None)) == ([True], None)
 

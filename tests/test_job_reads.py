@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 
 from commandline import REASON, Project
 from ledger import ACT, execute, rows, scalar
@@ -56,6 +56,19 @@ def between(monkeypatch: pytest.MonkeyPatch, act: Callable[[Connection], Any]) -
 
     monkeypatch.setattr(references, "look", look)
     return given
+
+
+def said_to_live(engine: Engine) -> Callable[[Connection], bool]:
+    """Waits for the next word that the verification lives; whether there was one."""
+    stamp = "select updated_at from wallet.jobs where kind = 'verify'"
+
+    def waits(_: Connection) -> bool:
+        before, patience = scalar(engine, stamp), time.monotonic() + 60
+        while scalar(engine, stamp) == before and time.monotonic() < patience:
+            time.sleep(0.02)
+        return bool(scalar(engine, stamp) > before)
+
+    return waits
 
 
 def test_a_verification_is_among_the_jobs_while_it_runs_and_its_row_is_used_again(
@@ -200,15 +213,7 @@ def test_one_whose_place_was_taken_writes_nothing_of_its_own_into_the_row(
 def test_a_run_says_that_it_lives_while_one_statement_runs(made: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = made
     monkeypatch.setattr(job_reads, "BEAT_SECONDS", 0.05)
-    stamp = "select updated_at from wallet.jobs where kind = 'verify'"
-
-    def waits(_: Connection) -> bool:
-        before, patience = scalar(engine, stamp), time.monotonic() + 60
-        while scalar(engine, stamp) == before and time.monotonic() < patience:
-            time.sleep(0.02)
-        return bool(scalar(engine, stamp) > before)
-
-    given = between(monkeypatch, waits)
+    given = between(monkeypatch, said_to_live(engine))
     assert verified(made).clean
     assert given == [True]
 

@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Engine, Row, text
 
 from walletmigrate import functions, retired
 from walletmigrate.config import Mapping, Settings
+from walletmigrate.connect import unhurried
 from walletmigrate.schema import quoted, statements
 from walletmigrate.sums import less, total
 
@@ -25,8 +26,6 @@ RANGES: Final = 1024
 """Ranges of keys, by the keys' hashes: equally large whatever the keys are, and the same on both sides."""
 
 _MEMORY: Final = "64MB"
-_TRANSACTION_TIMEOUT: Final = (17,)
-"""The version of PostgreSQL from which on transactions can have a limit."""
 _INTEGER: Final = re.compile(r"0|-?[1-9][0-9]{0,18}")
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -289,10 +288,7 @@ def snapshot(engine: Engine) -> Iterator[Connection]:
     """
     isolated = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
     with isolated.begin() as connection:
-        limits = ["statement_timeout", "idle_in_transaction_session_timeout"]
-        if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT:
-            limits.append("transaction_timeout")
         # One sort or hash of a million rows fits; nothing else of the session is changed.
-        settings = [f"work_mem = '{_MEMORY}'", *(f"{limit} = 0" for limit in limits)]
-        connection.exec_driver_sql("; ".join(f"set local {setting}" for setting in settings))
+        own = f"set local work_mem = '{_MEMORY}'; set local statement_timeout = 0"
+        connection.exec_driver_sql(f"{own}; {unhurried(connection)}")
         yield connection

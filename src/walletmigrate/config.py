@@ -34,6 +34,7 @@ from sqlalchemy.exc import ArgumentError
 from walletmigrate.configchecks import CrossCheck, fitting
 from walletmigrate.configfields import (
     SQL_NAME,
+    Address,
     BalanceColumn,
     BucketName,
     CallableName,
@@ -222,7 +223,7 @@ class FlagSettings(_Model):
 
     source: Literal["file", "flagsmith"] = "file"
     path: Path = Path("flags/environment.json")
-    api_url: str = ""
+    api_url: Address = ""
     poll_seconds: Seconds = 10
 
     @field_validator("api_url")
@@ -230,11 +231,7 @@ class FlagSettings(_Model):
     def _url_of_the_server(cls, url: str, info: ValidationInfo) -> str:
         if not url and info.data.get("source") == "flagsmith":
             raise wrong('missing, and source = "flagsmith" needs it')
-        if not url:
-            return url
-        if not re.match(r"https?://[^/\s]", url) or "@" in url:
-            raise wrong("not an http or https address without a user")
-        return url if url.endswith("/") else url + "/"
+        return url if not url or url.endswith("/") else url + "/"
 
 
 class CaptureSettings(_Model):
@@ -247,14 +244,7 @@ class CaptureSettings(_Model):
 class ExporterSettings(_Model):
     """Where `walletmigrate exporter` listens, as seen from where `doctor` is called; empty: doctor does not look."""
 
-    url: str = ""
-
-    @field_validator("url")
-    @classmethod
-    def _url_of_the_exporter(cls, url: str) -> str:
-        if url and (not re.match(r"https?://[^/\s]", url) or "@" in url):
-            raise wrong("not an http or https address without a user")
-        return url
+    url: Address = ""
 
 
 class ThrottleSettings(_Model):

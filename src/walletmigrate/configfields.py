@@ -110,6 +110,12 @@ def _callable_name(value: object) -> object:
     return value
 
 
+def _address(value: str) -> str:
+    if value and (not re.match(r"https?://[^/\s]", value) or "@" in value):
+        raise wrong("not an http or https address without a user")
+    return value
+
+
 LedgerName = Annotated[str, _spelt(r"[a-z][a-z0-9_]{0,39}", "a small letter, then up to 39 of a-z, 0-9 and _")]
 CheckName = Annotated[str, _spelt(r"[a-z][a-z0-9_-]{0,39}", "a small letter, then up to 39 of a-z, 0-9, _ and -")]
 BucketName = Annotated[str, _spelt(r"[a-z][a-z0-9_]{0,30}", "a small letter, then up to 30 of a-z, 0-9 and _")]
@@ -119,6 +125,7 @@ TraitName = Annotated[
     str, _spelt(r"[A-Za-z_][A-Za-z0-9_.-]{0,62}", "a letter, then up to 62 of letters, digits, _ . -")
 ]
 LegacyName = Annotated[str, AfterValidator(_legacy_name)]
+Address = Annotated[str, AfterValidator(_address)]
 
 
 KeyColumn = Annotated[LegacyName, BeforeValidator(_single_key)]

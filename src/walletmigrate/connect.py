@@ -53,8 +53,8 @@ and cross-checks run in these transactions too, and nothing here depends on eith
 _UNHURRIED: Final = (
     # Set for a role, to end what an application forgot, these would cut off a batch that waits for its job's other
     # sessions, or what reads one snapshot for an hour: each time anew, so that it never came to its end.
-    ("idle_in_transaction_session_timeout", "0"),
-    ("transaction_timeout", "0"),  # the last: PostgreSQL 15 and 16 do not know it
+    "set local idle_in_transaction_session_timeout = 0",
+    "set local transaction_timeout = 0",  # the last: PostgreSQL 15 and 16 do not know it
 )
 _TRANSACTION_TIMEOUT_SINCE: Final = 17
 _CONNECT_SECONDS: Final = 10
@@ -137,16 +137,20 @@ def engine(
     options = {"use_native_hstore": False, "isolation_level": isolation_level, **options}
     made = sqlalchemy.create_engine(address, connect_args=arguments, **options)
     limits = (("lock_timeout", int(lock_timeout_ms)), ("statement_timeout", int(statement_timeout_ms)))
-    settings = [f"set local {name} = {value}" for name, value in (*limits, *_READABLE, *_UNHURRIED)]
-    every, older = "; ".join(settings), "; ".join(settings[:-1])
+    settings = "; ".join(f"set local {name} = {value}" for name, value in (*limits, *_READABLE))
 
     @event.listens_for(made, "begin")
     def _limit(connection: Connection) -> None:
         if not _in_autocommit(connection):
-            release = connection.dialect.server_version_info or (0,)
-            connection.exec_driver_sql(every if release >= (_TRANSACTION_TIMEOUT_SINCE,) else older)
+            connection.exec_driver_sql(f"{settings}; {unhurried(connection)}")
 
     return made
+
+
+def unhurried(connection: Connection) -> str:
+    """Statements that take every limit off this transaction's length and pauses, as far as its server has any."""
+    release = connection.dialect.server_version_info or (0,)
+    return "; ".join(_UNHURRIED if release >= (_TRANSACTION_TIMEOUT_SINCE,) else _UNHURRIED[:-1])
 
 
 def reachable(engine: Engine) -> None:
