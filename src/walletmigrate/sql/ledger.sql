@@ -126,8 +126,8 @@ create table {{ schema }}.idempotency_keys (
     created_at timestamptz default clock_timestamp(),
     -- Digest of the request; another request under the same key is an error.
     request uuid not null,
-    -- Null of what the short way posted, in dual-write with its transaction; and, with none, while a batch that reserved
-    -- the key is still at work.
+    -- Null of what the short way posted, in dual-write with its transaction; and, with none, while a batch that
+    -- reserved the key is still at work.
     mode {{ schema }}.posting_mode,
     -- Legacy and ledger of the debtor, then of the creditor, as the first result had them. Null where the
     -- transaction says it all: dual-write on every side that it has.
