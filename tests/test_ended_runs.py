@@ -178,7 +178,7 @@ def test_who_asks_the_command_to_end_by_a_signal_gets_the_same(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert (said.exit_code, rows(engine, KEPT)[0][:4]) == (130, (False, False, False, 1))
-    assert "it begins anew" in said.stderr
+    assert "the same command begins anew" in said.stderr
     assert "NOT CLEAN, and ended early" in project.run("verify", "list").stdout
     assert "unfinished: KeyboardInterrupt" in project.run("verify", "show", "1").stdout
 

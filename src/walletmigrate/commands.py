@@ -146,9 +146,8 @@ def carry_out(run: Run, call: Callable[[Run], Answer]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return console.FAILURE
     except (KeyboardInterrupt, typer.Abort):
-        said = "interrupted: what was committed stays. Run the same command again: " + (
-            "it begins anew" if run.command in BEGIN_ANEW else "it goes on from there"
-        )
+        then = "begins anew" if run.command in BEGIN_ANEW else "goes on from there"
+        said = f"interrupted: what was committed stays, and the same command {then}"
         return console.show_failure(run.command, "interrupted", said, console.INTERRUPTED, as_json=run.as_json)
     except Exception as error:  # noqa: BLE001 - a defect, too, ends with one document and a code
         console.say("".join(traceback.format_exception(error)))
