@@ -10,6 +10,9 @@ BALANCES ?= balances.csv
 SITE ?= build/site
 ARGS ?=
 
+# Some hundred processes are started by tests, and each would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := .venv/bin
 READY := .venv/.installed
 
@@ -42,7 +45,7 @@ demo: $(READY) ## rehearse a whole migration in a scratch database, and back
 test: $(READY) ## run all tests on real PostgreSQL
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-torture: $(READY) ## play every interleaving of the protocol, for some hours; SHARE=10: one of ten
+torture: $(READY) ## play every interleaving of the protocol, for some hours; SHARE=10: one of ten; SHARE=3/40: the third of forty
 	$(BIN)/python -m pytest -n $(JOBS) --timeout 0 --torture $(SHARE) tests/test_torture.py \
 	  tests/test_job_workers.py::test_a_backfill_killed_at_random_points_opens_each_account_once $(ARGS)
 

@@ -6,6 +6,7 @@ legacy rows, nor finds open accounts, nor keeps a checkpoint.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import resource
 import sys
@@ -121,6 +122,7 @@ def backfill_run(url: str) -> Run:
         settings.mapping(None),
         ACT,
         batch_size=BATCH,
+        rate=math.inf,
         progress=lambda _job: memory.append(resident()),
     )
     seconds = time.perf_counter() - started

@@ -45,11 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setup = _setup(server, scale)
         print(" · ".join(f"{name} {value}" for name, value in setup.items()), flush=True)
         figures: list[Figure] = []
-        for name in chosen.only or BENCHMARKS:
-            figures += _measured(name, server, scale)
-    print(f"\n{table(figures)}")
-    if chosen.json:
-        write_json(chosen.json, figures, setup)
+        try:
+            for name in chosen.only or BENCHMARKS:
+                figures += _measured(name, server, scale)
+        finally:  # what was measured before another one failed took its time
+            print(f"\n{table(figures)}")
+            if chosen.json:
+                write_json(chosen.json, figures, setup)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

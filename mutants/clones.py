@@ -58,7 +58,9 @@ class Clones:
         database = make_url(url).database
         with _server(url) as connection:
             connection.exec_driver_sql(f'drop database "{database}" with (force)')
-            connection.exec_driver_sql(f'create database "{database}" template "{original.database}"')
+            connection.exec_driver_sql(
+                f'create database "{database}" template "{original.database}" strategy file_copy'
+            )
         engine = connect.engine(url, application_name="walletmigrate-test", poolclass=NullPool)
         settings = ledger.users_settings(url, **original.settings)
         template = IMPORTED.get(guard.template, guard.template)

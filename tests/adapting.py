@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -163,6 +164,18 @@ def custom(
         install(engine, settings, ACT)
         execute(engine, "update wallet.control set phase = :phase", phase=phase)
     return placed(engine, settings, flags)
+
+
+@contextmanager
+def asked_for(at: Place, wish: str) -> Iterator[None]:
+    """Put "on", "off" or "stopped" in force: the flag, or the flag with the line stopped."""
+    at.flags(OFF if wish == "off" else DUAL)
+    execute(at.engine, "select wallet.set_line(:running)", running=wish != "stopped")
+    try:
+        yield
+    finally:
+        at.flags(DUAL)
+        execute(at.engine, "select wallet.set_line(true)")
 
 
 def seal(connection: Connection, *keys: int) -> None:

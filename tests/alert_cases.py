@@ -14,6 +14,8 @@ Kind = Literal["fires", "silent", "resolves"]
 Series = dict[str, str]
 
 WINDOWS: Final = ("1h", "6h", "1d", "3d")
+UNSEEN: Final = ("5m", "15m")
+"""Of the exporter: for how long it was not seen."""
 BURN: Final = "DualWriteErrorBudgetBurn"
 
 
@@ -28,7 +30,7 @@ class Firing:
 
 @dataclass(frozen=True)
 class Case:
-    """``looks``: what fires at a time. ``window`` tells the four alerts of the error budget apart; ``minutes`` is the
+    """``looks``: what fires at a time. ``window`` tells the alerts of one name apart; ``minutes`` is the
     distance of two samples and of two evaluations.
     """
 
@@ -259,32 +261,66 @@ def ages() -> tuple[Case, ...]:
     )
 
 
+def looks(told: str, scraped: str, instance: str = "db") -> Series:
+    """What one exporter tells of its looks, and whether it answered Prometheus."""
+    target = {**EXPORTER, "instance": instance}
+    return {
+        selector("exporter_up", target): told,
+        f'up{{job="{target["job"]}", instance="{instance}"}}': scraped,
+        'up{job="shop", instance="a"}': "1x60",
+    }
+
+
+def unseen(*windows: str, here: bool = True) -> tuple[Firing, ...]:
+    return tuple(Firing(EXPORTER if here else {}, window=window) for window in windows)
+
+
+HALF: Final = " ".join(["1 0"] * 30)
+FIFTHS: Final = " ".join(["1 1 0 1 0"] * 12)
+GAPS: Final = " ".join(["1 stale"] * 30)
+NOBODY: Final = {'up{job="shop", instance="a"}': "1x60"}
+
+
 def looking() -> tuple[Case, ...]:
-    """The exporter itself."""
-    alert = "ExporterDown"
-
-    def seen(values: str) -> Series:
-        return exporter("exporter_up", values)
-
-    def scraped(values: str) -> Series:
-        return {'up{job="walletmigrate-exporter", instance="db"}': values, 'up{job="shop", instance="a"}': "1x60"}
-
-    here, nowhere = (Firing(EXPORTER),), (Firing({}),)
-    return (
-        Case(alert, "fires", "no database", seen("1x5 0x20") | scraped("1x60"), {"12m": here}),
-        Case(alert, "fires", "no answer", seen("1x5 stale") | scraped("1x5 0x20"), {"12m": here}),
-        Case(alert, "fires", "no target", {'up{job="shop", instance="a"}': "1x60"}, {"6m": nowhere}),
-        Case(alert, "silent", "all well", seen("1x60") | scraped("1x60"), {"30m": ()}),
-        Case(alert, "silent", "a restart", seen("1x5 0x2 1x50") | scraped("1x60"), {"8m": (), "12m": ()}),
-        Case(alert, "resolves", "back", seen("0x10 1x20") | scraped("1x60"), {"10m": here, "11m": ()}),
-        Case(
-            alert,
-            "resolves",
-            "a target",
-            seen(" _" * 10 + " 1x9") | scraped(" _" * 10 + " 1x9"),
-            {"9m": nowhere, "10m": ()},
-        ),
+    """The exporter itself: soon read by somebody."""
+    alert, fires = "ExporterDown", unseen("5m")
+    replaced = looks("1x5 0x2 stale", "1x5 0x2 stale") | looks("_x10 1x50", "_x10 1x50", "new")
+    cases: tuple[tuple[Kind, str, Series, dict[str, tuple[Firing, ...]]], ...] = (
+        ("fires", "no database", looks("1x5 0x20", "1x60"), {"12m": fires}),
+        ("fires", "no answer", looks("1x5 stale", "1x5 0x20"), {"12m": fires}),
+        ("fires", "no target", NOBODY, {"6m": unseen("5m", here=False)}),
+        ("fires", "each other look fails", looks(HALF, "1x60"), {"15m": fires, "30m": fires}),
+        ("fires", "two looks of five fail", looks(FIFTHS, "1x60"), {"30m": fires}),
+        ("fires", "each other scrape times out", looks(GAPS, HALF), {"30m": fires}),
+        ("silent", "all well", looks("1x60", "1x60"), {"30m": ()}),
+        ("silent", "a restart", looks("1x5 0x2 1x50", "1x60"), {"8m": (), "12m": ()}),
+        ("silent", "the target was replaced", replaced, {"12m": (), "16m": (), "20m": ()}),
+        ("resolves", "back", looks("0x10 1x20", "1x60"), {"10m": fires, "19m": ()}),
+        ("resolves", "a target", looks("_x10 1x9", "_x10 1x9"), {"9m": unseen("5m", here=False), "12m": ()}),
     )
+    return tuple(Case(alert, kind, told, series, when, "5m") for kind, told, series, when in cases)
+
+
+def blind() -> tuple[Case, ...]:
+    """The exporter itself: it wakes somebody."""
+    alert, both = "ExporterDown", unseen("5m", "15m")
+    rare = " ".join(["0 0 0 0 1"] * 12)
+    cases: tuple[tuple[Kind, str, Series, dict[str, tuple[Firing, ...]]], ...] = (
+        ("fires", "no database", looks("1x10 0x40", "1x60"), {"32m": both}),
+        ("fires", "no answer", looks("1x10 stale", "1x10 0x40"), {"32m": both}),
+        ("fires", "no target", NOBODY, {"16m": unseen("5m", "15m", here=False)}),
+        ("fires", "one look of five succeeds", looks(rare, "1x60"), {"30m": both}),
+        ("silent", "not yet for long", looks("1x10 0x40", "1x60"), {"24m": unseen("5m")}),
+        ("silent", "two looks of five fail", looks(FIFTHS, "1x60"), {"50m": unseen("5m")}),
+        (
+            "silent",
+            "it came back in time",
+            looks("0x10 1x40", "1x60"),
+            {"14m": unseen("5m"), "16m": unseen("5m"), "25m": ()},
+        ),
+        ("resolves", "back", looks("0x30 1x29", "1x60"), {"30m": both, "34m": unseen("5m"), "40m": ()}),
+    )
+    return tuple(Case(alert, kind, told, series, when, "15m") for kind, told, series, when in cases)
 
 
 EUR: Final = {**EXPORTER, "currency": "EUR"}
@@ -351,4 +387,5 @@ CASES: Final[tuple[Case, ...]] = (
         resolves=("resumed", "1x10 0x5", "10m", "11m"),
     ),
     *looking(),
+    *blind(),
 )

@@ -18,7 +18,7 @@ RUNBOOKS = "https://example.com/walletmigrate/runbooks/"
 
 @dataclass(frozen=True)
 class Alert:
-    """One alerting rule; ``name`` is without the prefix, ``window`` that of an error budget."""
+    """One alerting rule; ``name`` is without the prefix, ``window`` tells those of one name apart."""
 
     name: str
     window: str | None

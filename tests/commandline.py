@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer
 from sqlalchemy import Engine
+from sqlalchemy.pool import NullPool
 from typer.testing import CliRunner
 
 import ledger
 from copies import copied
+from walletmigrate import connect
 from walletmigrate.cli import program
 from walletmigrate.config import Settings
 from walletmigrate.flag_file import FlagFile
@@ -27,6 +31,7 @@ app = program()
 
 SCRIPT = Path(sys.executable).with_name("walletmigrate")
 REASON = ("--reason", "a test")
+SECRET = "s3cret-p@ss"
 
 _CONFIG = """
 observation_window = "{window}"
@@ -178,3 +183,39 @@ def end(process: subprocess.Popen[str]) -> None:
     if process.poll() is None:
         process.kill()
     process.communicate()
+
+
+@pytest.fixture
+def project(database_url: str, tmp_path: Path) -> Project:
+    ledger.install_users(database_url)
+    return Project(tmp_path, database_url)
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Project:
+    """A project whose database is on a port where nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    url = f"postgresql://bob:{SECRET.replace('@', '%40')}@127.0.0.1:{port}/app"
+    return Project(tmp_path, url)
+
+
+def engine_of(project: Project) -> Engine:
+    return connect.engine(project.url, application_name="test", poolclass=NullPool)
+
+
+def everything(project: Project) -> tuple[Any, ...]:
+    """All that a command could change: the ledger's tables, the line, the triggers, the flag file."""
+    engine = engine_of(project)
+    tables = ledger.rows(
+        engine, "select c.relname from pg_class c where c.relnamespace = 'wallet'::regnamespace and relkind = 'r'"
+    )
+    names = sorted(f"wallet.{name}" for (name,) in tables)
+    content = [
+        ledger.scalar(engine, f"select md5(coalesce(string_agg(t::text, '|' order by t::text), '')) from {name} t")
+        for name in (*names, "public.users")
+    ]
+    line = ledger.scalar(engine, "select last_value from wallet.line")
+    triggers = ledger.rows(engine, "select tgname, xmin::text from pg_trigger where not tgisinternal order by 1")
+    return names, content, line, triggers, project.flag_path.read_bytes()

@@ -20,9 +20,12 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 import copies
+import databases
+import forkserver
+import order
 import servers
+import shares
 import skips
-from walletmigrate import connect
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts its background jobs so, and every program that a test starts and interrupts would inherit it.
@@ -49,11 +52,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--torture",
         nargs="?",
-        type=int,
-        const=1,
-        default=0,
+        const="1",
         metavar="SHARE",
-        help="play all interleavings of test_torture.py, or one of every SHARE; else a few of each kind",
+        help="play all interleavings of test_torture.py, one of ten (10), or the third of forty shares (3/40), "
+        "which together are all; else a few of each kind",
     )
     parser.addoption("--order", action="append", metavar="NAME", help="an interleaving to play, by its name")
 
@@ -63,6 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if name not in _KEPT_VARIABLES:
             del os.environ[name]
     _keep_servers_in_memory()
+    shares.asked(config)
     for spec in _specs(config):
         servers.check(spec)
 
@@ -88,10 +91,15 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    reports = terminalreporter.getreports("passed")
-    orders = [value for report in reports for name, value in report.user_properties if name == "orders"]
-    if orders:
-        terminalreporter.write_line(f"interleavings played: {sum(orders)}")
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    told = [value for report in reports for name, value in report.user_properties if name == "orders"]
+    if told:
+        played, impossible, there_are = map(sum, zip(*told, strict=True))
+        share = shares.asked(terminalreporter.config)
+        terminalreporter.write_line(
+            f"interleavings: share {share or '(a few of each kind)'} of {there_are}; "
+            f"played: {played}, not possible: {impossible}"
+        )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -99,6 +107,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         specs = _specs(metafunc.config)
         ids = [servers.identifier(spec) for spec in specs]
         metafunc.parametrize("postgres_spec", specs, scope="session", ids=ids)
+
+
+@pytest.hookimpl(trylast=True)  # after pytest has put together what runs on one server
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    shared: dict[str, Any] | None = getattr(config, "workerinput", None)
+    if shared is not None:
+        items[:] = order.longest_first(items, [item.path.stem for item in items], shared["workercount"])
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +128,7 @@ def running_servers() -> Iterator[Callable[[str], servers.Postgres]]:
             return started[spec]
 
         yield get
+        databases.leave()
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +143,7 @@ def make_database(server: servers.Postgres) -> Iterator[MakeDatabase]:
     with ExitStack() as stack:
 
         def make(template: str | None = None) -> str:
-            url = stack.enter_context(connect.scratch_database(server.url, template))
+            url = stack.enter_context(databases.on(server.url).scratch(template))
             if template is None:
                 copies.UNTOUCHED.add(url)
                 stack.callback(copies.UNTOUCHED.discard, url)
@@ -166,6 +182,13 @@ def only_this_machine() -> Iterator[None]:
     event.listen(Engine, "do_connect", refuse)
     yield
     event.remove(Engine, "do_connect", refuse)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_server_of_commands_is_left() -> Iterator[None]:
+    """End the process that commands were forked from, if there was one."""
+    yield
+    forkserver.leave()
 
 
 def _is_local(host: str) -> bool:

@@ -9,10 +9,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final, TypeVar, cast
 
-from sqlalchemy import make_url, text
-from sqlalchemy.pool import NullPool
+from sqlalchemy import make_url
 
-from walletmigrate import connect
+import databases
 
 Made = TypeVar("Made")
 
@@ -22,16 +21,8 @@ UNTOUCHED: Final[set[str]] = set()
 ANEW: Final[list[str]] = []
 """Reasons why everything is made anew: where mutants are played, a copy would have been made of other SQL."""
 
-_asked: Counter[tuple[str, str]] = Counter()
-_templates: dict[tuple[str, str], tuple[str, object]] = {}
-
-_ALONE = text(
-    "select d.datacl is null and d.datdba = (select oid from pg_roles where rolname = current_user) "
-    "and s.sessions = 0 and not exists (select from pg_stat_activity as a where a.datid = d.oid) "
-    "and not exists (select from pg_db_role_setting as r where r.setdatabase = d.oid) "
-    "from pg_database as d join pg_stat_database as s on s.datid = d.oid where d.datname = :name"
-)
-"""Whether nobody has been in a database yet, nor decided anything about it."""
+_asked: Counter[tuple[databases.Databases, str]] = Counter()
+_templates: dict[tuple[databases.Databases, str], tuple[str, object]] = {}
 
 
 def copied(url: str, what: str, make: Callable[[], Made]) -> Made:
@@ -40,23 +31,17 @@ def copied(url: str, what: str, make: Callable[[], Made]) -> Made:
     ``what`` says all that the outcome depends on. ``make`` leaves no connection open; what it gives belongs to the
     database, and is given with each copy of it.
     """
-    server = make_url(url).set(database="postgres")
-    database = str(make_url(url).database)
-    key = (server.render_as_string(hide_password=False), what)
+    found, database = databases.on(url), str(make_url(url).database)
+    key = (found, what)
     _asked[key] += 1
-    if ANEW or url not in UNTOUCHED or _asked[key] == 1:
+    if ANEW or url not in UNTOUCHED or _asked[key] == 1 or not found.is_unused(database):
         return make()
-    engine = connect.engine(server, application_name="tests-copies", isolation_level="AUTOCOMMIT", poolclass=NullPool)
-    with engine.connect() as connection:
-        if not connection.scalar(_ALONE, {"name": database}):
-            return make()
-        if key not in _templates:
-            made = make()
-            name = f"begun_{len(_templates)}"
-            connection.exec_driver_sql(f'create database "{name}" template "{database}"')
-            _templates[key] = name, made
-            return made
-        name, kept = _templates[key]
-        connection.exec_driver_sql(f'drop database "{database}"')
-        connection.exec_driver_sql(f'create database "{database}" template "{name}"')
-        return cast("Made", kept)
+    if key not in _templates:
+        made = make()
+        name = f"begun_{len(_templates)}"
+        found.copy(database, name)
+        _templates[key] = name, made
+        return made
+    name, kept = _templates[key]
+    found.replace(database, name)
+    return cast("Made", kept)

@@ -14,9 +14,9 @@ from sqlalchemy import Engine
 from sqlalchemy.pool import NullPool
 
 from walletmigrate import connect
-from walletmigrate.config import Column, Mapping, Settings
+from walletmigrate.config import Column, ExporterSettings, Mapping, Settings
 from walletmigrate.exporter import DatabaseFacts
-from walletmigrate.observe import METRICS
+from walletmigrate.metrics import METRICS
 from walletmigrate.schema import migrate, quoted
 
 Samples = dict[tuple[str, str], float]
@@ -96,7 +96,7 @@ def scrape(port: int) -> Samples:
     }
 
 
-def settings(url: str | None) -> Settings:
+def settings(url: str | None, exporter: ExporterSettings | None = None) -> Settings:
     mappings = tuple(
         Mapping(
             name=name,
@@ -106,4 +106,5 @@ def settings(url: str | None) -> Settings:
         )
         for name, currency in SCOPE
     )
-    return Settings(database_url=SecretStr(url) if url else None, mappings=mappings)
+    secret = SecretStr(url) if url else None
+    return Settings(database_url=secret, mappings=mappings, exporter=exporter or ExporterSettings())

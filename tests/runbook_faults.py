@@ -77,9 +77,9 @@ def balance_of(key, bucket, currency):
 
 
 def failed_jobs(server: Postgres, url: str, folder: Path) -> Stage:
-    """As `backfilled`, and three jobs failed. A reconciliation asked a function that raises for user 4; the session of
-    a verification, which waited for a lock on the table, was ended by an administrator; and the backfill was taken
-    back, to be begun anew, when somebody had added a constraint that every opening breaks.
+    """As `backfilled`, and four jobs failed. A reconciliation asked a function that raises for user 4; the sessions of
+    a verification and of an archive, which waited for a lock on the table, were ended by an administrator; and the
+    backfill was taken back, to be begun anew, when somebody had added a constraint that every opening breaks.
     """
     stage = backfilled(server, url, folder)
     (folder / "bank.py").write_text(BANK, encoding="utf-8")
@@ -89,11 +89,12 @@ def failed_jobs(server: Postgres, url: str, folder: Path) -> Stage:
         assert process.wait(SECONDS) == 1
     with psycopg.connect(url) as migration:
         migration.execute("lock table users in access exclusive mode")
-        with running(stage, *command("verify")) as process:
-            until_blocked(stage.engine, "walletmigrate verify")
-            whose = "application_name = 'walletmigrate verify' and cardinality(pg_blocking_pids(pid)) > 0"
-            execute(stage.engine, f"select pg_terminate_backend(pid) from pg_stat_activity where {whose}")
-            assert process.wait(SECONDS) == 5
+        for name, *options in (("verify",), ("archive", "--to", "users.jsonl.gz", "--reason", "month's end")):
+            with running(stage, *command(name, *options)) as process:
+                until_blocked(stage.engine, f"walletmigrate {name}")
+                whose = f"application_name = 'walletmigrate {name}' and cardinality(pg_blocking_pids(pid)) > 0"
+                execute(stage.engine, f"select pg_terminate_backend(pid) from pg_stat_activity where {whose}")
+                assert process.wait(SECONDS) == 5
         migration.rollback()
     undo(stage.engine, stage.settings, 1, ACT)
     rule = (

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sqlalchemy import Engine, make_url
 
+import forkserver
 from ledger import ACT, engine_named, execute, install_users, unguarded
 from runbook_alerts import Scrape, Shop, scraped
 from servers import Postgres
@@ -119,7 +120,7 @@ class Stage:
         """A shell whose database role is the operators', beside the address of the tables' owner."""
         url = make_url(self.engine.url).set(drivername="postgresql")
         operator = url.update_query_dict({"options": f"-crole={self.settings.roles.operator}"})
-        programs = [Path(sys.executable).parent, *filter(None, [self.server.binaries])]
+        programs = [forkserver.commands(), Path(sys.executable).parent, *filter(None, [self.server.binaries])]
         return Shell(
             self.folder,
             {

@@ -108,7 +108,7 @@ def slow(server: Postgres, url: str, folder: Path) -> Stage:
         holder.execute(f"select 1 from users where id = {REPORTED} for update")
         cleanup.enter_context(_paying(stage, REPORTED))
         until_blocked(stage.engine, "shop")
-        day = command("backfill", "--rate", "50", "--batch-size", "50", "--reason", "CHG-44: once more over all")
+        day = command("backfill", "--rate", "5", "--batch-size", "50", "--reason", "CHG-44: once more over all")
         cleanup.enter_context(running(stage, *day))
         moving = "select count(*) from wallet.jobs where state = 'running' and items_done > 0"
         until(lambda: scalar(stage.engine, moving) == 1, lambda: (folder / "started.log").read_text(encoding="utf-8"))

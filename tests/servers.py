@@ -15,8 +15,8 @@ from walletmigrate.errors import EmbeddedUnavailable
 
 DEBIAN = "/usr/lib/postgresql/{}/bin"
 DOCKER = "docker:"
-# A log that is turned over early, for it may stand in memory.
-SETTINGS = {**DURABILITY_OFF, "max_prepared_transactions": "8", "max_wal_size": "128MB"}
+# Just-in-time compilation costs more than the queries of tests do. A log that is turned over early may stand in memory.
+SETTINGS = {**DURABILITY_OFF, "jit": "off", "max_prepared_transactions": "8", "max_wal_size": "128MB"}
 
 
 @dataclass(frozen=True)

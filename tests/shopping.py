@@ -90,8 +90,10 @@ def _address(url: str) -> dict[str, str]:
 
 
 @contextmanager
-def serving(module: str, url: str, folder: Path, config: Path | None = None) -> Iterator[Shop]:
-    """Serve ``before`` or ``after`` with two workers on a free port; ended by its own process id."""
+def serving(module: str, url: str, folder: Path, config: Path | None = None, *options: str) -> Iterator[Shop]:
+    """Serve ``before`` or ``after`` with two workers on a free port, with further options of gunicorn; ended by its own
+    process id.
+    """
     metrics = folder / "metrics"
     metrics.mkdir(exist_ok=True)
     environment = {**os.environ, **_address(url)}
@@ -101,7 +103,7 @@ def serving(module: str, url: str, folder: Path, config: Path | None = None) -> 
     command += ["--no-control-socket"]
     log = folder / f"{module}.log"
     with subprocess.Popen(
-        [*command, f"{module}:app"], cwd=SHOP, env=environment, stderr=subprocess.PIPE, text=True
+        [*command, *options, f"{module}:app"], cwd=SHOP, env=environment, stderr=subprocess.PIPE, text=True
     ) as server:
         lines: queue.Queue[str] = queue.Queue()
         reader = threading.Thread(target=_read, args=(server, log, lines), daemon=True)
@@ -111,7 +113,7 @@ def serving(module: str, url: str, folder: Path, config: Path | None = None) -> 
         finally:
             server.send_signal(signal.SIGTERM)
             try:
-                server.wait(timeout=30)
+                server.wait(timeout=60)  # gunicorn itself gives its workers 30
             finally:
                 if server.poll() is None:
                     server.kill()

@@ -259,6 +259,7 @@ def test_the_overview_adds_up_what_is_there_what_should_be_and_where_it_came_fro
     assert (cash.accounts, cash.legacy, cash.ledger, cash.closed) == (4, D(829), D(729), D(100))
     assert (cash.expected, cash.discrepancy, cash.unmirrored) == (D(729), D(0), D(100))
     assert (cash.opening, cash.resync, cash.correction, cash.posting) == (D(400), D(5), D(346), D(78))
+    assert (cash.bypass, promo.bypass) == (D(5), D(0))
     assert (promo.legacy, promo.ledger, promo.opening) == (D(20), D(15), D(20))
     by_tenant = {(one.value, one.bucket): (one.legacy, one.ledger) for _, one in found.traits if one.trait == "tenant"}
     assert by_tenant["acme", "cash"] == (D(600), D(500))
@@ -281,6 +282,27 @@ def test_a_snapshot_changes_nothing_in_the_overview_before_and_after_postings_an
     pruned = look(at)
     assert pruned.buckets[0].posting == before.buckets[0].posting + 11
     assert (pruned.sound, pruned.buckets[0].opening) == (True, before.buckets[0].opening)
+
+
+def test_what_came_past_the_adapter_is_told_apart_as_far_as_snapshots_leave_it_known(at: Place) -> None:
+    execute(at.engine, "update users set total_coins = total_coins + 5 where id = 2")
+    execute(at.engine, "select * from wallet.backfill_users(null, '4', 1)")
+    assert [one.bypass for one in look(at).buckets] == [D(5), D(0)]
+    snapshots.take(at.engine, at.settings, ACT)
+    assert [one.bypass for one in look(at).buckets] == [None, None], "which of the two, nobody knows"
+
+
+def test_one_bucket_of_a_currency_has_all_that_came_past_the_adapter(database_url: str) -> None:
+    made = place(database_url, rows=3)
+    with made.engine.begin() as connection:
+        for key in (1, 2, 3):
+            made.adapter.open_account(connection, key)
+    for number in (1, 2):
+        execute(made.engine, "update users set total_coins = total_coins + 5 where id = 2")
+        execute(made.engine, "select * from wallet.backfill_users(null, '4', 1)")
+        assert look(made).buckets[0].bypass == 5 * number
+        snapshots.take(made.engine, made.settings, ACT)
+        assert look(made).buckets[0].bypass == 5 * number
 
 
 def test_money_that_no_transaction_explains_is_a_discrepancy(at: Place) -> None:

@@ -16,7 +16,9 @@ from walletmigrate.errors import (
     InsufficientFunds,
     InvalidMovement,
     NotReversible,
+    UnknownAccount,
     UnknownTransaction,
+    UsageError,
 )
 
 D = Decimal
@@ -45,6 +47,28 @@ def test_a_transaction_is_reversed_at_most_once_in_every_mode(database_url: str,
     assert D(95) in (first.legacy_balance, first.ledger_balance)
     assert at.coins(1) == (100 if state == "frozen" else 96)
     at.check()
+
+
+def test_a_reversal_takes_no_key_as_it_would_be_dropped_and_move_money_again(database_url: str) -> None:
+    at = place(database_url)
+    with at.engine.begin() as connection:
+        made = at.adapter.credit(connection, 1, 1, type="deposit").transaction_id or 0
+        with pytest.raises(InvalidMovement, match="is its own key"):
+            at.adapter.reverse(connection, made, reason="refund", idempotency_key="refund:7")
+        assert at.adapter.credit(connection, 1, 1, type="deposit", idempotency_key="refund:7").legacy_balance == 102
+    at.check()
+
+
+def test_a_batch_may_be_a_generator_and_is_refused_for_what_it_is(database_url: str) -> None:
+    at = place(database_url)
+    with at.engine.begin() as connection:
+        with pytest.raises(UnknownAccount):
+            at.adapter.apply(connection, (Movement.credit(key, 1, type="y") for key in (1, 999)))
+        assert at.adapter.apply(connection, iter(())) == ()
+        for wrong, said in ((Movement.credit(1, 1, type="y"), "several"), ([{"key": 1}], "not dict")):
+            with pytest.raises(UsageError, match=said):
+                at.adapter.apply(connection, wrong)  # type: ignore[arg-type]
+    assert at.coins(1) == 100
 
 
 def test_a_reversal_has_the_type_and_the_accounts_of_what_it_undoes(database_url: str) -> None:

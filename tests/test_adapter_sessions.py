@@ -13,7 +13,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column, registry, scoped_sess
 
 from adapting import Place, User, custom, place
 from ledger import execute, rows
-from walletmigrate import Movement
+from walletmigrate import Movement, sessions
 from walletmigrate.errors import InsufficientFunds, UsageError
 from walletmigrate.observe import FlagsSeen
 
@@ -158,6 +158,35 @@ def test_a_class_with_other_attribute_names_and_another_primary_key_is_expired(d
         ann, bob = session.get_one(Person, 1), session.get_one(Person, 2)
         at.adapter.credit(session, "ann", 5, type="deposit")
         assert [ann.coins, bob.__dict__["coins"]] == [15, 10]
+
+
+def test_a_balance_that_only_a_class_below_has_is_expired(at: Place, session: Session) -> None:
+    """What it held before would be written back by the next assignment."""
+    execute(at.engine, "update users set role = case id when 1 then 'vip' else 'guest' end")
+    own = registry()
+
+    @own.mapped
+    class Person:
+        __tablename__ = "users"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        role: Mapped[str]
+        __mapper_args__: Any = {"polymorphic_on": "role", "polymorphic_identity": "guest"}  # noqa: RUF012 - as above
+
+    @own.mapped
+    class Vip(Person):
+        total_coins: Mapped[Decimal]
+        __mapper_args__: Any = {"polymorphic_identity": "vip"}  # noqa: RUF012 - as above
+
+    vip, guest = session.get_one(Person, 1), session.get_one(Person, 2)
+    assert isinstance(vip, Vip)
+    at.adapter.transfer(session, 1, 2, 5, type="gift")
+    assert vip.total_coins == 95
+    assert guest.role == "guest"
+
+
+@pytest.mark.parametrize("key", ["--5", "²", "9" * 5000, "-", ""])
+def test_a_text_key_that_looks_like_a_number_is_looked_for_as_text(key: str) -> None:
+    assert sessions._identities(key) == [key]
 
 
 def test_a_class_that_leaves_the_balance_out_is_no_hindrance(at: Place, session: Session) -> None:

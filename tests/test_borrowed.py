@@ -103,3 +103,13 @@ def test_a_closed_connection_is_refused(place: adapting.Place, database_url: str
     connection.close()
     with pytest.raises(UsageError, match="closed"):
         place.adapter.credit(connection, 1, 5, type="gift")
+
+
+class connection:  # noqa: N801 - as psycopg2 calls its own
+    """A connection of another driver, as Django has it where only psycopg2 is installed."""
+
+
+def test_a_connection_of_another_driver_is_refused_by_its_name(place: adapting.Place) -> None:
+    said = rf"a connection of psycopg 3, and not {__name__}\.connection; async"
+    with pytest.raises(UsageError, match=said):
+        place.adapter.credit(connection(), 1, 5, type="deposit")  # type: ignore[arg-type]

@@ -128,6 +128,17 @@ def test_balance_and_overview_say_what_is_there(project: Project) -> None:
         "300.00",
         "100.00",
     )
+    said = project.run("overview").stdout
+    assert (
+        "discrepancy 0.00\n  unmirrored 100.00: legacy − ledger, what is absent, stale or drifted\n  came from" in said
+    )
+    assert "past the adapter" not in said
+    execute(engine_named(project.url), "update users set total_coins = total_coins + 5 where id = 2")
+    project.change("backfill")
+    said = project.run("overview").stdout
+    assert "unmirrored" not in said
+    assert "resync 5.00, posting 5.00, correction 0, reversal 0\n  of this past the adapter: 5.00\n" in said
+    assert project.run("overview", "--json").document["buckets"][0]["bypass"] == "5.00"
     execute(engine_named(project.url), "update wallet.accounts set balance = balance + 1 where key = '1'")
     assert project.run("overview").exit_code == 3
 

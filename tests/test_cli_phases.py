@@ -12,8 +12,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 import ledger
-from commandline import REASON, Project, project_at
-from test_cli import engine_of, everything
+from commandline import REASON, Project, engine_of, everything, project_at
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.flags import Decision
 
@@ -86,7 +85,7 @@ def test_a_refused_step_ends_with_4_and_all_reasons_in_the_document(database_url
     assert said.exit_code == 4
     fields = said.document["error"]["fields"]
     assert fields["step"] == "phase read_ledger"
-    assert len(fields["reasons"]) == 4
+    assert len(fields["reasons"]) == 5
     assert phase(project) == "dual_write"
 
 

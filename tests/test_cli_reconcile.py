@@ -51,7 +51,7 @@ def test_a_reconciliation_is_run_listed_shown_and_undone(made: tuple[Project, En
     assert "3 (cash, EUR): reported, legacy 100.00, ledger 100.00, difference +50.00" in said.stdout
     run = scalar(engine, "select max(id) from wallet.jobs where kind = 'reconcile'")
     assert f"walletmigrate reconcile undo {run}" in said.stderr
-    assert "1 corrected, reported 50.00 EUR" in project.run("reconcile", "list").stdout
+    assert "1 corrected, 1 reported (50.00 EUR)" in project.run("reconcile", "list").stdout
     shown = project.run("reconcile", "show", str(run), "--json").document
     assert (shown["run"]["reason"], shown["changed"][0]["key"], shown["left"][0]["difference"]) == (
         *("a test", "2"),
@@ -62,6 +62,15 @@ def test_a_reconciliation_is_run_listed_shown_and_undone(made: tuple[Project, En
     assert account(engine, 2) == ("mirrored", D(100), D(100))
     assert "1 corrected, 1 undone" in project.run("reconcile", "list").stdout
     assert_sound(engine, project.settings)
+
+
+def test_the_list_names_what_a_run_came_to_besides_its_corrections(made: tuple[Project, Engine]) -> None:
+    project, engine = made
+    execute(engine, "update wallet.accounts set state = 'stale' where key in ('1', '2')")
+    execute(engine, "update wallet.accounts set state = 'closed' where key = '3'")
+    assert project.run("reconcile", "--all", *REASON).exit_code == 4
+    said = project.run("reconcile", "list").stdout
+    assert said.endswith("users against legacy, done: 0 corrected, 2 resynced, 1 refused\n")
 
 
 def test_all_accounts_are_held_against_a_file_by_two_processes(made: tuple[Project, Engine], tmp_path: Path) -> None:

@@ -243,6 +243,8 @@ def test_a_wrong_database_url_in_the_environment_is_named_but_not_shown(
         ("poll_seconds = 10", 'api_url = "http://u:p@h/"', "without a user", "api_url ="),
         ('url = "http://localhost:9464"', 'url = "h:1"', "not an http", 'url = "http://localhost'),
         ('url = "http://localhost:9464"', 'url = "http://u@h"', "without a user", "url ="),
+        ('url = "http://localhost:9464"', "look_seconds = 0", "greater than 0", "look_seconds = 6"),
+        ('url = "http://localhost:9464"', "hold_seconds = true", "not a number", "hold_seconds = 10"),
         (
             'url = "http://localhost:9464"',
             'urls = ""',

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 
 import pytest
+from sqlalchemy import make_url
 
 import copies
 from conftest import MakeDatabase
@@ -33,7 +34,10 @@ def test_the_third_who_asks_gets_a_copy_with_what_belongs_to_it(make_database: M
     assert made == [first, second]
 
 
-@pytest.mark.parametrize("use", ["create table mine ()", "alter database {0} set lock_timeout = '1s'"])
+@pytest.mark.parametrize(
+    "use",
+    ["create table mine ()", "alter database {0} set lock_timeout = '1s'", "alter database {0} connection limit 9"],
+)
 def test_a_database_that_somebody_has_used_is_not_replaced(make_database: MakeDatabase, use: str) -> None:
     what, made = str(uuid.uuid4()), []
     for _ in range(2):
@@ -44,6 +48,37 @@ def test_a_database_that_somebody_has_used_is_not_replaced(make_database: MakeDa
     execute(engine_named(at), use.format(name))
     copies.copied(used, what, lambda: made.append("anew"))
     assert made == ["anew"] * 3
+
+
+def test_a_copy_in_whose_place_another_one_comes_is_given_to_nobody(make_database: MakeDatabase) -> None:
+    """Nobody has been in it, and it is not empty."""
+    one, more = str(uuid.uuid4()), str(uuid.uuid4())
+
+    def begun(url: str) -> None:
+        copies.copied(url, one, lambda: execute(engine_named(url), "create table one ()"))
+        copies.copied(url, more, lambda: execute(engine_named(url), "create table more ()"))
+
+    tables = "select relname from pg_class where relname in ('one', 'more') order by 1"
+    made = [make_database() for _ in range(4)]
+    for url in made:
+        begun(url)
+    assert [rows(engine_named(url), tables) for url in made] == [[("more",), ("one",)]] * 4
+    for _ in range(4):  # first come those that are to spare
+        assert rows(engine_named(make_database()), tables) == []
+
+
+def test_an_unused_database_goes_to_the_next_who_asks_when_a_copy_takes_its_place(make_database: MakeDatabase) -> None:
+    what, here = str(uuid.uuid4()), engine_named(make_database())
+
+    def identity(url: str) -> list[tuple[object, ...]]:
+        return rows(here, f"select oid from pg_database where datname = '{make_url(url).database}'")
+
+    for _ in range(2):
+        copies.copied(make_database(), what, lambda: None)
+    url = make_database()
+    unused = identity(url)
+    copies.copied(url, what, lambda: None)
+    assert identity(url) != unused == identity(make_database())
 
 
 def test_a_copied_ledger_is_the_one_that_an_install_makes(

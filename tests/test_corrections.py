@@ -155,6 +155,22 @@ def test_an_adjustment_is_on_record_as_such_and_its_notes_stand_beside_it(world:
         adjusted(world, -101)
 
 
+def test_an_adjustment_that_is_refused_names_what_mends_it_of_its_own_options_and_of_its_own_cause(
+    world: World,
+) -> None:
+    execute(world.engine, "insert into users values (77, 'acme', 'member', 7, 0)")
+    with pytest.raises(PreconditionRefused) as refused:
+        adjust(world.engine, world.settings, world.settings.mappings[0], ACT, "77", D(1))
+    assert "walletmigrate backfill" in str(refused.value)
+    assert "--create-missing" not in str(refused.value)
+    stop(world.engine, world.settings, ACT)
+    with pytest.raises(PreconditionRefused, match="walletmigrate resume"):
+        adjusted(world, 1)
+    set_phase(world.engine, "legacy")
+    with pytest.raises(PreconditionRefused, match="walletmigrate phase advance"):
+        adjusted(world, 1)
+
+
 def test_a_run_corrects_an_account_once_and_another_run_s_corrections_are_no_hindrance(world: World) -> None:
     """Also one of another key, bucket, currency or mapping, or of the same run but by another action."""
     fields = {"truth": "value", "tolerance": 0, "limit": 9}

@@ -12,7 +12,7 @@ import pytest
 
 from commandline import Project
 from ledger import ACT, execute, rows
-from test_verify import Ledger, prepared
+from verifying import Ledger, prepared
 from walletmigrate.configchecks import CrossCheck
 from walletmigrate.errors import ConfigError, CrossCheckFailed
 from walletmigrate.verify import Verification, verify

@@ -14,7 +14,7 @@ import yaml
 
 from alert_rules import recorded
 from board_files import FILES, FOLDER, board, expressions, panels
-from walletmigrate.observe import METRICS, PREFIX
+from walletmigrate.metrics import METRICS, PREFIX
 
 SERIES = {series: metric for metric in METRICS.values() for series in metric.series}
 EXPRESSIONS = [pytest.param(text, id=name) for name, text in expressions().items()]

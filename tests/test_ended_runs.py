@@ -21,7 +21,7 @@ from ledger import ACT, engine_named, execute, fence_down, rows, scalar
 from retiring import End
 from test_job_reads import NEWEST, RECORDED, between, number, said_to_live, verified
 from test_snapshot_job import ANSWERS, quiet
-from test_verify import Ledger, marks, prepared
+from verifying import Ledger, marks, prepared
 from walletmigrate import archive_check, job_control, job_reads, marking, throttle
 from walletmigrate import verify as verifying
 from walletmigrate.backfill import backfill
@@ -103,8 +103,8 @@ def test_what_a_run_has_seen_stays_on_record_however_it_ends(
     assert why in said
     drift(made, "+ 3")
     assert any("was not clean at" in what for what in refused(made)), "the failure is sticky, though it is mended"
-    assert verified(made, since_last=True).form == "incremental"
-    assert any("was not clean at" in what for what in refused(made)), "no incremental run lifts it"
+    assert verified(made, sample=10).clean
+    assert any("was not clean at" in what for what in refused(made)), "no sample lifts it"
     assert verified(made).clean
     assert refused(made) == []
 
@@ -297,6 +297,17 @@ def test_the_proof_of_an_archive_is_ended_in_the_midst_of_a_statement(
     monkeypatch.setattr(archive_check, "_statement", statement)
     with pytest.raises(JobCancelled):
         end.archive()
+    assert list(tmp_path.glob("*.gz*")) == []
+
+
+def test_an_archive_holds_its_snapshot_no_longer_and_leaves_no_file(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = End(database_url, tmp_path)
+    end.settings = held((end.engine, end.settings), monkeypatch, True, WHY, WHY, WHY, True)
+    with pytest.raises(SnapshotTooOld, match=f"archive was held for 0.03 s .*{WHY}"):
+        end.archive()
+    assert rows(end.engine, NEWEST)[0][:2] == ("archive", "failed")
     assert list(tmp_path.glob("*.gz*")) == []
 
 

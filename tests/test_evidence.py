@@ -83,6 +83,35 @@ def test_a_posting_in_flight_is_no_part_of_it(end: End) -> None:
     assert checked(end, alone=False).problems == ()
 
 
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left on device"), UsageError)],
+    ids=["cut short", "disk full"],
+)
+def test_what_is_cut_short_leaves_an_empty_folder_for_the_next(
+    end: End, monkeypatch: pytest.MonkeyPatch, error: BaseException, raised: type[BaseException]
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("walletmigrate.evidence.totals", fail)  # the audit log is written by then
+        with pytest.raises(raised, match="cannot be written: No space" if raised is UsageError else None):
+            gathered(end)
+    assert gathered(end).clean
+
+
+@pytest.mark.parametrize("name", ["versions.json", "phase.json", "flags.json"])
+def test_a_file_that_is_in_neither_the_folder_nor_the_manifest_is_missed(end: End, name: str) -> None:
+    gathered(end)
+    folder = end.folder / "evidence"
+    found = json.loads((folder / "manifest.json").read_text())
+    del found["files"][name]
+    (folder / "manifest.json").write_text(json.dumps(found))
+    (folder / name).unlink()
+    assert checked(end).problems == (f"missing: {name}",)
+
+
 @pytest.mark.parametrize("name", ["totals.json", "audit.jsonl", "verification.json", "flags.json", "snapshots.json"])
 def test_a_file_that_was_changed_removed_or_added_is_named(end: End, name: str) -> None:
     gathered(end)

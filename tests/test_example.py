@@ -188,6 +188,7 @@ def test_a_request_is_traced_from_its_header_to_the_ledger_and_each_worker_is_kn
         assert shop.book(ann, "4", request_id="request-77").status == 201
         traced = project.run("trace", "request-77", "--json").document["rows"]
         until_decided(project)  # each beats by itself once it has started
+        until(lambda: '"request-77"' in shop.log.read_text(encoding="utf-8"))
     assert [row["where"] for row in traced] == ["ledger"]
     assert traced[0]["details"]["reference_type"] == "booking"
 

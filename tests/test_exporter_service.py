@@ -7,6 +7,7 @@ import logging
 import math
 import socket
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from datetime import timedelta
@@ -40,9 +41,9 @@ from ledger import ACT, install_users, post
 from monitoring import free_port
 from scrapes import assert_well_formed
 from walletmigrate import bypasses, connect
-from walletmigrate.config import CaptureSettings
+from walletmigrate.config import CaptureSettings, ExporterSettings
 from walletmigrate.errors import ConfigError, UsageError
-from walletmigrate.exporter import DatabaseFacts, serve
+from walletmigrate.exporter import CONNECT_SECONDS, HOLD_SECONDS, DatabaseFacts, serve
 from walletmigrate.facts import TREATMENTS
 from walletmigrate.flag_impact import rollout
 from walletmigrate.flag_sources import FileSource
@@ -181,6 +182,40 @@ def test_the_exporters_connection_is_named_and_limited(ledger: str) -> None:
         exporter.close()
         event.remove(Engine, "do_connect", note)
     assert [(one["application_name"], one["connect_timeout"]) for one in made] == [("walletmigrate exporter", 3)]
+
+
+@pytest.mark.parametrize(("seconds", "up"), [(0.3, 0), (0.0001, 0), (30, 1)])
+def test_a_look_may_take_as_long_as_is_configured(
+    ledger: str, execute: Execute, caplog: pytest.LogCaptureFixture, seconds: float, up: int
+) -> None:
+    execute("alter table control rename to control_rows")
+    execute("create view control as select phase from control_rows where pg_sleep(1) is not null")
+    exporter = serve(settings(ledger, ExporterSettings(look_seconds=seconds)), 0)
+    try:
+        assert of(scrape(exporter.port), "exporter_up") == {"": up}
+    finally:
+        exporter.close()
+    assert ("QueryCanceled (57014)" in caplog.text) is not bool(up), "as the runbook has it"
+
+
+@pytest.mark.parametrize(("seconds", "served"), [(3600, "legacy"), (0.001, "frozen")])
+def test_a_look_is_served_for_as_long_as_is_configured(
+    ledger: str, execute: Execute, seconds: float, served: str
+) -> None:
+    exporter = serve(settings(ledger, ExporterSettings(hold_seconds=seconds)), 0)
+    try:
+        assert of(scrape(exporter.port), "phase")["legacy"] == 1
+        execute("update control set phase = 'frozen'")
+        time.sleep(0.01)
+        assert of(scrape(exporter.port), "phase")[served] == 1
+    finally:
+        exporter.close()
+
+
+def test_without_a_setting_a_look_takes_and_lasts_as_it_did() -> None:
+    limits = ExporterSettings()
+    assert (limits.look_seconds, limits.hold_seconds) == (6, HOLD_SECONDS)
+    assert limits.look_seconds + CONNECT_SECONDS < 10, "Prometheus' usual scrape timeout"
 
 
 def test_writes_past_the_adapter_are_counted_by_treatment_and_never_fall(database_url: str) -> None:

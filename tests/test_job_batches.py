@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from sqlalchemy import Connection, Engine, text
 
 import ledger
-from walletmigrate import job_claims, job_outages, job_rows, jobs
+from walletmigrate import job_batches, job_claims, job_outages, job_rows, jobs
 from walletmigrate.config import Settings
 from walletmigrate.errors import JobFailed, PreconditionRefused, UsageError
 from walletmigrate.job_batches import Claim
@@ -135,6 +136,31 @@ def test_a_job_that_is_held_says_so_again_and_again_and_not_with_every_question(
     assert hold("replica lag", 11)
     assert ledger.scalar(engine, "select held_at from wallet.jobs") == began, "when it began stays known"
     assert not hold(None, 30), "what goes on commits batches, which say it"
+
+
+def test_a_claim_that_a_crash_took_back_is_not_mistaken_for_the_one_that_has_its_number_and_token_now(
+    made: Ledger,
+) -> None:
+    engine, settings = made
+    stale = claim(made, start(made, batch_size=4), "a")
+    for column, key in (("upto_key", "3"), ("after_key", "1")):
+        ledger.execute(engine, f"update wallet.job_batches set {column} = '{key}'")
+        with pytest.raises(job_claims.ClaimLost), engine.begin() as connection:
+            job_claims.hold(connection, settings, stale)
+        ledger.execute(engine, "update wallet.job_batches set upto_key = '4', after_key = null")
+    with engine.begin() as connection:
+        job_claims.hold(connection, settings, stale)
+
+
+@pytest.mark.parametrize(("ago", "free"), [(30, False), (61, True)])
+def test_a_hold_whose_process_is_gone_holds_nobody_else(made: Ledger, ago: int, free: bool) -> None:
+    engine, settings = made
+    job = start(made)
+    with engine.begin() as connection:
+        job_rows.hold(connection, settings, job.id, "replica lag")
+    ledger.execute(engine, f"update wallet.jobs set updated_at = clock_timestamp() - interval '{ago} s'")
+    with jobs.begin(engine) as connection:
+        assert isinstance(job_claims.claim(connection, settings, job.id, "other"), Claim) == free
 
 
 def test_a_worker_whose_batch_was_taken_counts_it_and_goes_on_with_the_next(made: Ledger) -> None:
@@ -270,12 +296,20 @@ def test_settings_hold_from_the_next_batch_on(made: Ledger) -> None:
 
 
 def test_a_rate_paces_the_batches_of_all_workers_in_the_database(made: Ledger) -> None:
-    job = start(made, rate=8, batch_size=100)
+    job = start(made, rate=1, batch_size=100)
+    began = time.monotonic()
     first, second = claim(made, job, "a"), claim(made, job, "b")
-    # Not more than a second's worth at once; the first at once, the next when the first one's time is over.
-    assert (first.keys, second.keys) == (8, 8)
+    passed = time.monotonic() - began
+    # One at least; the first at once, the next when the first one's time is over.
+    assert (first.keys, second.keys) == (1, 1)
     assert first.delay == 0
-    assert 0.5 < second.delay <= 1
+    assert 1 - passed <= second.delay <= 1
+
+
+def test_no_more_than_a_tenth_of_a_seconds_worth_is_done_at_once(made: Ledger) -> None:
+    assert claim(made, start(made, rate=80, batch_size=100), "a").keys == 8
+    assert [Options(rate=80).burst(each) for each in (1, 2, 100)] == [8, 4, 1]
+    assert Options().burst() is None
 
 
 @pytest.mark.parametrize(
@@ -293,6 +327,26 @@ def test_a_rate_paces_the_batches_of_all_workers_in_the_database(made: Ledger) -
 )
 def test_a_batchs_size_goes_towards_its_target_time(size: int | None, seconds: list[float], then: int) -> None:
     assert Options().size(size, seconds) == pytest.approx(then, abs=2)
+
+
+def test_the_halves_of_a_batch_that_failed_say_nothing_of_the_size(made: Ledger) -> None:
+    """Each is done in no time: after the hunt for one bad row the next batches would be too large."""
+    engine, settings = made
+    job = start(made, min_batch_size=1)
+    whole = claim(made, job, "a")
+    with engine.begin() as connection:
+        configure(connection, settings, job.id, {"batch_size": None})
+        job_batches.fail(connection, settings, whole, "poison")
+    for _ in range(2):
+        half = claim(made, job, "a")
+        assert half.keys == 2
+        with engine.begin() as connection:
+            job_claims.complete(connection, settings, half, jobs.Batch(2, 2, 0, {}), 0.001)
+    again = claim(made, job, "a")
+    assert (again.after, again.keys) == ("4", 4)
+    with engine.begin() as connection:
+        job_claims.complete(connection, settings, again, jobs.Batch(4, 4, 0, {}), 0.001)
+    assert claim(made, job, "a").keys == 5
 
 
 def test_a_batch_size_set_by_hand_is_kept_until_auto(made: Ledger) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import pkgutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +22,12 @@ from ledger import ACT, execute, install_users, rows, scalar
 from outages import Flaky, flaky
 from servers import Postgres
 from test_job_workers import assert_whole
-from walletmigrate import connect, job_outages, job_workers, jobs
+from walletmigrate import connect, job_outages, job_work, job_workers, jobs, snapshots
 from walletmigrate.backfill import BackfillResult, backfill
 from walletmigrate.config import Settings
 from walletmigrate.errors import DatabaseUnreachable, LedgerNotInstalled, Retryable
 from walletmigrate.job_outages import ATTEMPTS, REFUSALS, Patience
+from walletmigrate.reconcile import reconcile
 from walletmigrate.undo import undo
 
 Ledger = tuple[Engine, Settings]
@@ -81,6 +83,27 @@ def stopping(down: Flaky, at: int = 1) -> jobs.Progress:
             stopped.append(job.items_done)
             down.stop()
 
+    return told
+
+
+def stopping_amid_threads(down: Flaky, monkeypatch: pytest.MonkeyPatch) -> jobs.Progress:
+    """As `stopping`; until then no thread that is led begins a second batch: it could be the last before its leader
+    looks.
+    """
+    stopped, stops = threading.Event(), stopping(down)
+    plainly = job_work.Work._claim
+
+    def claim(self: job_work.Work, job: jobs.Job) -> Any:
+        if job.items_done and threading.current_thread() is not threading.main_thread():
+            assert stopped.wait(60)
+        return plainly(self, job)
+
+    def told(job: jobs.Job) -> None:
+        stops(job)
+        if job.items_done:
+            stopped.set()
+
+    monkeypatch.setattr(job_work.Work, "_claim", claim)
     return told
 
 
@@ -169,7 +192,7 @@ def test_workers_and_the_process_that_leads_them_outlast_it_alike(
 
     monkeypatch.setattr(Patience, "_rest", rest)
     with ThreadPoolExecutor(2) as pool:
-        result = run(made, executor=pool, workers=2, progress=stopping(down))
+        result = run(made, executor=pool, workers=2, progress=stopping_amid_threads(down, monkeypatch))
     assert (result.state, result.opened) == ("done", ROWS)
     assert min(threads.values()) >= LONG
     assert_whole(made, ROWS)
@@ -215,8 +238,9 @@ def test_ctrl_c_ends_the_waiting_at_once(
             raise KeyboardInterrupt
 
     resting(monkeypatch, interrupted)
+    stops = stopping_amid_threads(down, monkeypatch)
     with ThreadPoolExecutor(2) as pool, pytest.raises(KeyboardInterrupt):
-        run(made, progress=stopping(down), workers=workers, executor=pool if workers > 1 else None)
+        run(made, progress=stops, workers=workers, executor=pool if workers > 1 else None)
     down.start()
     assert run(made).opened == ROWS
     assert_whole(made, ROWS)
@@ -357,3 +381,56 @@ def test_workers_that_reach_no_database_while_their_leader_does_end_the_job_with
         run(made, executor=pool, workers=2)
     assert len(asked) > 2 * job_workers.UNREACHED
     assert rows(engine, "select state, details ->> 'error' like '%/nowhere%' from wallet.jobs") == [("failed", True)]
+
+
+def stopping_at(place: str, down: Flaky, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stop the server once, when the function at ``place`` is called; each of its calls."""
+    owner, _, name = place.rpartition(".")
+    found = pkgutil.resolve_name(owner)
+    plainly, calls = getattr(found, name), list[str]()
+
+    def stopped(*values: Any, **named: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 1:
+            down.stop()
+        return plainly(*values, **named)
+
+    monkeypatch.setattr(found, name, stopped)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["_fill", "_closed"])
+def test_a_backfill_outlasts_an_outage_before_its_first_batch_and_behind_its_last(
+    made: Ledger, down: Flaky, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    waited = resting(monkeypatch, back_after(down, LONG))
+    calls = stopping_at(f"walletmigrate.backfill.{name}", down, monkeypatch)
+    result = run(made)
+    assert (result.state, result.opened, len(waited)) == ("done", ROWS, LONG)
+    assert calls[:2] == [name, name]
+    assert_whole(made, ROWS)
+
+
+@pytest.mark.parametrize("name", ["_unmet", "_items"])
+def test_a_reconciliation_outlasts_an_outage_behind_its_last_batch(
+    made: Ledger, down: Flaky, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    run(made)
+    engine, settings = made
+    waited = resting(monkeypatch, back_after(down, LONG))
+    calls = stopping_at(f"walletmigrate.reconcile._Run.{name}", down, monkeypatch)
+    result = reconcile(engine, settings, settings.mapping(), ACT)
+    assert (result.state, result.counts["in_order"], len(waited)) == ("done", ROWS, LONG)
+    assert calls == [name, name]
+
+
+def test_a_prune_of_snapshots_outlasts_an_outage(made: Ledger, down: Flaky, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(made)
+    engine, settings = made
+    for _ in range(2):
+        snapshots.take(engine, settings, ACT)
+    waited = resting(monkeypatch, back_after(down, LONG))
+    stopping_at("walletmigrate.snapshots._step", down, monkeypatch)
+    assert len(snapshots.prune(engine, settings, ACT, keep=1).pruned) == 1
+    assert len(waited) == LONG
+    assert rows(engine, "select state from wallet.snapshots") == [("complete",)]

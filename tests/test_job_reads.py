@@ -15,7 +15,7 @@ from commandline import REASON, Project
 from ledger import ACT, execute, rows, scalar
 from retiring import End
 from test_snapshot_job import ANSWERS, quiet
-from test_verify import Ledger, prepared
+from verifying import Ledger, prepared
 from walletmigrate import archive, archive_check, cross_checks, job_control, job_reads, references, throttle
 from walletmigrate import verify as verifying
 from walletmigrate.config import ThrottleSettings

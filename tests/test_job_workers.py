@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -19,8 +20,10 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import Connection, Engine
+from structlog.contextvars import bound_contextvars
 
 import ledger
+import shares
 import skips
 from commandline import REASON, Project
 from ledger import ACT, execute, install_users, rows, scalar
@@ -157,13 +160,64 @@ def test_work_that_kills_every_worker_fails_the_job(made: Ledger, monkeypatch: p
     assert scalar(engine, "select state from wallet.jobs") == "failed"
 
 
+class Dead(ProcessPoolExecutor):
+    """A pool whose process died after it was last looked at."""
+
+    def submit(self, *_: Any, **__: Any) -> Any:
+        raise BrokenProcessPool
+
+
+def first_dead(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """Let the first pool be a dead one; the classes of the pools that are made."""
+    honest = job_workers._processes
+    made: list[type] = []
+
+    def pool(count: int) -> ProcessPoolExecutor:
+        one = honest(count) if made else Dead(count)
+        made.append(type(one))
+        return one
+
+    monkeypatch.setattr(job_workers, "_processes", pool)
+    return made
+
+
+def test_a_pool_that_is_found_broken_when_work_is_given_to_it_is_replaced(
+    made: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools = first_dead(monkeypatch)
+    assert run(made).state == "done"
+    assert pools == [Dead, ProcessPoolExecutor]
+    assert_whole(made)
+
+
+def test_a_process_that_dies_is_one_loss_however_many_went_down_with_it(
+    made: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process of a pool that breaks brings its work back as lost."""
+    monkeypatch.setattr(job_workers, "LOSSES", 1)
+    first_dead(monkeypatch)
+    assert run(made, workers=3).state == "done"
+    assert_whole(made)
+
+
 def test_workers_that_are_lost_now_and_then_never_fail_a_job_that_goes_on(
     made: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As machines of a cluster that are taken away at any time, one after each batch here."""
+    """As machines of a cluster that are taken away at any time, one after each batch here. Of every second one the
+    batch is seen before the worker is lost, of the others only after.
+    """
     monkeypatch.setattr(job_workers, "LOSSES", 1)
     engine = made[0]
     lost: list[int] = []
+    seen: list[int] = []
+    honest = job_workers.Crew._look
+
+    def look(self: job_workers.Crew, job: jobs.Job) -> jobs.Job:
+        found = honest(self, job)
+        seen.append(found.items_done)
+        return found
+
+    monkeypatch.setattr(job_workers.Crew, "_look", look)
 
     def one_batch(assignment: job_workers.Assignment) -> job_workers.Outcome:
         rests = iter([False])
@@ -173,6 +227,8 @@ def test_workers_that_are_lost_now_and_then_never_fail_a_job_that_goes_on(
         found, ended = worker.run(job)
         if not ended:
             lost.append(found.items_done)
+            while len(lost) % 2 and seen[-1] < found.items_done:
+                time.sleep(0.005)  # the pause between two looks, not what makes the order
             raise CancelledError
         return job_workers.Outcome(found, ended)
 
@@ -205,6 +261,16 @@ def test_an_error_of_a_worker_reaches_the_caller_with_its_type(made: Ledger) -> 
     ]
 
 
+def test_what_workers_put_on_record_has_the_correlation_id_of_who_began(made: Ledger) -> None:
+    engine, _ = made
+    execute(engine, "create function public.stopper() returns trigger language plpgsql as $$ begin raise 'no'; end $$")
+    execute(engine, "create trigger stopper before insert on wallet.accounts execute function public.stopper()")
+    with bound_contextvars(correlation_id="deploy-17"), ThreadPoolExecutor(2) as pool, pytest.raises(JobFailed):
+        run(made, batch_size=50, executor=pool)
+    found = "select action, correlation_id from wallet.audit_log where action like 'backfill%' order by id"
+    assert rows(engine, found) == [("backfill start", "deploy-17"), ("backfill failed", "deploy-17")]
+
+
 def test_what_travels_never_shows_the_password() -> None:
     settings = ledger.users_settings("postgresql://ana:hunter2@localhost/shop")
     url = SecretStr("postgresql://ana:hunter2@localhost/shop")
@@ -222,6 +288,24 @@ def cluster() -> Iterator[Any]:
     options = {"n_workers": 2, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
     with distributed.LocalCluster(**options, silence_logs=50) as made:
         yield made
+
+
+def test_a_dask_cluster_without_workers_is_refused_before_a_job_begins(
+    made: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, settings = made
+
+    @contextmanager
+    def empty(_address: str) -> Iterator[tuple[Executor, int]]:
+        with ThreadPoolExecutor(1) as pool:
+            yield pool, 0
+
+    monkeypatch.setattr(job_workers, "dask", empty)
+    assert settings.database_url is not None
+    project = Project(tmp_path, settings.database_url.get_secret_value())
+    said = project.run("backfill", "--dask", "tcp://127.0.0.1:8786", *REASON)
+    assert (said.exit_code, "has no worker" in said.stderr) == (2, True)
+    assert scalar(engine, "select count(*) from wallet.jobs") == 0
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -297,17 +381,16 @@ def test_a_reconciliation_on_a_dask_cluster_that_loses_a_worker_corrects_each_ac
 
 
 @pytest.fixture
-def kills(pytestconfig: pytest.Config) -> int:
-    """How many times a backfill is killed: a few, or all of them under ``make torture``."""
-    share = pytestconfig.getoption("--torture")
-    return 200 // share if share else 3
+def kills(pytestconfig: pytest.Config) -> list[int]:
+    """The seeds of the kills of a backfill: a few, or a share of all of them under ``make torture``."""
+    share = shares.asked(pytestconfig)
+    return list(share.choose(range(200)) if share else range(3)) or [0]
 
 
-def test_a_backfill_killed_at_random_points_opens_each_account_once(database_url: str, kills: int) -> None:
+def test_a_backfill_killed_at_random_points_opens_each_account_once(database_url: str, kills: list[int]) -> None:
     """SIGKILL to the whole process group, workers included, a moment after as many accounts are open as chance says."""
-    accounts = 60 + 30 * kills
+    accounts = 60 + 30 * len(kills)
     engine, settings = install_users(database_url, rows=accounts, coins="100 + g", phase="dual_write")
-    chance = random.Random(kills)
     program = (
         "import ledger; from walletmigrate.backfill import backfill\n"
         f"engine = ledger.engine_named({database_url!r}, 'walletmigrate-other')\n"
@@ -316,7 +399,8 @@ def test_a_backfill_killed_at_random_points_opens_each_account_once(database_url
     )
     environment = {**os.environ, "PYTHONPATH": ":".join(path for path in sys.path if path)}
     query = "select coalesce(sum(items_done), 0)::int from wallet.jobs"
-    for number in range(kills):
+    for number, seed in enumerate(kills):
+        chance = random.Random(seed)
         point = chance.randint(30 * number, 30 * number + 30)
         moment = chance.uniform(0, 0.02)
         process = subprocess.Popen([sys.executable, "-c", program], env=environment, start_new_session=True)

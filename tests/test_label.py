@@ -84,10 +84,24 @@ def test_a_label_that_does_not_fit_a_stale_account_uses_no_key_and_hides_no_writ
     assert rows(world.engine, "select key, treatment from wallet.bypasses") == [("1", "turned_stale")]
 
 
-def test_a_label_for_dual_write_on_a_stale_account_fails_no_write(world: Place) -> None:
+@pytest.mark.parametrize("idempotency_key", [None, "k"])
+def test_a_label_for_dual_write_on_a_stale_account_fails_no_write(world: Place, idempotency_key: str | None) -> None:
     execute(world.engine, ADD_ONE)
-    write(world, world.label(1), ADD_ONE)
+    write(world, world.label(1, idempotency_key=idempotency_key), ADD_ONE)
     assert world.state() == ("stale", 100, 102)
+    assert rows(world.engine, "select key from wallet.idempotency_keys") == []
+
+
+def test_a_label_takes_no_other_account_of_the_same_balance(world: Place) -> None:
+    with world.engine.begin() as connection:
+        post(connection, world.settings, "open_account", 2, 0)
+    execute(world.engine, ADD_ONE)
+    execute(world.engine, ADD_ONE.replace("+ 1", "- 1"))
+    write(world, world.label(1), ADD_ONE)
+    assert rows(world.engine, "select key, state::text, balance from wallet.accounts order by key") == [
+        ("1", "stale", 100),
+        ("2", "mirrored", 100),
+    ]
 
 
 def test_a_label_with_more_decimals_than_the_ledger_is_no_posting(database_url: str) -> None:
@@ -321,6 +335,16 @@ def test_every_text_comes_into_the_ledger_as_it_was_said(world: Place, words: st
         "(select key from wallet.idempotency_keys) from wallet.transactions order by id desc limit 1"
     )
     assert rows(world.engine, query) == [(words,) * 7]
+
+
+def test_where_the_application_s_role_was_renamed_a_posting_goes_the_long_way(world: Place) -> None:
+    with world.engine.connect() as connection:
+        connection.execute(text("alter role wallet_app rename to wallet_app_before"))
+        connection.execute(text("update users set total_coins = total_coins + 1 where id = 2"))
+        assert world.adapter.credit(connection, 1, 5, type="test").mode == "dual_write"
+        found = connection.execute(text("select key, state::text, balance from wallet.accounts")).all()
+        connection.rollback()
+    assert [tuple(row) for row in found] == [("1", "mirrored", 105)]
 
 
 def test_the_ceiling_follows_the_phase_when_its_step_commits_and_not_before(world: Place) -> None:

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection
@@ -23,6 +24,7 @@ from walletmigrate.errors import LedgerNotInstalled
 from walletmigrate.flags import ALL_FLAGS, OFF, Decision
 from walletmigrate.line import Holder
 from walletmigrate.postings import Posting
+from walletmigrate.standing import show
 
 each_level = pytest.mark.parametrize("isolation", LEVELS, ids=lambda level: level.replace(" ", "_").lower())
 ON = dict.fromkeys(ALL_FLAGS, True)
@@ -298,6 +300,23 @@ def test_the_command_waits_and_names_those_who_are_left_when_the_time_is_over(
         ["the line is stopped already", "all transactions begun before the stop have ended"],
     )
     assert at.account(1) == ("mirrored", Decimal(110))
+
+
+def test_a_stop_holds_against_a_resume_that_looked_before_it_and_comes_after(
+    at: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The resume has committed when the stop, which saw the line stopped, goes on."""
+    stop(at)
+
+    def overtaken(*place: Any) -> Any:
+        seen = show(*place)
+        execute(at.engine, "select wallet.set_line(true)")
+        return seen
+
+    with monkeypatch.context() as patch:
+        patch.setattr(line, "show", overtaken)
+        assert not line.stop(at.engine, at.settings, ACT).changed
+    assert scalar(at.engine, "select last_value from wallet.line") == 2
 
 
 def test_ctrl_c_leaves_the_line_stopped_and_says_so(at: Place, sessions: Stage, project: Project) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import shutil
 import signal
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +21,7 @@ import ledger
 from commandline import Project
 from monitoring import until
 from scrapes import Series, assert_well_formed, everything, process_series, scraped
-from shopping import SHOP, Shop, make_tables, serving
+from shopping import SHOP, WORKERS, Shop, make_tables, serving
 from walletmigrate import observe
 from walletmigrate.observe import FlagsSeen, LostUpdate, Mismatch, Posted, Read, Unrouted
 
@@ -30,15 +33,21 @@ DURATION = "walletmigrate_dual_write_duration_seconds"
 
 
 @pytest.fixture
-def shop(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
-    """The running shop, with `tests/apps/told.py` around it, in phase dual_write."""
+def config(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The configuration of the shop, in phase dual_write, to be served with `tests/apps/told.py` around it."""
     project = Project(tmp_path, database_url)
     make_tables(database_url)
     shutil.copy(SHOP / "walletmigrate.toml", project.config)
     for step in (("install",), ("phase", "advance"), ("flags", "set", "wallet.dualWrite", "on", "--everyone")):
         project.change(*step)
     monkeypatch.setenv("PYTHONPATH", str(APPS))
-    with serving("told", database_url, tmp_path, project.config) as served:
+    return project.config
+
+
+@pytest.fixture
+def shop(database_url: str, tmp_path: Path, config: Path) -> Iterator[Shop]:
+    """The running shop."""
+    with serving("told", database_url, tmp_path, config) as served:
         yield served
 
 
@@ -173,3 +182,70 @@ def each_kind_is_merged_in_its_way(shop: Shop) -> None:
     assert not {series for series in added(after, left) if series[0] != "walletmigrate_flag_age_seconds"}, (
         "what a worker counted outlives it"
     )
+
+
+def pids(shop: Shop, told: str) -> list[int]:
+    """Of the processes that logged this."""
+    return [int(pid) for pid in re.findall(rf"\[(\d+)\] \[INFO\] {told}", shop.log.read_text(encoding="utf-8"))]
+
+
+def kill_all(shop: Shop) -> None:
+    """The master first, so that it does not see its workers die."""
+    for process in (*pids(shop, "Starting gunicorn"), *pids(shop, "Booting worker")):
+        with suppress(ProcessLookupError):  # a worker sees that its master is gone
+            os.kill(process, signal.SIGKILL)
+
+
+def test_what_the_workers_of_a_killed_server_left_does_not_count_for_the_next_one(
+    database_url: str, tmp_path: Path, config: Path
+) -> None:
+    with serving("told", database_url, tmp_path, config) as killed:
+        worker = tell(killed, (FlagsSeen(4000.0, "file", "d"), 1), (POSTED, 3))
+        assert ages(scraped(page(killed))) == {4000}
+        kill_all(killed)
+    left = {file.name for file in (tmp_path / "metrics").glob("*.db")}
+    assert f"gauge_livemax_{worker}.db" in left, "nobody marked it dead"
+    with serving("told", database_url, tmp_path, config) as again:
+        seen = scraped(page(again))
+        assert seen.keys() == process_series()
+        assert max(ages(seen)) < 4000
+        assert seen[labelled("dual_write_total", operation="debit", outcome="ok")] == 0
+
+
+def test_an_application_that_is_loaded_before_the_fork_has_every_series_from_the_first_scrape_on(
+    database_url: str, tmp_path: Path, config: Path
+) -> None:
+    """Gunicorn loads it in the master then, before `on_starting`."""
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "gauge_livemax_1.db").touch()
+    with serving("told", database_url, tmp_path, config, "--preload") as shop:
+        assert not (tmp_path / "metrics" / "gauge_livemax_1.db").exists()
+        assert scraped(page(shop)).keys() == process_series()
+        one = tell(shop, (FlagsSeen(900.0, "file", "d"), 1), (POSTED, 3))
+        with held(one):
+            assert tell(shop, (FlagsSeen(500.0, "file", "d"), 1), (POSTED, 4)) != one
+        seen = everything(page(shop))
+        assert (ages(seen), seen[labelled("dual_write_total", operation="debit", outcome="ok")]) == ({900}, 7)
+        os.kill(one, signal.SIGKILL)
+        until(lambda: ages(scraped(page(shop))) == {500}, lambda: page(shop))
+
+
+def test_a_reload_keeps_what_was_counted(shop: Shop) -> None:
+    tell(shop, (POSTED, 3))
+    (master,) = pids(shop, "Starting gunicorn")
+    os.kill(master, signal.SIGHUP)
+    until(lambda: len(pids(shop, "Worker exiting")) == WORKERS, lambda: shop.log.read_text(encoding="utf-8"))
+    assert scraped(page(shop))[labelled("dual_write_total", operation="debit", outcome="ok")] == 3
+
+
+@pytest.mark.parametrize(("replaced", "left"), [(0, []), (17, ["gauge_livemax_18.db"])])
+def test_a_server_that_replaces_a_running_one_keeps_the_files_of_its_workers(
+    replaced: int, left: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after USR2; ``replaced`` is the old server's process, 0 where there is none."""
+    (tmp_path / "gauge_livemax_18.db").touch()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    runpy.run_path(str(SHOP / "gunicorn.conf.py"))["on_starting"](
+        SimpleNamespace(master_pid=replaced, cfg=SimpleNamespace(preload_app=False))
+    )
+    assert [file.name for file in tmp_path.iterdir()] == left

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,9 +18,11 @@ import structlog
 from opentelemetry.sdk.trace import TracerProvider
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector
+from sqlalchemy.exc import DBAPIError
 
 from scrapes import Series, process_series, scraped
 from walletmigrate import flags, observe
+from walletmigrate.metrics import METRICS
 from walletmigrate.observe import (
     Event,
     FlagsSeen,
@@ -110,7 +113,7 @@ def test_a_read_that_was_not_compared_is_in_no_compare_outcome() -> None:
 
 
 def test_no_label_carries_a_user_an_account_or_an_amount() -> None:
-    labels = {label for metric in observe.METRICS.values() for label in metric.labels}
+    labels = {label for metric in METRICS.values() for label in metric.labels}
     assert labels == {
         "operation",
         "outcome",
@@ -226,9 +229,30 @@ def test_a_failing_observer_is_swallowed_counted_and_logged_once(caplog: pytest.
         observers.tell(event)
     assert seen == [POSTED, READ, MISMATCH]
     assert observers.failures == 3
-    assert [record.getMessage() for record in caplog.records] == [
-        "observer Broken failed; its further failures are only counted"
+    assert [re.sub(r":\d+;", ":LINE;", record.getMessage()) for record in caplog.records] == [
+        "observer Broken failed: RuntimeError at test_observe.py:LINE; its further failures are only counted"
     ]
+
+
+class Quoting:
+    """An observer whose errors say what it was told, as a database's often do."""
+
+    def __call__(self, event: Event, /) -> None:
+        raise DBAPIError("insert", {}, Refused(f"the value {event} is no use"))
+
+
+class Refused(Exception):
+    sqlstate = "23514"
+
+
+@pytest.mark.parametrize("log_values", [False, True])
+def test_the_words_of_a_failure_are_logged_only_where_values_are(
+    caplog: pytest.LogCaptureFixture, log_values: bool
+) -> None:
+    Observers([Quoting(), LogObserver(log_values=log_values)]).tell(POSTED)
+    (record,) = [one for one in caplog.records if one.levelno == logging.ERROR]
+    assert record.getMessage().startswith("observer Quoting failed: Refused (23514) at test_observe.py:")
+    assert ("12.50" in caplog.text, "4711" in caplog.text) == (log_values, log_values)
 
 
 def test_each_failing_observer_is_logged_for_itself(caplog: pytest.LogCaptureFixture) -> None:

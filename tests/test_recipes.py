@@ -19,21 +19,22 @@ from typing import Any
 
 import django
 import httpx
+import prometheus_client
 import psycopg
 import pytest
 import uvicorn
 from celery.signals import task_retry, worker_process_init
+from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine, make_url
 from sqlalchemy.exc import OperationalError
 
-import adapting
 from commandline import Project, project_at
 from ledger import rows, scalar
 from monitoring import until
+from recipes import RECIPES, checked, code_of
 from walletmigrate import LegacyBalanceAdapter
 from walletmigrate.errors import IdempotencyKeyReused, InsufficientFunds
 
-RECIPES = Path(__file__).parents[1] / "docs" / "recipes.md"
 NUMBERS = count()
 D = Decimal
 
@@ -52,18 +53,13 @@ def project(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def engine(project: Project) -> Iterator[Engine]:
-    from walletmigrate import connect
-
-    made = connect.engine(project.url, application_name="test")
-    yield made
-    adapting.check_invariants(made, project.settings)
-    made.dispose()
+    with checked(project) as made:
+        yield made
 
 
 def recipe(heading: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Run the block under a heading as a module; its names."""
-    text = RECIPES.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    code = code_of(heading)
     # A new name each time: Celery gives every app of a process the tasks of all others, by module and name.
     module = ModuleType(f"recipe_{heading.lower()}_{next(NUMBERS)}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -353,6 +349,30 @@ def test_a_model_that_is_saved_whole_writes_past_the_adapter_and_one_that_names_
     assert user.total_coins == 70
 
 
+def test_what_the_recipes_leave_out_counts_what_is_posted_and_lives(
+    project: Project, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = CollectorRegistry()
+    monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
+    names = recipe("Metrics and heartbeat", monkeypatch)
+    try:
+        with engine.begin() as connection:
+            names["adapter"].debit(connection, 1, 30, type="booking")
+        labels = {"operation": "debit", "outcome": "ok"}
+        assert registry.get_sample_value("walletmigrate_dual_write_total", labels) == 1
+        until(lambda: rows(engine, "select name, problem from wallet.processes") == [("shop", None)])
+    finally:
+        names["heartbeat"].close()
+
+
 def test_every_recipe_has_a_test() -> None:
     headings = re.findall(r"^## (.+)$", RECIPES.read_text(encoding="utf-8"), re.MULTILINE)
-    assert headings == ["What holds everywhere", "FastAPI", "Flask", "Celery", "Django"]
+    assert headings == [
+        "What holds everywhere",
+        "Metrics and heartbeat",
+        "Metrics of Celery",
+        "FastAPI",
+        "Flask",
+        "Celery",
+        "Django",
+    ]

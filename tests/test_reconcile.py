@@ -20,6 +20,7 @@ from walletmigrate.errors import PreconditionRefused, UsageError
 from walletmigrate.freeze import freeze
 from walletmigrate.install import install
 from walletmigrate.line import stop
+from walletmigrate.recalculate import recalculate
 from walletmigrate.reconcile import Limits, Reconciliation, reconcile
 from walletmigrate.truths import LEDGER, LEGACY, Truth, asked
 from walletmigrate.verify import verify
@@ -394,3 +395,18 @@ def test_a_run_leaves_nothing_for_verify_to_find(world: World) -> None:
     assert not verify(world.engine, world.settings, mapping, ACT).clean
     world.reconcile(limits=Limits(D(0), D(3)))
     assert verify(world.engine, world.settings, mapping, ACT).clean
+
+
+@pytest.mark.parametrize("truth", [LEGACY, LEDGER], ids=["legacy", "ledger"])
+def test_nothing_is_corrected_upon_a_balance_that_is_not_the_sum_of_its_journal(world: World, truth: Truth) -> None:
+    """Corrected to the truth, the journal would be wrong by what the balance was, and a recalculation bring it back."""
+    for operation, amount in (("credit", 7), ("debit", 2)):
+        with world.engine.begin() as connection:
+            post(connection, world.settings, operation, 3, amount)
+    execute(world.engine, "update wallet.accounts set balance = 106 where key = '3'")
+    made = world.reconcile(truth, Limits(D(0), D(10)))
+    assert (made.counts["refused"], made.counts["in_order"], made.items[0].refusal) == (1, 9, "journal")
+    assert world.account(3) == ("mirrored", D(106), D(105))
+    recalculated = recalculate(world.engine, world.settings, world.settings.mappings[0], BY, account="3")
+    assert [one.outcome for one in recalculated.items] == ["recalculated"]
+    assert world.reconcile(truth, Limits(D(0), D(10))).counts["in_order"] == 10

@@ -165,6 +165,16 @@ def test_of_two_runs_with_other_options_begun_at_once_the_second_is_refused(worl
     assert scalar(world.engine, "select state from wallet.jobs where kind = 'reconcile'") == "running"
 
 
+def test_a_run_whose_process_is_gone_is_given_up_for_one_with_other_options(world: World) -> None:
+    mapping = world.settings.mapping()
+    run = reconcile_module._Run(world.engine, world.settings, mapping, BY, told(101), Limits(), dry_run=False)
+    with world.engine.begin() as connection:
+        dead = run._start(connection, 10)
+    execute(world.engine, "update wallet.jobs set updated_at = now() - interval '61 s' where id = :id", id=dead.id)
+    assert world.reconcile(LEGACY).state == "done"
+    assert scalar(world.engine, "select state from wallet.jobs where id = :id", id=dead.id) == "cancelled"
+
+
 def test_two_workers_share_a_run_and_correct_each_account_once(world: World) -> None:
     met, at_once = threading.local(), threading.Barrier(2)
 

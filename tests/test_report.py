@@ -14,14 +14,17 @@ from sqlalchemy.pool import NullPool
 import flag_documents
 import ledger
 from ledger import ACT
-from walletmigrate import connect, phases
+from walletmigrate import connect, line, phases
+from walletmigrate.audit import Act
 from walletmigrate.backfill import backfill
-from walletmigrate.cli_watch import _job_line
+from walletmigrate.cli_watch import _job_line, _lines
 from walletmigrate.config import Settings
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.flags import DUAL_WRITE, READ_FROM_LEDGER, Decision, StaticSource
 from walletmigrate.freeze import freeze
-from walletmigrate.report import Status, status
+from walletmigrate.reconcile import Limits, reconcile
+from walletmigrate.report import ReconciliationStatus, Status, status
+from walletmigrate.standing import shown_time
 from walletmigrate.verify import verify
 
 KNOWN = StaticSource(Decision(True, True, False))
@@ -169,6 +172,25 @@ def test_the_rate_is_of_the_last_minute_so_that_a_pause_does_not_count(made: tup
     assert job.eta_seconds == pytest.approx(193, rel=0.05)
 
 
+@pytest.mark.parametrize(("done", "shown"), [("40", ", 0.4/s, about 4"), ("400", ", 4.0/s, "), ("4000", ", 40/s, ")])
+def test_a_slow_job_is_shown_with_its_rate_too(made: tuple[Engine, Settings], done: str, shown: str) -> None:
+    add_job(made[0], done=done, total="100000" if done == "4000" else "1000")
+    assert shown in _job_line(status(*made, KNOWN).jobs[0])
+
+
+def test_a_job_that_was_just_resumed_has_no_rate_until_it_has_done_a_batch(made: tuple[Engine, Settings]) -> None:
+    """Of its 400 accounts it had done the last an hour ago: all the time since its start would say a day."""
+    add_job(made[0], started="clock_timestamp() - interval '1 d'")
+    ledger.execute(
+        made[0],
+        "insert into wallet.job_batches (job_id, number, pass, upto_key, keys, state, done, failed, seconds, at) "
+        "values (1, 1, 1, '9', 400, 'done', 400, 0, 20, clock_timestamp() - interval '1 h'), "
+        "(1, 2, 1, '99', 60, 'claimed', 0, 0, null, clock_timestamp())",
+    )
+    job = status(*made, KNOWN).jobs[0]
+    assert (job.share, job.rate, job.eta_seconds) == (0.4, None, None)
+
+
 def test_a_job_that_waits_by_itself_has_no_rate_and_no_time_left(made: tuple[Engine, Settings]) -> None:
     add_job(made[0])
     ledger.execute(made[0], "update wallet.jobs set held = 'replica lag', held_at = clock_timestamp()")
@@ -231,6 +253,27 @@ def test_the_last_full_verification_is_shown_with_its_drift(made: tuple[Engine, 
     assert seen.drift_amount == Decimal("2.5")
 
 
+def test_what_a_reconciliation_left_is_shown_until_another_one_lifts_it(made: tuple[Engine, Settings]) -> None:
+    engine, settings = made
+    ledger.set_phase(engine, "dual_write")
+    backfill(engine, settings, settings.mapping(), ACT)
+    with ledger.fence_down(engine, settings) as connection:
+        connection.exec_driver_sql("update public.users set total_coins = 97.5 where id = 5")
+    assert status(engine, settings, KNOWN).reconciliations == ()
+    run = reconcile(engine, settings, settings.mapping(), ACT, limits=Limits(correct_up_to=Decimal(1)))
+    (seen,) = status(engine, settings, KNOWN).reconciliations
+    assert seen == ReconciliationStatus(run.run or 0, "users", "legacy", "EUR", 1, Decimal("2.5"))
+    reconcile(engine, settings, settings.mapping(), ACT, limits=Limits(correct_up_to=Decimal(3)))
+    assert status(engine, settings, KNOWN).reconciliations == ()
+
+
+def test_a_ledger_that_does_not_come_to_0_is_told(made: tuple[Engine, Settings]) -> None:
+    engine, settings = made
+    assert status(engine, settings, KNOWN).imbalance == {}
+    ledger.execute(engine, "update wallet.system_accounts set balance = balance + 7 where name = 'external'")
+    assert status(engine, settings, KNOWN).imbalance == {"EUR": Decimal(7)}
+
+
 def test_failures_are_counted_within_the_observation_window(made: tuple[Engine, Settings]) -> None:
     engine, settings = made
     for hours in (1, 5):
@@ -257,9 +300,23 @@ def test_flags_and_what_is_wrong_with_their_source_are_shown(made: tuple[Engine,
 
 
 def test_the_line_is_shown(made: tuple[Engine, Settings]) -> None:
-    assert status(*made, KNOWN).line_running
+    running = status(*made, KNOWN)
+    assert (running.line_running, running.stopped) == (True, None)
+    assert "line: runs" in _lines(running)
+    line.stop(*made, Act("ada", "INC-7: payments fail"))
+    line.resume(*made, Act("ada", "INC-7: mended"))
+    assert status(*made, KNOWN).stopped is None
+    # Past the command: nobody is to be named for it.
     ledger.execute(made[0], "select wallet.set_line(false)")
-    assert not status(*made, KNOWN).line_running
+    past = status(*made, KNOWN)
+    assert (past.line_running, past.stopped) == (False, None)
+    assert "line: STOPPED" in _lines(past)
+    ledger.execute(made[0], "select wallet.set_line(true)")
+    line.stop(*made, Act("bob", "INC-8: again"))
+    stopped = status(*made, KNOWN)
+    assert stopped.stopped is not None
+    assert (stopped.stopped.actor, stopped.stopped.reason) == ("bob", "INC-8: again")
+    assert f"line: STOPPED since {shown_time(stopped.stopped.at)} by bob: INC-8: again" in _lines(stopped)
 
 
 def test_an_auditor_may_ask_for_the_status(made: tuple[Engine, Settings]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection
 
+from examining import run
 from findings import assert_told
 from ledger import ACT, execute, rows, scalar
 from retiring import End
@@ -45,10 +46,6 @@ def connection(end: End) -> Iterator[Connection]:
     with end.engine.connect() as connection:
         yield connection
         connection.rollback()
-
-
-def run(connection: Connection, statements: str) -> None:
-    connection.exec_driver_sql(statements, execution_options={"no_parameters": True})
 
 
 def trigger(name: str, what: str, function: str = "wallet.gone_users") -> str:

@@ -92,6 +92,14 @@ def test_the_application_s_role_can_post_and_read(app: Login) -> None:
         assert adapter.balance_at(connection, 1, datetime.now(UTC)) == 91
 
 
+def test_what_an_administrator_does_through_it_is_on_record_with_the_login(app: Login, admin: Place) -> None:
+    with app.engine.begin() as connection:
+        app.at.adapter.set_balance(connection, 3, 7, actor="admin:7", reason="case")
+        login = connection.exec_driver_sql("select session_user").scalar_one()
+    found = "select actor, database_user from wallet.audit_log where action = 'set_balance'"
+    assert rows(admin.engine, found) == [("admin:7", login)]
+
+
 @pytest.mark.parametrize("state", ["absent", "mirrored", "stale", "frozen", "closed, live"])
 def test_the_application_s_role_can_post_to_an_account_in_every_state(admin: Place, state: str) -> None:
     bring_into(admin, 50, state)
@@ -144,6 +152,7 @@ def test_the_flags_may_be_off_and_the_ledger_leg_may_fail_for_that_role_too(app:
         "select * from wallet.unseal_users(array[1]::bigint[], 'cash', 'EUR')",
         "select wallet.write_ledger(null, null, null, null, null)",
         "select wallet.bring_up(null, null, null)",
+        "select wallet.put_on_record(null, null, 'users')",
         "alter table wallet.accounts disable trigger all",
         "alter table public.users disable trigger all",
         "drop table public.users",

@@ -259,6 +259,10 @@ def test_whatever_a_runbook_changes_has_a_reason(path: Path) -> None:
     blocks = re.findall(r"^```bash\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     changes = [line for block in blocks for line in block.splitlines() if CHANGE.search(line)]
     assert [line for line in changes if "--reason '" not in line and "--dry-run" not in line] == []
+    if kind_of(path) != "procedure":
+        # Who reads it in a hurry may read it twice, or have left a step out.
+        steps = [line for line in changes if re.search(r"walletmigrate phase (advance|back)", line)]
+        assert [line for line in steps if "--to " not in line] == []
 
 
 WRONG = {

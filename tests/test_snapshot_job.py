@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Connection
 
 from adapting import Place, place
-from commandline import Project
+from commandline import REASON, Project
 from ledger import ACT, execute, rows, scalar
 from test_snapshots import credit, ends_after, proof, take
 from walletmigrate import job_control, job_outages, job_turns, snapshots, throttle
@@ -78,6 +78,22 @@ def test_an_operator_ends_it_before_the_next_batch_and_the_next_call_goes_on_wit
     )
 
 
+@pytest.mark.parametrize(("act", "code"), [(job_control.pause, 130), (job_control.cancel, 1)])
+def test_its_command_says_whether_it_was_paused_or_taken_out_of_work(
+    at: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, act: Any, code: int
+) -> None:
+    honest = snapshots.take
+
+    def cut(*place: Any, **options: Any) -> Any:
+        return honest(*place, **{**options, "batch_size": 2, "progress": stopped_by(at, act)})
+
+    monkeypatch.setattr(snapshots, "take", cut)
+    project = Project(tmp_path, at.engine.url.render_as_string(hide_password=False))
+    said = project.run("snapshot", "take", *REASON)
+    assert said.exit_code == code
+    assert ("taken out of work elsewhere" in said.stderr) == (code == 1)
+
+
 def test_a_throttle_holds_it_with_a_reason_and_lets_it_go_on(at: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throttle, "LOOK_SECONDS", 0.0)
     monkeypatch.setattr(job_turns, "_HELD", 0.0)
@@ -102,14 +118,14 @@ def test_a_rate_and_a_batch_size_hold_from_the_next_batch_on(at: Place, monkeypa
     begun = take(at, batch_size=1, stop=ends_after(1))
     assert begun.state == "running"
     ((number, *_),) = jobs(at)
-    job_control.configure(at.engine, at.settings, number, {"batch_size": 100, "rate": 4.0}, ACT)
+    job_control.configure(at.engine, at.settings, number, {"batch_size": 100, "rate": 40.0}, ACT)
     slept: list[float] = []
     monkeypatch.setattr("walletmigrate.job_turns.time.sleep", slept.append)
     counted: list[int] = []
     take(at, progress=counted.append)
     sizes = [b - a for a, b in zip([0, *counted], counted, strict=False)]
     assert max(sizes) == 4
-    assert slept == [size / 4 for size in sizes]
+    assert slept == [size / 40 for size in sizes]
 
 
 def test_a_turn_that_is_cut_off_is_taken_again_and_nothing_is_folded_twice(

@@ -14,7 +14,7 @@ from interleaving import REPEATABLE_READ, Session, crowd, stage
 from ledger import ACT, engine_named, execute, rows, scalar, unguarded
 from walletmigrate import checksums, snapshot_checks, snapshots
 from walletmigrate.checksums import Bare
-from walletmigrate.errors import LedgerNotInstalled, UnknownRun, UsageError
+from walletmigrate.errors import LedgerNotInstalled, PreconditionRefused, UnknownRun, UsageError
 from walletmigrate.install import uninstall
 from walletmigrate.snapshot_checks import SnapshotVerification
 from walletmigrate.snapshots import Snapshot
@@ -254,6 +254,14 @@ def test_what_was_changed_behind_its_back_is_found(at: Place, statement: str, pr
     assert {one.problem for one in found.problems} == problems
     with at.engine.connect() as connection:
         assert snapshots.get(connection, at.settings).verified_clean is False
+
+
+def test_a_forged_transaction_without_a_balance_is_refused_by_its_cause(at: Place) -> None:
+    newest = "(select max(id) from wallet.transactions where credit_account > 0)"
+    _edit(at, f"update wallet.transactions set credit_balance = null where id = {newest}")
+    with pytest.raises(PreconditionRefused, match="no balance") as refused:
+        take(at)
+    assert [mend for _, mend in refused.value.reasons] == ["walletmigrate verify  # names it"]
 
 
 def test_only_so_many_problems_are_listed_and_all_are_counted(at: Place) -> None:

@@ -18,7 +18,7 @@ import skips
 from commandline import Project
 from ledger import ACT, engine_named, execute, post, rows, scalar
 from servers import SETTINGS, Postgres
-from test_verify import Ledger, prepared
+from verifying import Ledger, prepared
 from walletmigrate.embedded import Server
 from walletmigrate.errors import PreconditionRefused
 from walletmigrate.verify import verify

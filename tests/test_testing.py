@@ -125,6 +125,71 @@ def test_a_phase_that_there_is_not_is_refused(wallet):
         wallet.phase("frozen")
 """
 
+AWAITING = """
+import asyncio
+from decimal import Decimal
+
+import pytest
+from models import User
+from sqlalchemy import func, select
+
+from walletmigrate.errors import InsufficientFunds
+
+
+async def ann_of(wallet):
+    async with wallet.session() as session, session.begin():
+        assert await session.scalar(select(func.count()).select_from(User)) == 0
+        user = User(tenant="acme", balance=100)
+        session.add(user)
+        await session.flush()
+        return user.id
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_is_awaited_is_written_and_rolled_back(async_wallet, number):
+    async def go():
+        async with async_wallet() as wallet:
+            ann = await ann_of(wallet)
+            wallet.flags(dual_write=True)
+            async with wallet.session() as session:
+                await wallet.adapter.debit(session, ann, Decimal("30.25"), type="booking")
+                with pytest.raises(InsufficientFunds):
+                    await wallet.adapter.debit(session, ann, 101, type="booking")
+                await session.commit()
+            assert await wallet.state(ann) == "mirrored"
+            await wallet.assert_balance(ann, Decimal("69.75"))
+            await wallet.assert_entries(ann, ("booking", Decimal("-30.25")))
+            assert [entry.kind for entry in await wallet.entries(ann)] == ["opening", "posting"]
+            with pytest.raises(AssertionError, match="expected 5"):
+                await wallet.assert_balance(ann, 5)
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_phase_and_state_are_of_one_test(async_wallet, number):
+    async def go():
+        async with async_wallet() as wallet:
+            ann = await ann_of(wallet)
+            wallet.flags(dual_write=True, read_from_ledger=True)
+            await wallet.adapter.credit(wallet.connection, ann, 1, type="gift")
+            assert await wallet.state(ann) == "mirrored"
+            await wallet.phase("dual_write")
+            assert (await wallet.adapter.balance(wallet.connection, ann)).source == "legacy"
+            await wallet.freeze(ann)
+            await wallet.adapter.credit(wallet.connection, ann, 2, type="gift")
+            await wallet.assert_balance(ann, 103)
+            await wallet.phase("legacy")
+
+    asyncio.run(go())
+
+
+def test_the_plain_one_finds_nothing_of_it(wallet, ann):
+    wallet.flags(dual_write=True)
+    wallet.adapter.credit(wallet.connection, ann, 1, type="gift")
+    assert wallet.state(ann) == "mirrored"
+"""
+
 
 def run(folder: Path, server: servers.Postgres | None, *more: str) -> tuple[int, str]:
     environment = {**os.environ, "PYTHONPATH": str(SHOP), "WALLETMIGRATE_CONFIG": str(SHOP / "walletmigrate.toml")}
@@ -145,6 +210,14 @@ def test_an_application_tests_its_bookings_against_a_ledger_that_is_rolled_back(
     code, said = run(tmp_path, server)
     assert code == 0, said
     assert re.search(rf"{len(re.findall('^def test_', TESTS, re.MULTILINE)) + 2} passed", said), said
+
+
+def test_an_application_that_awaits_tests_as_well(server: servers.Postgres, tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(CONFTEST, encoding="utf-8")
+    (tmp_path / "test_shop.py").write_text(AWAITING, encoding="utf-8")
+    code, said = run(tmp_path, server)
+    assert code == 0, said
+    assert "5 passed" in said, said
 
 
 def test_without_a_server_of_its_own_an_embedded_one_is_started(tmp_path: Path) -> None:

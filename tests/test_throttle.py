@@ -94,6 +94,25 @@ def test_any_signal_over_its_limit_is_named_and_it_goes_on_when_it_is_well_again
     assert throttle.reason() is None
 
 
+def test_a_signal_that_cannot_be_read_once_is_not_said_to_be_away_since_another_one_held_the_job() -> None:
+    now: list[float] = [0.0]
+    load, broken = [6.0], [False]
+
+    def read() -> float:
+        if broken[0]:
+            raise OSError("no route")
+        return 0.0
+
+    throttle = Throttle([Signal("load", lambda: load[0], 5), Signal("lag", read, 5)], clock=lambda: now[0])
+    for second in range(20):
+        now[0] = float(second)
+        assert throttle.reason() == "load 6 is over 5"
+    now[0], load[0], broken[0] = 20.0, 1.0, True
+    assert throttle.reason() is None
+    now[0] = 34.0
+    assert throttle.reason() == "lag cannot be read for 15 s: no route"
+
+
 def test_a_signal_that_cannot_be_read_for_15_seconds_counts_as_over_its_limit() -> None:
     now: list[float] = [0.0]
     broken = [True]

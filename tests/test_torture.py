@@ -10,20 +10,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, product
 
+import psycopg
 import pytest
 from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.pool import NullPool
 
 import interleaving
 import servers
+import shares
 from guardless import ACCOUNT_LOCKS, PROBE, Mutant, remove
 from interleaving import LEVELS
 from invariants import assert_sound
 from ledger import ACT, execute, install_users, scalar, set_phase, users_settings
+from shares import Share
 from torture import Arena, OrderFailedError, arena
-from torture_orders import PAIRED, pairs, pauses, sample
+from torture_orders import MODES, PAIRED, STATES, pairs, pauses
 from torture_scheduler import Order
 from torture_steps import adapters
 from torture_stories import STORIES, partitions
@@ -59,31 +62,35 @@ class Theatre:
     """Arenas on one server, each used for some thousand orders: what a ledger holds makes its checks slower."""
 
     server: servers.Postgres
-    share: int
-    counts: Counter[str] = field(default_factory=Counter)
+    share: Share | None
     _stack: ExitStack = field(default_factory=ExitStack)
     _arena: Arena | None = None
+    _impossible: set[tuple[str, ...]] = field(default_factory=set)
 
-    def chosen(self, kind: str, orders: Iterable[Order]) -> Iterator[Order]:
-        """The orders to be played of a kind."""
-        return sample(orders, self.share or SHARES[kind])
+    def play(self, orders: list[Order], counts: Counter[str]) -> list[str]:
+        """Play orders in one database, and check it as a whole. Returns which failed, and how."""
+        if self._arena is None or self._arena.counts["orders"] > _ORDERS_PER_DATABASE:
+            self.renew()
+        assert self._arena is not None
+        before = self._arena.counts.copy()
+        failed = self._arena.run_all(orders)
+        counts.update(self._arena.counts - before)
+        assert_sound(self._arena.engine, self._arena.settings)
+        return failed
 
-    def play(self, orders: Iterator[Order]) -> int:
-        """Play orders, and check each database as a whole. Returns how many there were."""
-        played = 0
-        while some := list(islice(orders, _ORDERS_PER_DATABASE)):
-            if self._arena is None or self._arena.counts["orders"] > _ORDERS_PER_DATABASE:
-                self.renew()
-            assert self._arena is not None
-            played += self._arena.run_all(some)["orders"]
-            assert_sound(self._arena.engine, self._arena.settings)
-        return played
+    def play_partitions(self, orders: list[Order], counts: Counter[str]) -> list[str]:
+        """The same for orders each of which has a partition of its own."""
+        with connect.scratch_database(self.server.url, None) as url, partitioned(url) as made:
+            failed = made.run_all(orders)
+            counts.update(made.counts)
+        return failed
 
     def renew(self) -> Arena:
         """Go on in a fresh database."""
         self.close()
         url = self._stack.enter_context(connect.scratch_database(self.server.url, None))
-        self._arena = self._stack.enter_context(arena(url, install_users(url, rows=0, phase="dual_write")[1]))
+        settings = install_users(url, rows=0, phase="dual_write")[1]
+        self._arena = self._stack.enter_context(arena(url, settings, impossible=self._impossible))
         return self._arena
 
     def close(self) -> None:
@@ -94,58 +101,97 @@ class Theatre:
 
 @pytest.fixture(scope="module")
 def theatre(server: servers.Postgres, pytestconfig: pytest.Config) -> Iterator[Theatre]:
-    made = Theatre(server, pytestconfig.getoption("torture"))
+    made = Theatre(server, shares.asked(pytestconfig))
     yield made
     made.close()
 
 
+Play = Callable[[str, Iterable[Order]], None]
+
+
 @pytest.fixture
-def count(record_property: Callable[[str, object], None]) -> Callable[[int], None]:
-    """Tell how many orders were played; the summary of the run adds them up."""
+def play(theatre: Theatre, record_property: Callable[[str, object], None]) -> Play:
+    """Play a share of the orders of a kind; the summary of the run adds up how many there were."""
 
-    def told(played: int) -> None:
-        assert played > 0
-        record_property("orders", played)
+    def played(kind: str, orders: Iterable[Order]) -> None:
+        share = theatre.share or Share(1, SHARES[kind])
+        counts, failed = Counter[str](), list[str]()
+        chosen = share.choose(_counted(orders, counts))
+        by, at_once = (
+            (theatre.play_partitions, _PARTITIONS_PER_DATABASE)
+            if kind == "l_partitions"
+            else (theatre.play, _ORDERS_PER_DATABASE)
+        )
+        try:
+            while some := list(islice(chosen, at_once)):
+                failed += by(some, counts)
+        finally:
+            record_property("orders", [counts["orders"] + counts["failed"], counts["impossible"], counts["there are"]])
+        if failed:
+            raise OrderFailedError(f"{len(failed)} orders failed:\n" + "\n".join(failed[:20]))
+        # A share of very many may have no order, or none that is possible.
+        assert counts["orders"] or (theatre.share and counts["there are"] < 1000 * theatre.share.of)
 
-    return told
+    return played
 
 
 @pytest.mark.parametrize("first", PAIRED)
-def test_after_every_interleaving_of_two_transactions_the_money_is_right(
-    theatre: Theatre, count: Callable[[int], None], first: str
-) -> None:
-    count(theatre.play(theatre.chosen("pairs", pairs(first=first))))
+def test_after_every_interleaving_of_two_transactions_the_money_is_right(play: Play, first: str) -> None:
+    play("pairs", pairs(first=first))
 
 
 @pytest.mark.parametrize("first", PAIRED)
-def test_after_every_pause_inside_a_call_the_money_is_right(
-    theatre: Theatre, count: Callable[[int], None], first: str
-) -> None:
-    count(theatre.play(theatre.chosen("pauses", pauses(first=first))))
+def test_after_every_pause_inside_a_call_the_money_is_right(play: Play, first: str) -> None:
+    play("pauses", pauses(first=first))
 
 
 @pytest.mark.parametrize("story", STORIES)
-def test_after_every_order_of_a_story_the_money_is_right(
-    theatre: Theatre, count: Callable[[int], None], story: str
-) -> None:
-    count(theatre.play(theatre.chosen(story, STORIES[story]())))
+def test_after_every_order_of_a_story_the_money_is_right(play: Play, story: str) -> None:
+    play(story, STORIES[story]())
 
 
-def test_after_partitions_are_truncated_detached_or_made_the_money_is_right(
-    theatre: Theatre, count: Callable[[int], None]
-) -> None:
-    orders, played = theatre.chosen("l_partitions", partitions()), 0
-    while some := list(islice(orders, _PARTITIONS_PER_DATABASE)):
-        with connect.scratch_database(theatre.server.url, None) as url, partitioned(url) as made:
-            played += made.run_all(some)["orders"]
-    count(played)
+def test_after_partitions_are_truncated_detached_or_made_the_money_is_right(play: Play) -> None:
+    play("l_partitions", partitions())
 
 
-def test_an_order_by_its_name(theatre: Theatre, count: Callable[[int], None], pytestconfig: pytest.Config) -> None:
+def test_an_order_by_its_name(theatre: Theatre, pytestconfig: pytest.Config) -> None:
     names = pytestconfig.getoption("order") or ["mirrored:credit.rc.commit,backfill.rc.rollback:1-2-e1-e2"]
     orders = [Order.named(name) for name in names]
     assert [str(order) for order in orders] == names
-    count(theatre.play(iter(orders)))
+    assert theatre.play(orders, Counter()) == []
+
+
+BEGUN = {
+    "absent": (100, None, None),
+    "mirrored": (100, "mirrored", 100),
+    "stale": (101, "stale", 100),
+    "frozen": (100, "frozen", 105),
+    "closed": (None, "closed", 100),
+}
+"""Row, state and ledger at the start of an order, by state."""
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_orders_that_are_set_up_at_once_begin_each_as_its_name_says(theatre: Theatre, mode: str) -> None:
+    place, pairs_of_states = theatre.renew(), list(product(STATES, STATES))
+    execute(place.engine, "select torture_mode(:mode)", mode=mode)  # whichever the order before had
+    orders = [Order.named(f"{one}+{other}:credit.rc.commit:1-e1") for one, other in pairs_of_states]
+    for scene, states in zip(place.set_up(orders), pairs_of_states, strict=True):
+        found = [(row.legacy, row.state, row.ledger) for row in place.look(scene)]
+        assert found == [*(BEGUN[state] for state in states), *[(None, None, None)] * 2]
+
+
+def test_what_the_torture_asks_in_vain_is_an_error(theatre: Theatre) -> None:
+    wire = theatre.renew().crew.wire
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        wire.ask("select 1 / $1::int", 0)
+    assert wire.ask("select $1::int, null", 7) == [("7", None)]
+
+
+def _counted(orders: Iterable[Order], counts: Counter[str]) -> Iterator[Order]:
+    for order in orders:
+        counts["there are"] += 1
+        yield order
 
 
 # The orders find what they are there for
@@ -302,5 +348,5 @@ def partitioned(url: str) -> Iterator[Arena]:
     settings = users_settings(url)
     install(engine, settings, ACT)
     set_phase(engine, "dual_write")
-    with arena(url, settings) as made:
+    with arena(url, settings, at_once=1) as made:
         yield made

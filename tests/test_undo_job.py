@@ -85,12 +85,12 @@ def test_a_rate_and_a_batch_size_hold_from_the_next_turn_on(made: Place, monkeyp
 
     def set_then(job: jobs.Job) -> None:
         if not told:
-            job_control.configure(made.engine, made.settings, job.id, {"batch_size": 100, "rate": 4.0}, ACT)
+            job_control.configure(made.engine, made.settings, job.id, {"batch_size": 100, "rate": 40.0}, ACT)
         told.append(job.items_done)
 
     undo(made.engine, made.settings, backfilled(made), ACT, batch_size=2, progress=set_then)
     assert told == [2, 6, 10, 12]
-    assert slept == [1.0, 1.0, 0.5]
+    assert slept == [0.1, 0.1, 0.05]
     reversed_once(made)
 
 
@@ -198,3 +198,24 @@ def test_a_process_that_is_killed_costs_nothing_but_time(made: Place, tmp_path: 
     assert standing(made) == ("done", ACCOUNTS, ACCOUNTS, None)
     assert scalar(made.engine, "select max(id) from wallet.jobs") == number
     reversed_once(made)
+
+
+@pytest.mark.parametrize(
+    ("turns", "undone", "said"),
+    [
+        (2, 10, f"2 of these {ACCOUNTS} accounts are stale: walletmigrate backfill --reason"),
+        (3, ACCOUNTS, f"of the {ACCOUNTS} accounts that were taken back none is stale: a backfill has brought them up"),
+    ],
+)
+def test_it_says_how_many_are_stale_still_where_a_backfill_came_between_its_parts(
+    made: Place, tmp_path: Path, turns: int, undone: int, said: str
+) -> None:
+    url = made.settings.database_url
+    assert url is not None
+    project, job = Project(tmp_path, url.get_secret_value()), backfilled(made)
+    parts = iter([False] * turns)
+    paused = undo(made.engine, made.settings, job, ACT, batch_size=5, stop=lambda: next(parts, True))
+    assert (paused.state, paused.undone, paused.stale) == ("paused", undone, undone)
+    backfill(made.engine, made.settings, made.mapping, ACT)
+    done = project.run("backfill", "undo", "--job", str(job), "--reason", "a test")
+    assert (done.exit_code, said in done.stderr) == (0, True), done

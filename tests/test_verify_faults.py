@@ -14,7 +14,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from ledger import ACT, execute, fence_down, post, scalar, unguarded
-from test_verify import Ledger, prepared, run
+from verifying import Ledger, prepared, run
 from walletmigrate import fences
 from walletmigrate.adapter import LegacyBalanceAdapter
 from walletmigrate.capture import FenceProblem
@@ -149,6 +149,10 @@ ORPHANS = {
     ),
     "details of a transaction that does not exist": (
         "insert into wallet.transaction_details (transaction_id, description) values (9999, 'x')"
+    ),
+    "audit row of a transaction that does not exist": (
+        "insert into wallet.audit_log (action, actor, reason, details) "
+        "values ('adjust', 'x', 'x', '{\"transaction_id\": 9999}')"
     ),
     "reversal of a transaction that does not exist": "update wallet.transactions set reverses = 9999 where id = 4",
     "group of a transaction that does not exist": "update wallet.transactions set group_id = 9999 where id = 4",

@@ -8,10 +8,10 @@ import pytest
 from sqlalchemy import Connection, text
 
 from ledger import execute, post, rows, scalar, unguarded
-from test_verify import Ledger, account, prepared, run
+from verifying import Ledger, account, prepared, run
 from walletmigrate import journals
 from walletmigrate.comparison import ALL, Comparison, Scope
-from walletmigrate.verifications import last_known
+from walletmigrate.verifications import last_clean
 
 DISORDER = "the balance after a transaction does not follow from the one before"
 KEY = "4"
@@ -128,7 +128,8 @@ def test_what_was_in_flight_at_the_last_run_is_followed_by_the_next(made: Ledger
 def test_a_transaction_that_was_seen_and_is_gone_lets_everything_be_looked_at_again(
     made: Ledger, followed: list[str | int]
 ) -> None:
-    """Two that came to nothing leave no sum and no order behind that would be wrong; only their keys dangle."""
+    """Two that came to nothing leave no sum and no order behind that would be wrong; their keys dangle, and they are
+    missed."""
     move(made, "credit", "debit", idempotency_key="gone")
     assert run(made).clean
     with unguarded(made[0], "wallet.transactions") as superuser:
@@ -137,7 +138,7 @@ def test_a_transaction_that_was_seen_and_is_gone_lets_everything_be_looked_at_ag
             "where key like 'gone%%')"
         )
     result = run(made)
-    assert (result.journal, result.reference_count) == ((), 2)
+    assert (result.journal, result.reference_count) == ((), 2 + 2)
     assert followed == ["all", "all"]
 
 
@@ -188,10 +189,54 @@ def test_a_run_that_does_not_speak_for_this_journal_is_not_known(made: Ledger, c
     run(made)
     engine, settings = made
     with engine.connect() as connection:
-        known = last_known(connection, settings, settings.mapping())
-    assert known is not None
-    assert known.transactions == len(rows(engine, "select from wallet.transactions"))
+        last = last_clean(connection, settings, settings.mapping())
+    assert last is not None
+    assert last.known is not None
+    assert last.known.transactions == len(rows(engine, "select from wallet.transactions"))
     with unguarded(engine, "wallet.verifications") as superuser:
         superuser.exec_driver_sql(f"update wallet.verifications set {change}")
     with engine.connect() as connection:
-        assert last_known(connection, settings, settings.mapping()) is None
+        assert last_clean(connection, settings, settings.mapping()) is None
+
+
+def test_a_transaction_that_pays_the_account_it_is_taken_from_is_named(made: Ledger) -> None:
+    move(made, "credit")
+    assert run(made).clean
+    execute(
+        made[0],
+        "insert into wallet.transactions "
+        "(id, debit_account, credit_account, kind, amount, debit_balance, credit_balance, currency, type) "
+        "select 1000000, id, id, 'posting', 3, balance - 3, balance, 'EUR', 'forged' from wallet.accounts "
+        "where key = :key",
+        key=KEY,
+    )
+    result = run(made)
+    assert ("a transaction pays the account that it is taken from", 1000000) in [
+        (one.problem, one.transaction_id) for one in result.journal
+    ]
+
+
+@pytest.mark.parametrize("rewritten", [False, True], ids=["the others as they were", "the others written again"])
+def test_transactions_that_a_clean_run_saw_are_missed_when_they_came_to_nothing_together(
+    made: Ledger, rewritten: bool
+) -> None:
+    move(made, "credit", "debit")
+    assert run(made).clean
+    with unguarded(made[0], "wallet.transactions") as superuser:
+        gone = superuser.exec_driver_sql("delete from wallet.transactions where kind = 'posting'").rowcount
+        if rewritten:
+            superuser.exec_driver_sql("update wallet.transactions set reason = 'moved to another disk'")
+    for _ in range(2):  # the first of them, which was not clean, has not made it right
+        result = run(made)
+        assert ("transactions that an earlier run saw and that are gone", str(gone)) in [
+            (one.problem, one.target) for one in result.references
+        ]
+        assert not result.clean
+
+
+def test_transactions_that_were_written_again_are_not_gone(made: Ledger) -> None:
+    move(made, "credit", "debit")
+    assert run(made).clean
+    with unguarded(made[0], "wallet.transactions") as superuser:
+        superuser.exec_driver_sql("update wallet.transactions set reason = 'moved to another disk'")
+    assert run(made).clean

@@ -3,73 +3,88 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from sqlalchemy import Connection, Engine, Row
+from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from interleaving import PATIENCE_SECONDS
 from invariants import violations
-from torture_operations import BYPASSES, DEADLOCK, FROZEN, GONE, MIRRORING, REJECTED, STEADY, TAKING, UNSEEN
+from torture_judging import BALANCES, twice, unexpected, unlike_the_mode
 from torture_scheduler import Crew, Order, OrderImpossibleError, Player
 from torture_steps import Scene, adapters
+from torture_wire import Texts
 from walletmigrate import connect, fences
 from walletmigrate.audit import Act
 from walletmigrate.config import Settings
 from walletmigrate.errors import WalletMigrateError
 from walletmigrate.functions import fingerprint
 
-BALANCES = {
-    "absent": Decimal(100),
-    "mirrored": Decimal(100),
-    "stale": Decimal(101),
-    "frozen": Decimal(105),
-    "closed": Decimal(0),
-}
-"""What is true of A and B at the start, by state."""
-
 _MODES = frozenset({"mirror", "reject"})
 _WORDS = frozenset({"stopped", "reading", *_MODES})
 _KEYS_PER_ORDER = 10
 _SQL = Path(__file__).with_name("torture.sql")
 _TALLY = "select key, sum(change) from tally where key between %s and %s group by key"
-_OF_TRIGGERS = frozenset({DEADLOCK, FROZEN, "WM020"})
-"""What an application's trigger that writes rows of its own can bring about."""
 
 
 class OrderFailedError(AssertionError):
     """After this order something does not hold."""
 
 
+class Found(NamedTuple):
+    """What became of a key: its row, its account, and what the journal says of it."""
+
+    key: int
+    legacy: Decimal | None
+    state: str | None
+    ledger: Decimal | None
+    journal: Decimal
+    broken: int
+    accounts: int
+    failure: str | None
+
+    @classmethod
+    def read(cls, row: Texts) -> Found:
+        """A row of torture_look."""
+        key, legacy, state, ledger, journal, broken, accounts, failure = row
+        money = [None if each is None else Decimal(each) for each in (legacy, ledger)]
+        return cls(int(key), money[0], state, money[1], Decimal(journal), int(broken), int(accounts), failure)
+
+
 class Arena:
     """One database with a ledger, whose orders work on fresh keys each."""
 
-    def __init__(self, url: str, settings: Settings) -> None:
+    def __init__(self, url: str, settings: Settings, impossible: set[tuple[str, ...]], at_once: int) -> None:
         self.settings = settings
-        self.engine: Engine = connect.engine(
-            url,
-            application_name="torture",
-            lock_timeout_ms=int(PATIENCE_SECONDS * 1000),
+        self._at_once = at_once
+        # An application's engine: statements are prepared, and no limits are set at the begin of each transaction.
+        self.engine: Engine = create_engine(
+            connect.parsed(url),
             poolclass=NullPool,
-            connect_args={"options": f"-c deadlock_timeout=20ms -c lock_timeout={PATIENCE_SECONDS:g}s"},
+            use_native_hstore=False,
+            connect_args={
+                "application_name": "torture",
+                "options": f"-c deadlock_timeout=20ms -c lock_timeout={PATIENCE_SECONDS:g}s -c jit=off",
+            },
         )
         self.counts: Counter[str] = Counter()
-        self._impossible: set[tuple[str, ...]] = set()
+        self._impossible = impossible
         self._adapters = adapters(settings)
         self._base = 0
         self._mode: str | None = None
-        self._crew = Crew(self.engine)
+        self.crew = Crew(self.engine)
         self._clerk: Connection = self.engine.connect()
         made = _SQL.read_text().replace("FINGERPRINT", fingerprint(settings.mapping(None)))
-        self._crew.monitor.exec_driver_sql(made, execution_options={"no_parameters": True})
+        self.crew.monitor.exec_driver_sql(made, execution_options={"no_parameters": True})
         for mode in fences.MODES:
             fences.set_mode(self.engine, settings, settings.mapping(None), mode, Act("torture", "an order"))
-            self._crew.monitor.exec_driver_sql(
+            self.crew.monitor.exec_driver_sql(
                 "insert into torture_modes select %s, pg_get_functiondef(p.oid) from pg_proc as p "
                 "where p.proname in ('fence_users', 'fence_truncate_users')",
                 (mode,),
@@ -78,19 +93,22 @@ class Arena:
     def close(self) -> None:
         """Close all connections."""
         self._clerk.close()
-        self._crew.close()
+        self.crew.close()
 
     def run(self, order: Order) -> str:
         """Play an order and judge what it left. Returns what became of each session; raises OrderFailedError.
 
         An order that is not possible is counted as such, and its like is not tried again.
         """
+        return self._run(order, *self.set_up([order]))
+
+    def _run(self, order: Order, scene: Scene) -> str:
         if order.pause in self._impossible:
             self.counts["impossible"] += 1
             return "impossible"
-        scene = self._scene(order)
+        self._begin(scene)
         try:
-            players = self._crew.play(order, scene)
+            players = self.crew.play(order, scene)
         except OrderImpossibleError:
             self._impossible.add(order.pause)
             self.counts["impossible"] += 1
@@ -104,17 +122,31 @@ class Arena:
         self.counts["in which a session got an error or a refusal"] += any(p.outcome for p in players)
         return told
 
-    def run_all(self, orders: Iterable[Order]) -> Counter[str]:
-        """Play orders and count them. Raises OrderFailedError, with their names, where some failed."""
-        before, failed = self.counts.copy(), []
-        for order in orders:
-            try:
-                self.run(order)
-            except OrderFailedError as error:
-                failed.append(str(error))
-        if failed:
-            raise OrderFailedError(f"{len(failed)} orders failed:\n" + "\n".join(failed[:20]))
-        return self.counts - before
+    def run_all(self, orders: Iterable[Order]) -> list[str]:
+        """Play orders and count them. Returns what did not hold after those that failed, by their names."""
+        failed, going = [], iter(orders)
+        while some := list(islice(going, self._at_once)):
+            possible = [order for order in some if order.pause not in self._impossible]
+            self.counts["impossible"] += len(some) - len(possible)
+            for order, scene in zip(possible, self.set_up(possible), strict=True):
+                try:
+                    self._run(order, scene)
+                except OrderFailedError as error:
+                    self.counts["failed"] += 1
+                    failed.append(str(error))
+        return failed
+
+    def set_up(self, orders: list[Order]) -> list[Scene]:
+        """Scenes for some orders, whose rows and accounts are there. What is of all of them waits for `_begin`."""
+        scenes = [self._scene(order) for order in orders]
+        keys, states, roles = list[int](), list[str](), list[str]()
+        for scene in scenes:
+            keys += [scene.a, scene.b]
+            states += scene.states
+            roles += [scene.role, ""]
+        if keys:
+            self.crew.monitor.exec_driver_sql("select torture_set_up(%s, %s, %s)", (keys, states, roles))
+        return scenes
 
     def _scene(self, order: Order) -> Scene:
         words = order.start.split("+")
@@ -127,39 +159,41 @@ class Arena:
         self._base += _KEYS_PER_ORDER
         balances = [*(BALANCES[state] for state in states), Decimal(0), Decimal(0)]
         truth = dict(enumerate(balances, start=self._base + 1))
-        scene = Scene(
+        return Scene(
             self._base,
             self._adapters,
             truth,
+            (states[0], states[1]),
+            phase,
+            mode,
             stopped="stopped" in words,
             modes=frozenset({mode, *changes}),
             role=role,
             tolerant=bool(role),
         )
-        self._crew.monitor.exec_driver_sql(
-            "select torture_start(%s, %s::text[], %s, %s, %s, %s)",
-            (scene.base, states, role, phase, not scene.stopped, None if mode == self._mode else mode),
-        )
-        self._mode = None if changes else mode
-        return scene
+
+    def _begin(self, scene: Scene) -> None:
+        mode = "" if scene.mode == self._mode else scene.mode
+        self.crew.wire.ask("select torture_begin($1, $2, $3)", scene.phase, not scene.stopped, mode)
+        self._mode = scene.mode if scene.modes == {scene.mode} else None
 
     def _judge(self, order: Order, scene: Scene, players: list[Player]) -> list[str]:
-        found = self._look(scene)
+        found = self.look(scene)
         problems = [
             *scene.complaints,
-            *_unexpected(order, scene, players),
+            *unexpected(order, scene, players),
             *self._check(scene, found, "after the order"),
         ]
-        problems += _unlike_the_mode(order, scene, players, {row.state for row in found})
+        problems += unlike_the_mode(order, scene, players, {row.state for row in found})
         if scene.stopped:
-            self._crew.monitor.exec_driver_sql("select wallet.set_line(true)")
+            self.crew.wire.ask("select wallet.set_line(true)")
             scene.stopped = False
-        problems += [*_twice(players), *self._send_again(scene, players)]
-        found = self._look(scene, backfill=True)
+        problems += [*twice(players), *self._send_again(scene, players)]
+        found = self.look(scene, "torture_finish")
         problems += self._check(scene, found, "after everything was sent again and a backfill", final=True)
         if scene.whole:
-            self._crew.monitor.exec_driver_sql("select wallet.fold_system_accounts()")
-            problems += violations(self._crew.monitor, self.settings)
+            self.crew.monitor.exec_driver_sql("select wallet.fold_system_accounts()")
+            problems += violations(self.crew.monitor, self.settings)
         return problems
 
     def _send_again(self, scene: Scene, players: list[Player]) -> list[str]:
@@ -182,14 +216,15 @@ class Arena:
             scene.add([effect])
         return problems
 
-    def _look(self, scene: Scene, *, backfill: bool = False) -> Sequence[Row[Any]]:
-        return self._crew.monitor.exec_driver_sql("select * from torture_look(%s, %s)", (scene.base, backfill)).all()
+    def look(self, scene: Scene, function: str = "torture_look") -> list[Found]:
+        """What has become of the keys of an order."""
+        return [Found.read(row) for row in self.crew.wire.ask(f"select * from {function}($1)", scene.base)]
 
-    def _check(self, scene: Scene, found: Sequence[Row[Any]], when: str, *, final: bool = False) -> list[str]:
+    def _check(self, scene: Scene, found: list[Found], when: str, *, final: bool = False) -> list[str]:
         """What does not hold of the accounts of this order; ``final``: a backfill has been."""
         truth = dict(scene.truth)
         if scene.role:
-            for key, change in self._crew.monitor.exec_driver_sql(_TALLY, (scene.base, scene.base + _KEYS_PER_ORDER)):
+            for key, change in self.crew.monitor.exec_driver_sql(_TALLY, (scene.base, scene.base + _KEYS_PER_ORDER)):
                 truth[key] += change
         problems = []
         for row in found:
@@ -214,79 +249,16 @@ class Arena:
 
 
 @contextmanager
-def arena(url: str, settings: Settings) -> Iterator[Arena]:
-    """Give an arena in a database where `ledger.install_users` has been, with no row of users."""
-    made = Arena(url, settings)
+def arena(
+    url: str, settings: Settings, *, impossible: set[tuple[str, ...]] | None = None, at_once: int = 100
+) -> Iterator[Arena]:
+    """Give an arena in a database where `ledger.install_users` has been, with no row of users.
+
+    ``impossible`` are the pauses that are known not to come about, and grows; ``at_once`` is how many orders are set
+    up by one statement.
+    """
+    made = Arena(url, settings, set() if impossible is None else impossible, at_once)
     try:
         yield made
     finally:
         made.close()
-
-
-def _unlike_the_mode(order: Order, scene: Scene, players: list[Player], after: set[str]) -> list[str]:
-    """What mirror or reject alone would not have let come about."""
-    done = {player.actor.operation for player in players}
-    before = {word for word in order.start.split("+") if word in BALANCES}
-    if scene.role or scene.stopped:
-        return []
-    if scene.modes == {"mirror"} and done <= STEADY and not before & {"stale", "closed"} and "stale" in after:
-        return ["an account that mirror follows turned stale"]
-    if scene.modes == {"reject"} and done <= STEADY | BYPASSES and before == {"mirrored"}:
-        passed = [p for p in players if p.actor.operation in BYPASSES and p.committed and any(p.effects)]
-        return [f"session {p.number} ({p.actor.operation}) was not rejected" for p in passed]
-    return []
-
-
-def _unexpected(order: Order, scene: Scene, players: list[Player]) -> list[str]:
-    """Errors and refusals that a session may not meet, or for which nothing in this order gives a reason."""
-    problems = []
-    for player in players:
-        allowed = set(player.operation.allowed)
-        others = [other for other in players if other is not player]
-        if player.actor.level == "ser" or (player.actor.level == "rr" and any(map(_left_something, others))):
-            allowed.add("40001")
-        allowed -= _without_reason(order, player, others)
-        if scene.role:
-            allowed |= _OF_TRIGGERS
-        if "reject" in scene.modes and (
-            scene.role or (FROZEN in player.operation.allowed and _mirrored(order, players))
-        ):
-            allowed.add(REJECTED)
-        if player.outcome and player.outcome not in allowed:
-            problems.append(f"session {player.number} ({player.actor.operation}) got {player.outcome}")
-        if player.operation.passed_on and not player.outcome:
-            problems.append(f"session {player.number} ({player.actor.operation}) heard nothing of the error")
-    return problems
-
-
-def _without_reason(order: Order, player: Player, others: list[Player]) -> set[str]:
-    """Of what a session may meet, that for which neither the start nor what was committed gives a reason."""
-    words = set(order.start.split("+"))
-    begun = {other.actor.operation for other in others}
-    done = {other.actor.operation for other in others if other.committed} | {player.actor.operation}
-    reasons = {
-        # Rolled back or not: the phase is frozen, in which an account is opened as frozen.
-        FROZEN: words & {"frozen"} or begun & {"freeze"},
-        GONE: words & {"closed"} or done & TAKING,
-        UNSEEN: player.actor.level != "rc",
-    }
-    return {error for error, found in reasons.items() if not found}
-
-
-def _mirrored(order: Order, players: list[Player]) -> bool:
-    """Whether an account is mirrored at the start, or may have become so."""
-    made = {player.actor.operation for player in players} & MIRRORING
-    return "mirrored" in order.start.split("+") or bool(made)
-
-
-def _left_something(player: Player) -> bool:
-    """Whether something is committed that an older snapshot does not see."""
-    return player.committed or bool(player.operation.before)
-
-
-def _twice(players: list[Player]) -> list[str]:
-    """Whether operations that share their keys moved more than one of them would."""
-    sharing = [player for player in players if player.operation.once is not None and player.committed]
-    moved = sum(change for player in sharing for effect in player.effects for change in effect.values())
-    limit = max((player.operation.once or 0 for player in sharing), default=0)
-    return [f"under one key {moved} moved instead of {limit}"] if moved > limit else []

@@ -1,49 +1,52 @@
 -- What the torture needs in its database, besides the legacy table and the ledger. Every order has ten keys of its
--- own behind p_base: rows A and B at 1 and 2 in the states of p_states, and a role that wakes triggers of A.
--- The mode of the fence is p_mode from the start on; null: as it is.
-create function public.torture_start(
-    p_base bigint, p_states text[], p_role text, p_phase text, p_running boolean, p_mode text
-)
-returns void
+-- own: rows A and B at 1 and 2 in their states, and a role that wakes triggers of A.
+create function public.torture_set_up(p_keys bigint[], p_states text[], p_roles text[]) returns void
 language plpgsql
 as $$
 declare
     v_key bigint;
-    v_state text;
 begin
     update wallet.control set phase = 'dual_write' where phase <> 'dual_write';
     perform wallet.set_line(true);
-    if p_mode is not null then
-        perform torture_mode(p_mode);
-    end if;
-    if to_regclass('public.users_' || p_base) is not null then
+    if to_regclass('public.users_' || p_keys[1] - 1) is not null then
         -- A partition is not truncated while any account of the mapping is frozen, or under reject left without a row.
         update wallet.accounts set state = 'closed' where mapping = 'users' and state <> 'closed';
     end if;
-    for i in 1 .. cardinality(p_states) loop
-        v_key := p_base + i;
-        v_state := p_states[i];
-        insert into public.users (id, tenant, role, total_coins) values (v_key, 'acme', 'member', 100);
-        continue when v_state = 'absent';
-        perform wallet.open_users(array[v_key], null);
-        if v_state in ('stale', 'closed') then
-            -- By hand, so that the mode of the fence makes no difference.
-            update wallet.accounts set state = 'stale' where mapping = 'users' and key = v_key::text;
-        end if;
-        if v_state = 'stale' then
-            update public.users set total_coins = total_coins + 1 where id = v_key;
-        elsif v_state = 'closed' then
-            delete from public.users where id = v_key;
-        elsif v_state = 'frozen' then
-            perform wallet.seal_users(array[v_key]);
-            -- The ledger alone is written: from here on the column is not true.
-            perform wallet.plain_users('FINGERPRINT', 'shadow', v_key, 'cash', 'EUR', 5, row(
-                'users/cash/EUR/' || v_key, 5, true, 'start', null, null, null, null, null, null, null
-            )::wallet.label::text);
-        end if;
+    insert into public.users (id, tenant, role, total_coins)
+    select k.key, 'acme', 'member', 100 from unnest(p_keys) as k (key);
+    perform wallet.open_users(torture_in(p_keys, p_states, '{mirrored,stale,frozen,closed}'), null);
+    -- By hand, so that the mode of the fence makes no difference.
+    update wallet.accounts set state = 'stale'
+    where mapping = 'users' and key = any(torture_in(p_keys, p_states, '{stale,closed}')::text[]);
+    update public.users set total_coins = total_coins + 1 where id = any(torture_in(p_keys, p_states, '{stale}'));
+    delete from public.users where id = any(torture_in(p_keys, p_states, '{closed}'));
+    perform wallet.seal_users(torture_in(p_keys, p_states, '{frozen}'));
+    foreach v_key in array torture_in(p_keys, p_states, '{frozen}') loop
+        -- The ledger alone is written: from here on the column is not true.
+        perform wallet.plain_users('FINGERPRINT', 'shadow', v_key, 'cash', 'EUR', 5, row(
+            'users/cash/EUR/' || v_key, 5, true, 'start', null, null, null, null, null, null, null
+        )::wallet.label::text);
     end loop;
-    if p_role <> '' then
-        update public.users set role = p_role where id = p_base + 1;
+    update public.users as u set role = k.role
+    from unnest(p_keys, p_roles) as k (key, role) where u.id = k.key and k.role <> '';
+end
+$$;
+
+-- The keys whose state is one of these.
+create function public.torture_in(p_keys bigint[], p_states text[], p_asked text[]) returns bigint[]
+language sql immutable
+as $$
+    select coalesce(array_agg(k.key order by k.key), '{}')
+    from unnest(p_keys, p_states) as k (key, state) where k.state = any(p_asked)
+$$;
+
+-- What an order shares with all others, from its first step on: phase, line, the mode of the fence if it is another.
+create function public.torture_begin(p_phase text, p_running boolean, p_mode text) returns void
+language plpgsql
+as $$
+begin
+    if p_mode <> '' then
+        perform torture_mode(p_mode);
     end if;
     update wallet.control set phase = p_phase where phase <> p_phase;
     perform wallet.set_line(p_running);
@@ -65,17 +68,16 @@ begin
 end
 $$;
 
--- What became of the keys; with p_backfill after a batch of a backfill.
-create function public.torture_look(p_base bigint, p_backfill boolean)
+-- What became of the keys. A plan for these few rows is as good for the next; it is made once, by index.
+create function public.torture_look(p_base bigint)
 returns table (
     key bigint, legacy numeric, state text, ledger numeric, journal numeric, broken bigint, accounts bigint, failure text
 )
 language plpgsql
+set plan_cache_mode = 'force_generic_plan'
+set enable_seqscan = off
 as $$
 begin
-    if p_backfill then
-        perform * from wallet.backfill_users(p_base::text, (p_base + 10)::text, null);
-    end if;
     return query
     select
         k.key, u.total_coins, a.state::text, a.balance::numeric, e.total, e.broken,
@@ -97,7 +99,21 @@ begin
                 where t.debit_account = a.id and t.debit_account > 0
             ) as l
         ) as c
-    ) as e on true;
+    ) as e on true
+    order by k.key;
+end
+$$;
+
+-- The same after a batch of a backfill.
+create function public.torture_finish(p_base bigint)
+returns table (
+    key bigint, legacy numeric, state text, ledger numeric, journal numeric, broken bigint, accounts bigint, failure text
+)
+language plpgsql
+as $$
+begin
+    perform from wallet.backfill_users(p_base::text, (p_base + 10)::text, null);
+    return query select * from torture_look(p_base);
 end
 $$;
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice, product
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import product
 
 from torture_operations import HOLDS, OPERATIONS
 from torture_scheduler import Actor, Order
@@ -83,18 +84,13 @@ def interleavings(actors: Sequence[Actor], *, chained: int = 0) -> Iterator[tupl
     ]
     if chained:
         chains = [*chains[:chained], tuple(step for chain in chains[chained:] for step in chain)]
-    for merged in _merges(chains):
+    for merged in _merges(tuple(chains)):
         early = [
             (False, True) if actor.level != "rc" and _something_ended_before(merged, str(number)) else (False,)
             for number, actor in enumerate(actors, start=1)
         ]
         for looks in product(*early):
             yield (*(f"l{number}" for number, look in enumerate(looks, start=1) if look), *merged)
-
-
-def sample(orders: Iterable[Order], share: int) -> Iterator[Order]:
-    """One order of so many, always the same ones; a prime share meets every kind of order."""
-    return islice(orders, 0, None, share)
 
 
 def casts(one: str, other: str, *, mixed: bool = False) -> Iterator[tuple[Actor, Actor]]:
@@ -110,15 +106,16 @@ def levels(operation: str) -> tuple[str, ...]:
     return LEVELS[:1] if OPERATIONS[operation].job else LEVELS
 
 
-def _merges(chains: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+@cache
+def _merges(chains: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
     if not any(chains):
-        yield ()
-        return
-    for place, chain in enumerate(chains):
-        if chain:
-            rest = [*chains[:place], chain[1:], *chains[place + 1 :]]
-            for merged in _merges(rest):
-                yield (chain[0], *merged)
+        return ((),)
+    return tuple(
+        (chain[0], *merged)
+        for place, chain in enumerate(chains)
+        if chain
+        for merged in _merges((*chains[:place], chain[1:], *chains[place + 1 :]))
+    )
 
 
 def _something_ended_before(merged: Sequence[str], token: str) -> bool:

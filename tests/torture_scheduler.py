@@ -6,35 +6,35 @@ commits, session 2 rolls back. Steps: `1` the next step of session 1, `e1` its c
 taken early, `h=<what>` a further session takes a lock, at which session 1 then waits inside its call, `r` it lets go.
 
 As in PostgreSQL's own isolation tester, a step has ended when its result is there, or when the server says that its
-session waits for another one of the order. What a waiting session still has to do comes as soon as it can. Two
-things are left to PostgreSQL: who is the victim of a deadlock, and who goes on first of two that wait for one table.
+session waits for another one of the order: of several that go on, that all of them wait, in one answer. What a waiting
+session still has to do comes as soon as it can. Two things are left to PostgreSQL: who is the victim of a deadlock, and
+who goes on first of two that wait for one table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYet
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, Engine, text
+import psycopg
+from sqlalchemy import Connection, Engine
 from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.exc import DBAPIError
 
 from interleaving import PATIENCE_SECONDS, READ_COMMITTED, REPEATABLE_READ, SERIALIZABLE, Session
 from torture_operations import HOLDS, OPERATIONS
 from torture_steps import Effect, Operation, Scene
+from torture_wire import Wire, array
 from walletmigrate.errors import WalletMigrateError
 
 LEVELS: dict[str, IsolationLevel] = {"rc": READ_COMMITTED, "rr": REPEATABLE_READ, "ser": SERIALIZABLE}
 
-_LOOK_SECONDS = 0.001
-"""Between two looks at a session that has neither ended its step nor waits: it paces, and orders nothing."""
+_FIRST_LOOK_SECONDS, _LAST_LOOK_SECONDS = 0.001, 0.008
+"""Between two looks at sessions of which one has neither ended its step nor waits: it paces, and orders nothing."""
 
-_BLOCKED = text(
-    "select p from unnest(cast(:busy as integer[])) as p where pg_blocking_pids(p) && cast(:everybody as integer[])"
-)
+_ALL_BLOCKED = "select bool_and(pg_blocking_pids(p) && $1::integer[]) from unnest($2::integer[]) as p"
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,9 @@ class Crew:
         self._engine = engine
         self._sessions: dict[tuple[int, str], Session] = {}
         self.monitor = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        wire = self.monitor.connection.driver_connection
+        assert isinstance(wire, psycopg.Connection)
+        self.wire = Wire(wire)
 
     def close(self) -> None:
         """Close all connections."""
@@ -147,7 +150,7 @@ class Crew:
             self._session(0, "rc").rollback()
         else:
             self._start(step, scene, players[int(step[-1]) - 1])
-        self._settle(scene, players)
+        self._settle(scene, players, released=step[0] in "er")
 
     def _start(self, step: str, scene: Scene, player: Player) -> None:
         session, actor = player.session, player.actor
@@ -167,33 +170,39 @@ class Crew:
             player.done += 1
             player.future = session.start(lambda connection: work(scene, player.number, connection))
 
-    def _settle(self, scene: Scene, players: Sequence[Player]) -> None:
-        """Return when every session has ended its step or waits for another one."""
-        busy = [p for p in players if p.future is not None]
+    def _settle(self, scene: Scene, players: Sequence[Player], *, released: bool) -> None:
+        """Return when every session has ended its step or waits for another one.
+
+        ``released``: a transaction has ended, and those that waited most likely go on.
+        """
+        pause = _FIRST_LOOK_SECONDS
+        while busy := [p.session.pid for p in players if p.future is not None]:
+            if self._taken(scene, players, pause):
+                pause = _FIRST_LOOK_SECONDS if released else 0.0
+            elif self._all_blocked(busy):
+                return
+            else:
+                pause = min(max(2 * pause, _FIRST_LOOK_SECONDS), _LAST_LOOK_SECONDS)
+
+    def _all_blocked(self, busy: list[int]) -> bool:
         everybody = [session.pid for session in self._sessions.values()]
-        while busy:
-            busy = [p for p in busy if not self._taken(scene, p)]
-            if busy:
-                pids = {"busy": [p.session.pid for p in busy], "everybody": everybody}
-                blocked = set(self.monitor.execute(_BLOCKED, pids).scalars())
-                busy = [p for p in busy if p.session.pid not in blocked]
+        return self.wire.ask(_ALL_BLOCKED, array(everybody), array(busy)) == [("t",)]
 
     def _await_any(self, scene: Scene, players: Sequence[Player]) -> None:
-        waiting = [p for p in players if p.future is not None]
-        for _ in range(int(PATIENCE_SECONDS / _LOOK_SECONDS)):
-            if any(self._taken(scene, player) for player in waiting):
-                self._settle(scene, players)
-                return
-        raise AssertionError("the sessions wait for each other, and the server does not end it")
+        if not self._taken(scene, players, PATIENCE_SECONDS):
+            raise AssertionError("the sessions wait for each other, and the server does not end it")
+        self._settle(scene, players, released=True)
 
-    def _taken(self, scene: Scene, player: Player) -> bool:
-        """Whether the step has ended; then its result is taken."""
-        assert player.future is not None
-        try:
-            error = player.future.exception(_LOOK_SECONDS)
-        except NotYet:
-            return False
-        future, player.future = player.future, None
+    def _taken(self, scene: Scene, players: Sequence[Player], seconds: float) -> bool:
+        """Whether a step ends within so many seconds; then the results of all that have ended are taken."""
+        ended = wait([p.future for p in players if p.future is not None], seconds, FIRST_COMPLETED).done
+        for player in players:
+            if player.future in ended:
+                self._take(scene, player, player.future)
+        return bool(ended)
+
+    def _take(self, scene: Scene, player: Player, future: Future[Any]) -> None:
+        error, player.future = future.exception(), None
         if isinstance(error, DBAPIError | WalletMigrateError):
             cause = error if isinstance(error, DBAPIError) else error.__cause__
             sqlstate = getattr(getattr(cause, "orig", None), "sqlstate", None)
@@ -206,11 +215,12 @@ class Crew:
         elif future.result():
             player.committed = True
             scene.add(player.effects)
-        return True
 
     def _clear(self, players: Sequence[Player]) -> None:
         """Leave nothing open behind an order that was given up."""
-        self._session(0, "rc").rollback()
+        holder = self._session(0, "rc")
+        if holder.connection.in_transaction():
+            holder.rollback()
         for player in players:
             if player.future is not None:
                 player.future.exception(PATIENCE_SECONDS)

@@ -22,14 +22,17 @@ Effect = dict[int, Decimal]
 class Scene:
     """The keys of one order: A and B have rows at the start (unless closed), C and the spare one have none.
 
-    ``modes`` are those that the fence has at the start or may get. ``truth`` is what the committed operations make of
-    each key, ``snapshots`` what it was when a session took its
-    snapshot, ``memory`` what a session has read.
+    ``states`` are those of A and B at the start, ``phase`` and ``mode`` those of the migration and the fence; ``modes``
+    are those that the fence has or may get. ``truth`` is what the committed operations make of each key, ``snapshots``
+    what it was when a session took its snapshot, ``memory`` what a session has read.
     """
 
     base: int
     adapters: dict[str, LegacyBalanceAdapter]
     truth: dict[int, Decimal]
+    states: tuple[str, str]
+    phase: str
+    mode: str
     stopped: bool = False
     modes: frozenset[str] = frozenset({"stale"})
     role: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from decimal import Decimal
@@ -24,6 +25,7 @@ app = Flask(__name__)
 engine = create_engine(os.environ["SHOP_DATABASE_URL"])
 Session = sessionmaker(engine)
 
+logging.basicConfig(level=logging.INFO, format="%(message)s")
 observers = (PrometheusObserver(CollectorRegistry()), LogObserver())
 adapter = LegacyBalanceAdapter.from_config(observers=observers)
 heartbeat = Heartbeat(adapter.settings, adapter.source, name="shop", observers=observers).start()

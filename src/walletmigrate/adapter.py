@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 
 from walletmigrate import line, observe, standing
 from walletmigrate.config import Mapping, Settings, key_text
-from walletmigrate.errors import LedgerNotInstalled, UnknownTransaction, WalletMigrateError
+from walletmigrate.errors import LedgerNotInstalled, UnknownTransaction, UsageError, WalletMigrateError
 from walletmigrate.flags import OFF, Decision, FlagSource, Snapshot
 from walletmigrate.ledger import Entry, balance_at, history, touched_by
 from walletmigrate.legacy import LedgerAppearedError, post_legacy
@@ -109,11 +109,19 @@ class LegacyBalanceAdapter:
         return self._one(target, movement)
 
     def set_balance(self, target: Target, key: Key, balance: Decimal | int, **details: Unpack[Details]) -> Posting:
-        """Bring a balance to a value, as an administrator with an actor and a reason. The floor does not bind."""
+        """Bring a balance to a value, as an administrator with an actor and a reason. The floor does not bind.
+
+        Where the ledger is installed it leaves a row in the audit log, in every mode, also where legacy alone is
+        written. A replay, a refusal and a balance that has the value already change nothing, and leave none.
+        """
         return self._one(target, Movement(operation="set_balance", key=key, amount=balance, **details))
 
     def reverse(self, target: Target, transaction_id: int, **details: Unpack[Details]) -> Posting:
-        """Undo one transaction by its opposite, at most once: a second call replays the first one's result."""
+        """Undo one transaction by its opposite, at most once: a second call replays the first one's result. It is its
+        own idempotency key, and takes no other.
+
+        The first leaves a row in the audit log, in every mode, under ``actor``, or the database's user without one.
+        """
         return self._one(target, Movement(operation="reverse", transaction_id=transaction_id, **details))
 
     def open_account(
@@ -135,11 +143,15 @@ class LegacyBalanceAdapter:
             ],
         )
 
-    def apply(self, target: Target, movements: Sequence[Movement]) -> tuple[Posting, ...]:
-        """Carry out a batch in one round trip, in the order given: all of it, or, if one is refused, nothing."""
-        if not movements:
+    def apply(self, target: Target, movements: Iterable[Movement]) -> tuple[Posting, ...]:
+        """Carry out a batch in one round trip, in the order given: all of it, or, if one is refused, nothing.
+
+        Raises UsageError for what is no collection of Movements.
+        """
+        batch = _batch(movements)
+        if not batch:
             return ()
-        prepared, postings, tell = self._carry_out(connection_of(target), movements)
+        prepared, postings, tell = self._carry_out(connection_of(target), batch)
         expire(target, self.mapping, {key for each in prepared for key in each.keys}, reload=self._reload)
         tell_when_committed(target, tell)
         return postings
@@ -376,3 +388,14 @@ class _Door:
 
     def tell(self, event: observe.Event) -> None:
         self._adapter._tell([event])
+
+
+def _batch(movements: Any) -> tuple[Movement, ...]:
+    """As they were given; also of a generator, which can be gone through only once."""
+    if isinstance(movements, Movement):
+        raise UsageError("apply takes several Movements; for one: [movement]")
+    batch = tuple(movements)
+    strange = next((type(one).__name__ for one in batch if not isinstance(one, Movement)), None)
+    if strange is not None:
+        raise UsageError(f"apply takes Movements, not {strange}; make them by Movement.credit and its like")
+    return batch

@@ -86,6 +86,7 @@ class Rule:
             actor=(self.actor(session) if callable(self.actor) else self.actor) or ORM,
             reason=self.reason,
             idempotency_key=self.idempotency_key(of) if self.idempotency_key and of is not None else None,
+            watched=True,
         )
 
 

@@ -14,6 +14,7 @@ from walletmigrate.audit import Act
 from walletmigrate.comparison import Comparison, Group, snapshot
 from walletmigrate.config import Mapping, Settings
 from walletmigrate.errors import PreconditionRefused, UsageError
+from walletmigrate.job_options import PACE
 from walletmigrate.schema import quoted
 from walletmigrate.standing import REASON
 
@@ -63,20 +64,25 @@ def backfill(
 ) -> BackfillResult:
     """Backfill a mapping, or go on with its unfinished backfill. Idempotent: what is in step stays as it is.
 
-    Rows that are inserted, and accounts that turn stale, while it runs are covered by a last pass. ``batch_size``,
-    ``rate``, ``workers``, ``executor`` and ``force`` as in `jobs.run_batches` and `jobs.start_or_resume`. Raises
+    Rows that are inserted or written while it runs are covered by a last pass; an account that turns stale without its
+    row being written, as `verify --mark-stale` does it, by the next backfill. A new one is paced (`job_options.PACE`
+    for each worker) unless ``rate`` says another, `math.inf` as fast as it goes. ``batch_size``, ``rate``,
+    ``workers``, ``executor`` and ``force`` as in `jobs.run_batches` and `jobs.start_or_resume`. Raises
     PreconditionRefused in phase `legacy` or without the fence as it was made (also if the phase went back or the
-    fence fell while the job ran), LedgerNotInstalled, UsageError for a rate of 0 or less, and what these raise.
+    fence fell while the job ran), LedgerNotInstalled, UsageError for a rate of 0 or less or for no worker, and what
+    these raise.
     """
     if rate is not None and not rate > 0:
         raise UsageError(f"a rate of {rate}: name how many accounts a second, more than 0")
+    jobs.manned(workers)
     began = time.monotonic()
     with snapshot(engine) as connection:
         _refuse(connection, settings, mapping)
         if dry_run:
             return _plan(connection, settings, mapping, began)
         total = jobs.count_items(connection, mapping)
-    job = jobs.start_or_resume(engine, settings, KIND, mapping.name, act, total=total, force=force)
+    paced = {"rate": PACE * workers}
+    job = jobs.start_or_resume(engine, settings, KIND, mapping.name, act, total=total, options=paced, force=force)
     jobs.persist(engine, job, lambda: _fill(engine, settings, _FILLED_PERCENT))
     main, late = steps(settings, mapping, job.id)
     job = jobs.run_batches(
@@ -164,11 +170,13 @@ class BackfillStep:
         values = {"after": after, "upto": upto, "job": self.job_id}
         row = connection.execute(text(self.statement), values).one()
         counts = {"opened": row.opened, "resynced": row.resynced}
+        written = row.opened + row.resynced
         if self.late:
             # It has looked at every value once more: what the main pass counted as failed may be mended since.
             keys = row.opened // self.columns
-            return jobs.Batch(keys, row.opened, 0, {**counts, "keys": keys, "unfit": row.failed})
-        return jobs.Batch(row.keys, row.keys * self.columns - row.failed, row.failed, {**counts, "keys": row.keys})
+            return jobs.Batch(keys, row.opened, 0, {**counts, "keys": keys, "unfit": row.failed}, written)
+        done = row.keys * self.columns - row.failed
+        return jobs.Batch(row.keys, done, row.failed, {**counts, "keys": row.keys}, written)
 
 
 def steps(settings: Settings, mapping: Mapping, job_id: int) -> tuple[BackfillStep, BackfillStep]:

@@ -6,6 +6,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -28,7 +29,7 @@ from walletmigrate.flag_sources import DocumentSnapshot, check
 from walletmigrate.flags import FlagSource
 from walletmigrate.heartbeat import LIVE_SECONDS
 from walletmigrate.schema import quoted
-from walletmigrate.standing import reached, show
+from walletmigrate.standing import database_time, reached, show
 from walletmigrate.throttle import BEHIND, replica_engines
 
 CLOCK_SECONDS: Final = 5.0
@@ -43,6 +44,7 @@ FLAGS_SECONDS: Final = 300.0
 FLAGS: Final = "runbooks/flags-stale.md"
 EXPORTER: Final = "runbooks/exporter-down.md"
 _EXPORTER_SECONDS: Final = 5.0
+"""Added to what a statement of its look may take."""
 _PHASE: Final = re.compile(r'^walletmigrate_phase\{phase="(\w+)"\} 1(?:\.0)?$', re.MULTILINE)
 _UP: Final = re.compile(r"^walletmigrate_exporter_up (\S+)$", re.MULTILINE)
 
@@ -223,8 +225,9 @@ def exporter(connection: Connection, settings: Settings, url: str) -> Iterator[F
     parts = urlsplit(address)
     shown = f"{parts.netloc.rpartition('@')[2]}{parts.path}"
     start = "walletmigrate exporter  # or restart it"
+    seconds = _EXPORTER_SECONDS + settings.exporter.look_seconds
     try:
-        status, body = flag_http.call("GET", address, {}, _EXPORTER_SECONDS)
+        status, body = flag_http.call("GET", address, {}, seconds)
     except flag_http.NoAnswer as error:
         yield Finding(f"the exporter at {shown} does not answer: {error}", start, EXPORTER)
         return
@@ -235,10 +238,14 @@ def exporter(connection: Connection, settings: Settings, url: str) -> Iterator[F
     elif float(up[1]) != 1:
         yield Finding(f"the exporter at {shown} does not reach its database", start, EXPORTER)
     else:
-        served, phase = _PHASE.findall(said), show(connection, settings).phase
-        if served != [phase]:
-            what = f"the exporter at {shown} serves phase {', '.join(served) or 'none'}, and the phase is {phase}"
-            yield Finding(f"{what}: it looks at another database, or has stopped looking", start, EXPORTER)
+        served, state = _PHASE.findall(said), show(connection, settings)
+        # What it saw last it serves for a while; who has just gone back a phase must not be sent after the exporter.
+        lately = timedelta(seconds=settings.exporter.hold_seconds + seconds)
+        settled = state.since is None or database_time(connection) - state.since > lately
+        if served != [state.phase] and settled:
+            what = f"the exporter at {shown} serves phase {', '.join(served) or 'none'}, and the phase is {state.phase}"
+            why = f"it looks at another database, or not every {settings.exporter.hold_seconds:g} s"
+            yield Finding(f"{what}: {why}", start, EXPORTER)
 
 
 def _metrics(url: str) -> str:

@@ -8,9 +8,10 @@ from typing import Final
 
 from sqlalchemy import Connection, text
 
+from walletmigrate import observation
 from walletmigrate.checkup import DRIFT, LATENCY, Finding
 from walletmigrate.config import Settings
-from walletmigrate.facts import reported
+from walletmigrate.facts import imbalance, reported
 from walletmigrate.job_options import EVERYTHING, STALLED_SECONDS
 from walletmigrate.job_rows import resuming
 from walletmigrate.schema import quoted
@@ -58,6 +59,8 @@ def examine(connection: Connection, settings: Settings) -> Iterator[Finding]:
     if not show(connection, settings).line_running:
         mend = f"walletmigrate resume {REASON}  # when the reason for it is gone"
         yield Finding("the line is stopped: accounts turn stale at their next write", mend, "runbooks/line-stopped.md")
+    for what, mend in observation.balanced(imbalance(connection, settings.ledger_schema)):
+        yield Finding(what, mend, "runbooks/ledger-imbalance.md")
     yield from _jobs(connection, settings)
     yield from _verifications(connection, settings)
     yield from _reconciliations(connection, settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Final
@@ -67,12 +66,3 @@ def _named(words: Iterator[str]) -> str | None:
         elif word != "--json" and not word.startswith(("--config=", "--database-url=")):
             return word
     return None
-
-
-def main() -> None:
-    """The console script."""
-    program(sys.argv[1:])(prog_name="walletmigrate")
-
-
-if __name__ == "__main__":
-    main()

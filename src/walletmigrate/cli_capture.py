@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Annotated
 
 import typer
 
 from walletmigrate import bypasses, doctor, fences
 from walletmigrate.bypasses import Catalogue, CodePath
+from walletmigrate.checkup import Finding
 from walletmigrate.commands import command
 from walletmigrate.console import DIFFERENCE, OK, Answer, plain
 from walletmigrate.erasure import erase as erase_texts
@@ -111,15 +114,19 @@ def check(
         connection = plain_connection.execution_options(postgresql_readonly=True)
         found = doctor.examine(connection, run.settings, source, exporter=exporter, logins=login or ())
         notes = doctor.notes(connection, run.settings, exporter=exporter)
-    lines = [
-        f"{'note: ' if one.severity == 'note' else ''}{one.what}\n  mend: {one.mend}\n  runbook: {one.runbook}"
-        for one in (*found, *notes)
-    ]
+    lines = list(_finding_lines((*found, *notes)))
     if not found:
         lines.append(f"everything {'else ' if notes else ''}is as it should be")
     return Answer(
         {"findings": [plain(one) for one in (*found, *notes)]}, tuple(lines), exit_code=DIFFERENCE if found else OK
     )
+
+
+def _finding_lines(found: Sequence[Finding]) -> Iterator[str]:
+    """What mends several in a row is said once, below the last of them: a lost role lacks dozens of grants."""
+    for (mend, runbook), same in groupby(found, key=lambda one: (one.mend, one.runbook)):
+        yield from (f"{'note: ' if one.severity == 'note' else ''}{one.what}" for one in same)
+        yield f"  mend: {mend}\n  runbook: {runbook}"
 
 
 def _answer(done: tuple[FenceChange, ...]) -> Answer:

@@ -160,4 +160,12 @@ def _bucket(one: BucketTotal) -> list[str]:
     came = ", ".join(f"{kind} {getattr(one, kind):f}" for kind in history.KINDS)
     amounts = f"{legacy}ledger {one.ledger:f}, expected {one.expected:f}, discrepancy {one.discrepancy:f}"
     head = f"{one.mapping} {one.bucket} {one.currency}: {one.accounts} accounts, {amounts}"
-    return [head, f"  came from: {came}"]
+    lines = [head]
+    if one.unmirrored:
+        lines.append(f"  unmirrored {one.unmirrored:f}: legacy − ledger, what is absent, stale or drifted")
+    lines.append(f"  came from: {came}")
+    if one.bypass is None:
+        lines.append("  of this past the adapter: a snapshot keeps no such sum by bucket; see system bypass")
+    elif one.bypass:
+        lines.append(f"  of this past the adapter: {one.bypass:f}")
+    return lines

@@ -93,7 +93,7 @@ def set_options(
 
 
 def resume(run: Run, job: _ID, workers: WORKERS = None, dask: DASK = None, force: FORCE = False) -> Answer:
-    """Run a job on, here, with what it has set aside; from where it stopped."""
+    """Run a job on, here, with what it has set aside, from where it stopped; or name the command that does."""
     run.act()
     with run.engine.connect() as connection:
         found = get(connection, run.settings, job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -11,11 +12,14 @@ from walletmigrate import phases
 from walletmigrate.backfill import backfill as run_backfill
 from walletmigrate.commands import DASK, WORKERS, below, command
 from walletmigrate.config import Mapping
-from walletmigrate.console import CUT_SHORT, FAILURE, OK, REFUSED, Answer, bar, job_code, plain
+from walletmigrate.console import CUT_SHORT, FAILURE, OK, REFUSED, STOPPED, Answer, bar, job_code, plain
+from walletmigrate.errors import UsageError
 from walletmigrate.freeze import freeze as run_freeze
 from walletmigrate.freeze import unfreeze as run_unfreeze
 from walletmigrate.invocation import Run
+from walletmigrate.job_options import parsed
 from walletmigrate.standing import REASON, confirmation
+from walletmigrate.undo import UndoResult
 from walletmigrate.undo import undo as undo_backfill
 
 _MAPPING = Annotated[str | None, typer.Option("--mapping", help="One mapping. Default: all, one after the other.")]
@@ -28,6 +32,14 @@ FORCE = Annotated[bool, typer.Option("--force", help="Resume a job of other func
 _SHOWN = 20
 
 JobCall = Callable[..., Any]
+
+
+def _rate(value: str) -> float:
+    try:
+        rate = parsed([f"rate={value}"])["rate"]
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from None
+    return math.inf if rate is None else float(rate)
 
 
 def register(app: typer.Typer) -> None:
@@ -44,7 +56,12 @@ def backfill(
     batch_size: _BATCH = None,
     rate: Annotated[
         float | None,
-        typer.Option("--rate", min=0.1, max=100_000_000, help="Accounts a second over all workers. Default: no bound."),
+        typer.Option(
+            "--rate",
+            parser=_rate,
+            metavar="N|none",
+            help="Accounts a second over all workers; none: no bound. Default: 5000 for each worker.",
+        ),
     ] = None,
     workers: WORKERS = None,
     dask: DASK = None,
@@ -83,13 +100,21 @@ def undo(
     number = "" if done.state in ("done", "planned") else f" (job {done.job_id}, {done.state})"
     lines = [f"{done.mapping}: {done.undone} openings of job {done.of} {verb}, {done.left_count} left{number}"]
     lines += [f"  {one.key} ({one.bucket}, {one.currency}): {one.why}" for one in done.left[:_SHOWN]]
-    notes = [] if run.dry_run or not done.undone else [f"these accounts are stale: walletmigrate backfill {REASON}"]
+    notes = [] if run.dry_run or not done.undone else [_stale(done)]
     if done.state == "paused":
         notes.append("stopped: run the same command again, it goes on from there")
     code = job_code([done.state], REFUSED if done.left_count else OK)
     if job_code([done.state], OK) == FAILURE:
         notes.append(CUT_SHORT)
     return Answer(plain(done), tuple(lines), tuple(notes), code)
+
+
+def _stale(done: UndoResult) -> str:
+    """How the accounts that were taken back stand now: a backfill may have been there since."""
+    if not done.stale:
+        return f"of the {done.taken_back} accounts that were taken back none is stale: a backfill has brought them up"
+    which = "these accounts" if done.stale == done.taken_back else f"{done.stale} of these {done.taken_back} accounts"
+    return f"{which} are stale: walletmigrate backfill {REASON}"
 
 
 def freeze(
@@ -144,7 +169,7 @@ def run_over(
     mapping: Mapping
     with run.interruptible(), run.hands(workers, dask) as hands:
         options = {**options, **hands}
-        for mapping in run.mappings(name):
+        for mapping in run.until_stopped(run.mappings(name)):
             with bar(f"{run.command} {mapping.name}", as_json=run.as_json) as progress:
                 result = job(
                     run.engine,
@@ -157,8 +182,6 @@ def run_over(
                     stop=run.stop,
                 )
             results.append((mapping.name, result))
-            if run.stop():
-                break
     return results
 
 
@@ -166,10 +189,11 @@ def jobs_answer(
     run: Run, results: list[tuple[str, Any]], lines: list[str], notes: list[str], exit_code: int, **more: Any
 ) -> Answer:
     """How a command over all mappings ends: as `job_code` says of a job that did not come to its end."""
-    stopped = any(one.state == "paused" for _, one in results)
+    states = run.states(one for _, one in results)
+    stopped = "paused" in states
     if stopped:
-        notes.append("stopped at a checkpoint: run the same command again, it goes on from there")
-    code = job_code((one.state for _, one in results), exit_code)
+        notes.append(STOPPED)
+    code = job_code(states, exit_code)
     if code == FAILURE:
         notes.append(CUT_SHORT)
     document = {

@@ -19,6 +19,7 @@ from walletmigrate.console import (
     INTERRUPTED,
     OK,
     REFUSED,
+    STOPPED,
     Answer,
     bar,
     job_code,
@@ -39,6 +40,7 @@ from walletmigrate.recalculate import recalculate as run_recalculate
 from walletmigrate.reconcile import Limits, Reconciliation
 from walletmigrate.reconcile import reconcile as run_reconcile
 from walletmigrate.reconciliations import RunFacts
+from walletmigrate.settling import LISTED
 from walletmigrate.standing import shown_time
 from walletmigrate.survey import inspect_mapping
 from walletmigrate.truths import LEDGER, LEGACY, Truth, named
@@ -49,6 +51,8 @@ _MAPPING = Annotated[str | None, typer.Option("--mapping", help="The mapping. De
 _NEGATIVE = Annotated[bool, typer.Option("--allow-negative", help="Let a balance become negative.")]
 _NUMBER = Annotated[int, typer.Argument(metavar="RUN", min=1, help="The number of the run.")]
 _SHOWN = 20
+_NAMED = ("opened", "resynced", "refused", "failed", "reported")
+"""What a run came to besides its corrections; what it reported stands last, with its amounts."""
 
 
 def register(app: typer.Typer) -> None:
@@ -91,7 +95,7 @@ def reconcile(
     truths = {one.name: _truth(run, truth, one, chosen) for one in chosen}
     done: list[Reconciliation] = []
     with run.interruptible(), _as_put(), run.hands(workers, dask) as hands:
-        for one in chosen:
+        for one in run.until_stopped(chosen):
             with bar(f"reconcile {one.name}", as_json=run.as_json) as progress:
                 made = run_reconcile(
                     *(run.engine, run.settings, one, act),
@@ -105,8 +109,6 @@ def reconcile(
                     stop=run.stop,
                 )
             done.append(made)
-            if run.stop():
-                break
     return _reconciled(run, done)
 
 
@@ -247,10 +249,10 @@ def _reconciled(run: Run, done: list[Reconciliation]) -> Answer:
         )
     if any(one.counts["reported"] for one in done):
         notes.append("what is reported is left as it is: larger than --correct-up-to; see docs/reconcile.md")
-    interrupted = any(one.state == "paused" for one in done)
+    states = run.states(done)
+    interrupted = "paused" in states
     if interrupted:
-        notes.append("stopped at a checkpoint: run the same command again, it goes on from there")
-    states = [one.state for one in done]
+        notes.append(STOPPED)
     if job_code(states, OK) == FAILURE:
         notes.append(CUT_SHORT)
     document = {"dry_run": run.dry_run, "interrupted": interrupted, "mappings": [plain(one) for one in done]}
@@ -268,6 +270,8 @@ def _code(left: Any) -> int:
 
 def _items(items: Any) -> list[str]:
     shown = [f"  {_item(one)}" for one in items[:_SHOWN]]
+    if len(items) >= LISTED:
+        return [*shown, f"  … the first {LISTED} stand on record; --json lists them, and counts all"]
     return shown + ([f"  … {len(items)} accounts in all; --json lists them"] if len(items) > _SHOWN else [])
 
 
@@ -296,7 +300,9 @@ def _run_line(one: RunFacts) -> str:
         if one.undoes
         else f"against {one.truth}" + (f", account {one.account}" if one.account else "")
     )
-    reported = "".join(f", reported {amount} {currency}" for currency, amount in one.reported_amount.items() if amount)
+    amounts = [f"{amount} {currency}" for currency, amount in one.reported_amount.items() if amount]
+    reported = f" ({', '.join(amounts)})" if amounts else ""
     undone = f", {one.undone} undone" if one.undone else ""
-    counted = "" if one.undoes else f": {one.corrected} corrected{undone}{reported}"
+    others = "".join(f", {one.counts[name]} {name}" for name in _NAMED if one.counts.get(name))
+    counted = "" if one.undoes else f": {one.corrected} corrected{undone}{others}{reported}"
     return f"{one.id}  {shown_time(one.started_at)}  {one.mapping} {what}, {one.state}{counted}"

@@ -21,6 +21,35 @@ if TYPE_CHECKING:  # what the rehearsal needs is loaded by those who run one
 
 FROM: Final = "WALLETMIGRATE_FROM_DATABASE"
 
+_TRANSACTIONS = Annotated[
+    Path | None, typer.Option(help="A .csv or .csv.gz of transactions. Default: made-up traffic.")
+]
+_FROM_DATABASE = Annotated[
+    str | None,
+    typer.Option(metavar="URL", envvar=FROM, help="Copy the legacy table of this database, and rehearse on that."),
+]
+_MAPPING = Annotated[
+    str | None, typer.Option(help="Which mapping to copy. Default: the only one; without a file, the likeliest.")
+]
+_LIMIT_ACCOUNTS = Annotated[int, typer.Option(min=1, help="Copy so many rows at most, a random sample.")]
+_COUNT = Annotated[
+    int | None, typer.Option(min=1, help="How many transactions to make. Default: as fits the rows copied.")
+]
+_PSEUDONYMOUS = Annotated[
+    bool, typer.Option("--pseudonymous", help="Replace all keys and traits in the copy, not only text keys.")
+]
+_KEEP_KEYS = Annotated[bool, typer.Option("--keep-keys", help="Copy text keys as they are.")]
+_DRY_RUN = Annotated[
+    bool, typer.Option("--dry-run", help="Look at the table and tell what would be copied; run nothing.")
+]
+_SEED = Annotated[int, typer.Option(help="Decides the made-up traffic and who is in which cohort.")]
+_FLAG_LAG = Annotated[
+    float, typer.Option(min=0, max=60, metavar="SECONDS", help="How far apart workers see a flag flip.")
+]
+_METRICS_PORT = Annotated[
+    int | None, typer.Option(min=0, max=65535, help="Serve its metrics on this port of 127.0.0.1; 0: a free one.")
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -29,37 +58,20 @@ def register(app: typer.Typer) -> None:
 
 def rehearse(
     run: Run,
-    transactions: Annotated[
-        Path | None, typer.Option(help="A .csv or .csv.gz of transactions. Default: made-up traffic.")
-    ] = None,
-    from_database: Annotated[
-        str | None,
-        typer.Option(metavar="URL", envvar=FROM, help="Copy the legacy table of this database, and rehearse on that."),
-    ] = None,
-    mapping: Annotated[
-        str | None, typer.Option(help="Which mapping to copy. Default: the only one; without a file, the likeliest.")
-    ] = None,
-    limit_accounts: Annotated[int, typer.Option(min=1, help="Copy so many rows at most, a random sample.")] = LIMIT,
-    transactions_count: Annotated[
-        int | None, typer.Option(min=1, help="How many transactions to make. Default: as fits the rows copied.")
-    ] = None,
-    pseudonymous: Annotated[
-        bool, typer.Option("--pseudonymous", help="Replace all keys and traits in the copy, not only text keys.")
-    ] = False,
-    keep_keys: Annotated[bool, typer.Option("--keep-keys", help="Copy text keys as they are.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Look at the table and tell what would be copied; run nothing.")
-    ] = False,
+    transactions: _TRANSACTIONS = None,
+    from_database: _FROM_DATABASE = None,
+    mapping: _MAPPING = None,
+    limit_accounts: _LIMIT_ACCOUNTS = LIMIT,
+    transactions_count: _COUNT = None,
+    pseudonymous: _PSEUDONYMOUS = False,
+    keep_keys: _KEEP_KEYS = False,
+    dry_run: _DRY_RUN = False,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Worker processes.")] = 4,
-    seed: Annotated[int, typer.Option(help="Decides the made-up traffic and who is in which cohort.")] = 1,
-    flag_lag: Annotated[
-        float, typer.Option(min=0, max=60, metavar="SECONDS", help="How far apart workers see a flag flip.")
-    ] = 5.0,
+    seed: _SEED = 1,
+    flag_lag: _FLAG_LAG = 5.0,
     report: Annotated[Path | None, typer.Option(help="Write the report here, as JSON.")] = None,
     balances: Annotated[Path | None, typer.Option(help="Write every account's balances here, as CSV.")] = None,
-    metrics_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Serve its metrics on this port of 127.0.0.1; 0: a free one.")
-    ] = None,
+    metrics_port: _METRICS_PORT = None,
 ) -> Answer:
     """Rehearse the whole migration, and the way back, in a scratch database. Exit 3 if it fails."""
     copying = {
@@ -84,21 +96,17 @@ def rehearse(
         from walletmigrate.rehearse import rehearse as run_rehearsal
 
         return _answer(run_rehearsal(transactions, database_url=run.url_given, **options))
+    configured = _mapping(run, mapping) if run.configured else None
+    keys = {"pseudonymous": pseudonymous, "keep_keys": keep_keys}
+    with opened(Wish(from_database, configured, mapping, limit=limit_accounts, **keys), seed) as source:
+        return _told(source, run.url_option) if dry_run else _of_copy(run, source, transactions_count, options)
+
+
+def _of_copy(run: Run, source: Source, transactions: int | None, options: dict[str, Any]) -> Answer:
     from walletmigrate.rehearse import rehearse_copy
 
-    wish = Wish(
-        from_database,
-        _mapping(run, mapping) if run.configured else None,
-        mapping,
-        limit=limit_accounts,
-        pseudonymous=pseudonymous,
-        keep_keys=keep_keys,
-    )
-    with opened(wish, seed) as source:
-        if dry_run:
-            return _told(source, run.url_option)
-        # The environment names the database to be migrated: no scratch database is made beside it unasked.
-        return _answer(rehearse_copy(source, transactions=transactions_count, database_url=run.url_option, **options))
+    # The environment names the database to be migrated: no scratch database is made beside it unasked.
+    return _answer(rehearse_copy(source, transactions=transactions, database_url=run.url_option, **options))
 
 
 def _check(transactions: Path | None, from_database: str | None, copying: list[str]) -> None:

@@ -8,8 +8,10 @@ import typer
 
 from walletmigrate import checksums, snapshot_checks, snapshots
 from walletmigrate.commands import command
-from walletmigrate.console import DIFFERENCE, INTERRUPTED, OK, Answer, plain
+from walletmigrate.console import CUT_SHORT, DIFFERENCE, INTERRUPTED, OK, STOPPED, Answer, job_code, plain
 from walletmigrate.invocation import Run
+from walletmigrate.job_options import EVERYTHING
+from walletmigrate.job_rows import newest
 from walletmigrate.snapshot_checks import SnapshotProblem
 from walletmigrate.snapshots import Snapshot
 from walletmigrate.standing import shown_time
@@ -39,8 +41,11 @@ def take(run: Run, batch_size: _BATCH = 20_000) -> Answer:
         return Answer(document, (said,))
     assert made is not None
     if made.state == "running":
-        notes = ("stopped at a checkpoint: run the same command again, it goes on from there",)
-        return Answer({**document, "interrupted": True}, (_line(made),), notes, INTERRUPTED)
+        with run.engine.connect() as connection:
+            job = newest(connection, run.settings, snapshots.TAKE, EVERYTHING)
+        code = job_code([job.state if job else "paused"], INTERRUPTED)
+        note = STOPPED if code == INTERRUPTED else CUT_SHORT
+        return Answer({**document, "interrupted": code == INTERRUPTED}, (_line(made),), (note,), code)
     with run.engine.connect() as connection:
         totals = snapshots.totals(connection, run.settings, made)
     lines = [_line(made)]

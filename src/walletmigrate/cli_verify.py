@@ -19,6 +19,7 @@ from walletmigrate.journals import JournalProblem
 from walletmigrate.standing import REASON, shown_time
 from walletmigrate.verifications import Verification, VerificationRun, drift_line, reference_line
 from walletmigrate.verify import verify as run_verify
+from walletmigrate.verify_findings import FOUND, left_out
 
 _MAPPING = Annotated[str | None, typer.Option("--mapping", help="One mapping. Default: all, one after the other.")]
 _SHOWN = 20
@@ -116,6 +117,7 @@ def _run_line(one: VerificationRun) -> str:
 
 
 def _detail_lines(one: VerificationRun) -> Iterator[str]:
+    cut = left_out(one.details)
     for name, value in one.details.items():
         title = name.replace("_", " ")
         if isinstance(value, list):
@@ -123,6 +125,10 @@ def _detail_lines(one: VerificationRun) -> Iterator[str]:
                 yield f"  {title}:"
                 yield from (f"    {each}" for each in value[:_SHOWN])
                 yield from _more(len(value), title)
+                if name in cut:
+                    yield f"    {cut[name]}"
+        elif name == FOUND:
+            continue
         elif isinstance(value, dict):
             if value:
                 yield f"  {title}: " + ", ".join(f"{key} {each}" for key, each in value.items())
@@ -166,6 +172,8 @@ def _form_lines(one: Verification) -> Iterator[str]:
             else f"with {one.sample.confidence:.0%} confidence at most {share} of all keys are wrong"
         )
         yield f"  a sample of {one.sample.keys} keys, {one.sample.wrong} of them wrong: {told}"
+    if one.widened is not None:
+        yield f"  all accounts, not only what changed: the fence was down until {shown_time(one.widened)}, unseen since"
     if one.since is not None:
         yield f"  only what changed in the ledger since {shown_time(one.since)}"
 

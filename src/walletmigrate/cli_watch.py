@@ -140,12 +140,16 @@ def version(run: Run) -> Answer:  # noqa: ARG001 - every command gets its run
 def _lines(seen: Status) -> list[str]:
     since = f" since {shown_time(seen.since)}" if seen.since else ""
     lines = [f"phase: {seen.phase}{since}" if seen.installed else "phase: legacy (the ledger is not installed)"]
-    lines.append("line: runs" if seen.line_running else "line: STOPPED")
+    by = seen.stopped
+    stopped = f"line: STOPPED since {shown_time(by.at)} by {by.actor}: {by.reason}" if by else "line: STOPPED"
+    lines.append("line: runs" if seen.line_running else stopped)
     lines.append(f"flags: {seen.flags.source}" + (f" ({seen.flags.problem})" if seen.flags.problem else ""))
     lines += [flag_text(state) for state in seen.flags.flags]
     if seen.installed:
         counts = ", ".join(f"{count} {state}" for state, count in seen.accounts.items())
         lines.append(f"accounts: {counts}; {seen.drifted} drifted")
+        for currency, amount in seen.imbalance.items():
+            lines.append(f"NOT BALANCED: the ledger's balances in {currency} come to {amount}, and not to 0")
         lines.append(f"failures in the observation window: {seen.failures}")
     lines += [_job_line(job) for job in seen.jobs]
     for run in seen.verifications:
@@ -153,6 +157,9 @@ def _lines(seen: Status) -> list[str]:
         if run.clean and run.voided:
             verdict = f"clean, but voided by another verification at {shown_time(run.voided)}"
         lines.append(f"verified: {run.mapping} {run.currency} at {shown_time(run.finished_at)}: {verdict}")
+    for left in seen.reconciliations:
+        what = f"{left.accounts} accounts left that differ, by {left.amount} {left.currency} (run {left.id})"
+        lines.append(f"reconciled: {left.mapping} with {left.truth}: {what}")
     if seen.next_phase and seen.refused:
         lines.append(f"the way to {seen.next_phase} is closed:")
         lines += reasons_as_lines(seen.refused)
@@ -171,7 +178,8 @@ def _job_line(job: JobStatus) -> str:
     # Rounded down: 100 % is said of nothing that is not done. What is over is not on its way.
     over = job.state in ("done", "cancelled")
     share = f", {int(job.share * 100)} %" if job.share is not None and not over else ""
-    rate = f", {job.rate:.0f}/s" if job.rate is not None else ""
+    # A slow job is not one that does nothing.
+    rate = f", {job.rate:.{1 if job.rate < 9.95 else 0}f}/s" if job.rate is not None else ""
     eta = f", about {shown_span(timedelta(seconds=job.eta_seconds))} left" if job.eta_seconds is not None else ""
     failed = f", {job.items_failed} failed" if job.items_failed else ""
     return f"job {job.id}: {job.kind} of {job.mapping}, {state}, {done}{of} accounts{share}{failed}{rate}{eta}"

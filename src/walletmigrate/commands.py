@@ -6,9 +6,12 @@ import inspect
 import os
 import platform
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version as version_of
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -16,9 +19,9 @@ import typer
 from sqlalchemy.exc import DBAPIError
 from typer.core import TyperGroup
 
-from walletmigrate import console, rights, schema
+from walletmigrate import command_log, connect, console, rights, schema
 from walletmigrate.console import Answer
-from walletmigrate.errors import UsageError, WalletMigrateError
+from walletmigrate.errors import DatabaseUnreachable, UsageError, WalletMigrateError
 from walletmigrate.functions import FUNCTIONS_VERSION
 from walletmigrate.invocation import Run
 
@@ -90,8 +93,23 @@ Role = Literal["app", "operator", "auditor", "installer", "none"]
 ROLES: Final[dict[str, Role]] = {}
 """Every command and its role; see docs/roles.md."""
 
+_VARIABLES: Final = {
+    "--database-url": "WALLETMIGRATE_DATABASE_URL",
+    "--from-database": "WALLETMIGRATE_FROM_DATABASE",
+}
+
 BEGIN_ANEW: Final = frozenset({"verify", "archive", "archive check", "snapshot verify", "evidence", "evidence check"})
 """Commands that prove something of one moment: half of it proves nothing, and is not gone on with."""
+
+LOOK_FIRST: Final = {
+    "adjust": "walletmigrate history --account KEY",
+    "phase advance": "walletmigrate phase show",
+    "phase back": "walletmigrate phase show",
+    "rollback": "walletmigrate phase show",
+}
+"""Commands that would do another step if they were run again after they have done theirs, as `adjust`, the phase's
+without ``--to``, and ``rollback --exercise``; and what shows whether they have.
+"""
 
 COMMON: Final = {"config": (CONFIG, None), "database_url": (DATABASE_URL, None), "as_json": (JSON, False)}
 CHANGES: Final = {"dry_run": (_DRY_RUN, False), "actor": (_ACTOR, None), "reason": (_REASON, None)}
@@ -123,7 +141,8 @@ def command(
             root = context.find_root().params
             shared: dict[str, Any] = {option: values.pop(option) or root.get(option) for option in COMMON}
             rest: dict[str, Any] = {option: values.pop(option) for option in options if option not in COMMON}
-            return carry_out(Run(full_name, **shared, **rest), lambda run: handler(run, **values))
+            run = Run(full_name, **shared, **rest, changes=changes, mapping=values.get("mapping"))
+            return carry_out(run, lambda run: handler(run, **values))
 
         _disguise(invoke, handler, options)
         (app.command(name) if name else app.callback(invoke_without_command=True))(invoke)
@@ -133,28 +152,62 @@ def command(
 
 
 def carry_out(run: Run, call: Callable[[Run], Answer]) -> int:
-    """Call, print what came of it, and give the exit code. Nothing escapes but what ends the process."""
+    """Call, print what came of it, and give the exit code; of what changes something, tell the log. Nothing escapes
+    but what ends the process.
+    """
+    began = time.monotonic()
     try:
+        code = _ended(run, call)
+        if run.changes:
+            command_log.tell(run, code, time.monotonic() - began)
+        return code
+    finally:
+        run.close()
+
+
+def _ended(run: Run, call: Callable[[Run], Answer]) -> int:
+    try:
+        if run.changes:
+            command_log.check(run)
         return console.show(run.command, call(run), as_json=run.as_json)
     except WalletMigrateError as error:
         return console.show_error(run.command, error, as_json=run.as_json)
     except DBAPIError as error:
-        known = rights.missing(run, ROLES.get(run.command, "installer"), error)
-        return console.show_error(run.command, known or console.typed(error, run.address), as_json=run.as_json)
+        known = rights.missing(run, ROLES.get(run.command, "installer"), error) or console.typed(error, run.address)
+        if isinstance(known, DatabaseUnreachable) and error.connection_invalidated and run.command in LOOK_FIRST:
+            # It was there; so the commit may have been done, and only its answer be lost.
+            detail = f"{known.detail}; what was asked for may be done: {_how_to_go_on(run.command)}"
+            known = replace(known, detail=detail)
+        return console.show_error(run.command, known, as_json=run.as_json)
     except BrokenPipeError:
         # Who read the answer has gone, as `head` does; nor can Python's own flush at the end reach anybody.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return console.FAILURE
     except (KeyboardInterrupt, typer.Abort):
-        then = "begins anew" if run.command in BEGIN_ANEW else "goes on from there"
-        said = f"interrupted: what was committed stays, and the same command {then}"
+        said = f"interrupted: what was committed stays; {_how_to_go_on(run.command)}"
         return console.show_failure(run.command, "interrupted", said, console.INTERRUPTED, as_json=run.as_json)
     except Exception as error:  # noqa: BLE001 - a defect, too, ends with one document and a code
         console.say("".join(traceback.format_exception(error)))
         said = f"internal error: {type(error).__name__}: {error}"
         return console.show_failure(run.command, "internal", said, console.FAILURE, as_json=run.as_json)
-    finally:
-        run.close()
+
+
+def _how_to_go_on(command: str) -> str:
+    if look := LOOK_FIRST.get(command):
+        return f"look, before you run the same command again, at: {look}"
+    return f"the same command {'begins anew' if command in BEGIN_ANEW else 'goes on from there'}"
+
+
+def _tell_of_secrets(words: Sequence[str]) -> None:
+    """A password in an argument is seen by every user of the machine, and kept by the shell."""
+    for before, word in pairwise(["", *words]):
+        option, _, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        if connect.has_secret(value):
+            instead = _VARIABLES.get(option, _VARIABLES["--database-url"])
+            console.say(
+                f"a password stands in {option or 'an argument'}, where `ps` and the shell's history show it: put the "
+                f"URL into {instead}, or the password into the file that PGPASSFILE names or into a service file"
+            )
 
 
 class Group(TyperGroup):
@@ -164,6 +217,7 @@ class Group(TyperGroup):
         """Run and exit with the command's code."""
         words = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in words
+        _tell_of_secrets(words)
         try:
             # For what is printed before the options are read: --version.
             code = super().main(args=words, **{**extra, "standalone_mode": False, "obj": as_json})

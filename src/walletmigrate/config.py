@@ -242,9 +242,14 @@ class CaptureSettings(_Model):
 
 
 class ExporterSettings(_Model):
-    """Where `walletmigrate exporter` listens, as seen from where `doctor` is called; empty: doctor does not look."""
+    """Where `walletmigrate exporter` listens, as seen from where `doctor` is called; empty: doctor does not look.
+
+    A statement of its look at the database may take ``look_seconds``; what it saw is served for ``hold_seconds``.
+    """
 
     url: Address = ""
+    look_seconds: Seconds = 6
+    hold_seconds: Seconds = 10
 
 
 class ThrottleSettings(_Model):

@@ -59,6 +59,8 @@ EXAMPLES: Mapping[str | int, str] = {
     "check": 'check = "python:module:function"',
     "exporter": 'an [exporter] table such as url = "http://localhost:9464"',
     "url": 'url = "http://localhost:9464"',
+    "look_seconds": "look_seconds = 6",
+    "hold_seconds": "hold_seconds = 10",
     "roles": 'a [roles] table such as owner = "wallet_owner", app = "wallet_app"',
     "name": 'name = "users"',
     "table": 'table = "public.users"',

@@ -107,6 +107,15 @@ def masked(url: str | SecretStr | URL) -> str:
     return address + mark + query.replace("%2A", "*").replace("%2F", "/")
 
 
+def has_secret(url: str) -> bool:
+    """Whether a password stands in what may be the URL of a PostgreSQL database; never raises."""
+    try:
+        read = parsed(url)
+    except ConfigError:
+        return False
+    return bool(read.password) or any(name.lower() in _SECRET_PARAMETERS for name in read.query)
+
+
 def engine(
     url: str | SecretStr | URL,
     *,

@@ -39,6 +39,9 @@ INTERRUPTED: Final = 130
 CUT_SHORT: Final = "a job was taken out of work elsewhere, and is not done; see: walletmigrate jobs list"
 """The note beside `FAILURE` for a job that neither came to its end nor was paused."""
 
+STOPPED: Final = "stopped at a checkpoint: run the same command again, it goes on from there"
+"""The note beside `INTERRUPTED`."""
+
 _LOST: Final = ("08", "28", "3D", "57P")
 _MISSING: Final = ("42P01", "42883", "3F000", "WM010")
 _RETRYABLE: Final = ("40", "55P03", "57014")

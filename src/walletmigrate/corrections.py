@@ -13,12 +13,13 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from walletmigrate import config, jobs, survey
+from walletmigrate import config, jobs
 from walletmigrate.audit import Act
 from walletmigrate.config import Column, KeyType, Settings, exact, key_text
 from walletmigrate.errors import InvalidAmount, InvalidKey, InvalidMovement, LedgerNotInstalled, PreconditionRefused
 from walletmigrate.functions import fingerprint
 from walletmigrate.observe import Adjusted, Observer, Observers
+from walletmigrate.retired import legacy_table
 from walletmigrate.schema import quoted
 from walletmigrate.standing import REASON, show
 
@@ -32,13 +33,14 @@ _AMOUNTS: Final = ("truth", "difference", "legacy_before", "ledger_before", "leg
 
 REFUSALS: Final[dict[str, tuple[str, str]]] = {
     "no_row": ("the legacy table has no row of this key", ""),
-    "absent": ("it has no ledger account", f"--create-missing, or walletmigrate backfill {REASON}"),
+    "absent": ("it has no ledger account", f"walletmigrate backfill {REASON}"),
     "stale": ("the ledger is behind, and cannot be the truth", f"walletmigrate backfill {REASON}"),
     "frozen": ("it is frozen: the ledger alone is true", "take another truth"),
     "closed": ("the account is closed, but there is a row", f"walletmigrate backfill {REASON}"),
     "stopped": ("the line is stopped, or the phase is legacy", f"walletmigrate resume {REASON}"),
     "legacy_value": ("the legacy column holds no exact amount", "mend the row"),
     "differs": ("legacy and ledger differ", f"walletmigrate reconcile --account KEY {REASON}"),
+    "journal": ("its balance is not the sum of its journal", f"walletmigrate recalculate --account KEY {REASON}"),
     "negative": ("the balance would be negative", "--allow-negative"),
     "invalid": ("the truth is no exact amount of the column", "round it at its source"),
     "overflow": ("the balance does not fit the legacy column", "widen the column"),
@@ -182,11 +184,14 @@ def adjust(
     signed = exact(amount, column, allow_negative=True)
     with jobs.begin(engine) as connection:
         refuse("adjust", jobs.obstacles(connection, settings, mapping))
-        text_key = key_of(key, survey.inspect_mapping(connection, mapping).key_type, mapping)
+        text_key = key_of(key, legacy_table(connection, settings.ledger_schema, mapping).key_type, mapping)
     request = {"truth": "change", "amount": str(signed), "negative": allow_negative, "dry": dry_run, "notes": notes}
     corrector = Corrector(engine, settings, mapping, act, alone=True)
     made = corrector.call("correct", text_key, column, type="adjust", **request)
     if made.outcome == "refused":
+        if made.refusal == "stopped":
+            with jobs.begin(engine) as connection:
+                refuse("adjust", stopped(connection, settings))
         what, mend = REFUSALS[made.refusal or ""]
         refuse("adjust", [(f"account {key}: {what}", mend.replace("KEY", key))])
     if not dry_run:

@@ -11,6 +11,7 @@ from walletmigrate import observation, schema
 from walletmigrate.census import Cohort, census, decisions, trait_column
 from walletmigrate.config import Mapping, Settings
 from walletmigrate.errors import WalletMigrateError
+from walletmigrate.facts import imbalance
 from walletmigrate.flag_editor import FLAG_PROBLEMS, FlagEditor
 from walletmigrate.flag_sources import DocumentSnapshot
 from walletmigrate.flags import DUAL_WRITE
@@ -48,6 +49,7 @@ def cohort_reasons(
             found += _not_writing(connection, mapping, snapshot, cohort)
     if cohort and not rows:
         found.append((f"no account has {'='.join(cohort)}", "write the value as the legacy table has it"))
+    found += observation.balanced(imbalance(connection, settings.ledger_schema))
     found += observation.verified(connection, settings)
     return found
 

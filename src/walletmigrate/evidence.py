@@ -48,11 +48,23 @@ class Evidence:
 
 def gather(engine: Engine, settings: Settings, source: FlagSource, folder: Path) -> Evidence:
     """Write the evidence into a new or empty folder. Reads the database only; the journal and the totals in one
-    snapshot, and each mapping's verification in one of its own just before.
+    snapshot, and each mapping's verification in one of its own just before. Cut short, it leaves the folder empty.
 
-    Raises UsageError for a folder that holds something, LedgerNotInstalled, and what `verify` raises.
+    Raises UsageError for a folder that holds something or cannot be written, LedgerNotInstalled, and what `verify`
+    raises.
     """
     _make(folder)
+    try:
+        return _gathered(engine, settings, source, folder)
+    except BaseException as error:
+        for half in folder.iterdir():
+            half.unlink()
+        if isinstance(error, OSError):
+            raise UsageError(f"{folder} cannot be written: {error.strerror}") from None
+        raise
+
+
+def _gathered(engine: Engine, settings: Settings, source: FlagSource, folder: Path) -> Evidence:
     with snapshot(engine) as connection:
         require_installed(connection, settings)
     act = Act("evidence", "for the evidence")

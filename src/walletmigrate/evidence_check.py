@@ -102,7 +102,10 @@ def _files(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     yield from (f"missing: {name}" for name in _NEEDED if name not in manifest["files"])
 
 
-_NEEDED = ("audit.jsonl", "journal.json", "snapshots.json", "totals.json", "verification.json")
+_NEEDED = (
+    *("audit.jsonl", "flags.json", "journal.json", "phase.json", "snapshots.json", "totals.json"),
+    *("verification.json", "versions.json"),
+)
 
 
 def _verdict(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:

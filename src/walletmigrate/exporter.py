@@ -25,13 +25,14 @@ from sqlalchemy.pool import NullPool
 from walletmigrate import connect
 from walletmigrate.errors import ConfigError, UsageError, WalletMigrateError
 from walletmigrate.facts import PHASES, Facts, read_facts
-from walletmigrate.observe import FLAGS, METRICS, VERIFIED
+from walletmigrate.metrics import METRICS
+from walletmigrate.observe import FLAGS, VERIFIED, kind_of
 
 if TYPE_CHECKING:
     from walletmigrate.config import Settings
 
-# Together below Prometheus' usual scrape timeout of 10 s.
-STATEMENT_TIMEOUT_MS: Final = 6000
+# With one statement of the default `look_seconds`, below Prometheus' usual scrape timeout of 10 s. Of a look's dozen
+# statements the one that adds up all accounts is by far the longest, and grows with them.
 CONNECT_SECONDS: Final = 3
 
 Family = CounterMetricFamily | GaugeMetricFamily
@@ -152,14 +153,11 @@ class DatabaseFacts(Collector):
             self._ratios = dict.fromkeys(FLAGS, 0.0) | dict(counted)
         except (SQLAlchemyError, WalletMigrateError) as error:
             self._ratios = dict.fromkeys(FLAGS, math.nan)
-            _log.warning("exporter cannot count for whom the flags are on: %s", type(error).__name__)
+            _log.warning("exporter cannot count for whom the flags are on: %s", kind_of(error))
 
 
 def _warn(schema: str, error: SQLAlchemyError) -> None:
-    # The driver's message may quote the connection string; its class and SQLSTATE cannot.
-    cause = getattr(error, "orig", None) or error
-    sqlstate = getattr(cause, "sqlstate", None) or "no SQLSTATE"
-    _log.warning("exporter cannot read schema %s: %s (%s)", schema, type(cause).__name__, sqlstate)
+    _log.warning("exporter cannot read schema %s: %s", schema, kind_of(error))
 
 
 class Exporter:
@@ -183,8 +181,9 @@ class Exporter:
 
 def serve(settings: Settings, port: int, address: str = "127.0.0.1", *, rollout: Rollout | None = None) -> Exporter:
     """Serve the facts of the configured ledger over HTTP, from a registry of their own; ``port`` 0 takes a
-    free one. ``rollout`` says for whom the flags are on, see `walletmigrate.flag_impact.rollout`. A database that
-    does not answer is no error: it is what ``walletmigrate_exporter_up`` tells.
+    free one. How long a look may take, and is served, says the configuration. ``rollout`` says for whom the flags are
+    on, see `walletmigrate.flag_impact.rollout`. A database that does not answer is no error: it is what
+    ``walletmigrate_exporter_up`` tells.
 
     Raises ConfigError without a usable database URL, UsageError when the address cannot be listened on.
     """
@@ -193,13 +192,14 @@ def serve(settings: Settings, port: int, address: str = "127.0.0.1", *, rollout:
     engine = connect.engine(
         settings.database_url,
         application_name="walletmigrate exporter",
-        statement_timeout_ms=STATEMENT_TIMEOUT_MS,
+        statement_timeout_ms=math.ceil(settings.exporter.look_seconds * 1000),  # never 0, which is no limit
         connect_args={"connect_timeout": CONNECT_SECONDS},
-        # One look every ten seconds: a kept connection would only go stale.
+        # One look every `hold_seconds`: a kept connection would only go stale.
         poolclass=NullPool,
     )
     registry = CollectorRegistry()
-    registry.register(DatabaseFacts(engine, settings.ledger_schema, scope_of(settings), rollout=rollout))
+    hold = settings.exporter.hold_seconds
+    registry.register(DatabaseFacts(engine, settings.ledger_schema, scope_of(settings), rollout=rollout, ttl=hold))
     return listen(registry, port, address)
 
 

@@ -143,6 +143,11 @@ def _table(schema: str, name: str, *columns: str) -> sa.TableClause:
     return sa.table(name, *(sa.column(column) for column in columns), schema=schema)
 
 
+def imbalance(connection: sa.Connection, schema: str) -> dict[str, Decimal]:
+    """What all balances of the ledger come to, in major units, by currency, where that is not nothing."""
+    return {currency: amount for currency, amount in _balances(connection, schema)[1].items() if amount}
+
+
 def _balances(connection: sa.Connection, schema: str) -> tuple[dict[str, int], dict[str, Decimal]]:
     """Accounts by state, and the sum of all balances by currency: one pass over the accounts for both."""
     accounts = _table(schema, "accounts", "state", "currency", "balance")

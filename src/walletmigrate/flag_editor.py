@@ -178,5 +178,7 @@ def _check_flag(flag: str) -> None:
 
 def _one_of(**who: object) -> None:
     if sum(one is not None for one in who.values()) != 1:
-        names = {"percent": "a percentage", "account": "an account", "everyone": "everyone"}
-        raise UsageError("name exactly one of: " + ", ".join(names.get(name, f"a {name}") for name in who))
+        names = {"trait": "a trait (--cohort tenant=acme)", "segment": "a segment (--cohort beta)"}
+        names |= {"percent": "a percentage (--percent 5)", "account": "an account (--account 42)"}
+        names |= {"everyone": "everyone (--everyone)"}
+        raise UsageError("name exactly one of: " + ", ".join(names[name] for name in who))

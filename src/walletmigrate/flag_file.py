@@ -89,11 +89,13 @@ def _replace(path: Path, body: bytes) -> None:
     except BaseException:
         os.unlink(name)
         raise
-    place = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(place)
-    finally:
-        os.close(place)
+    # The new one is in force by now. Some file systems cannot write a folder out, and that is no failure to switch.
+    with contextlib.suppress(OSError):
+        place = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(place)
+        finally:
+            os.close(place)
 
 
 def _reason(error: OSError | UnicodeError) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Final, Literal, Protocol, TypeAlias
 
 from walletmigrate import flag_shape
 from walletmigrate.errors import FlagDocumentInvalid, FlagsMissing, UsageError
+from walletmigrate.observe import kind_of
 
 DUAL_WRITE: Final = "wallet.dualWrite"
 READ_FROM_LEDGER: Final = "wallet.readFromLedger"
@@ -242,8 +243,8 @@ def tell(report: Report, notice: FlagNotice) -> None:
     """Hand a notice over; a report that fails must not fail a money write."""
     try:
         report(notice)
-    except Exception:
-        logging.getLogger("walletmigrate").debug("a report of flags failed", exc_info=True)
+    except Exception as error:  # noqa: BLE001 - so that it fails none
+        logging.getLogger("walletmigrate").debug("a report of flags failed: %s", kind_of(error))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ An empty list opens the gate. Nothing here writes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 
 from sqlalchemy import Connection, text
 
@@ -19,6 +20,7 @@ from walletmigrate.errors import (
     FlagSourceUnreachable,
     UsageError,
 )
+from walletmigrate.facts import imbalance
 from walletmigrate.flag_sources import check
 from walletmigrate.flags import FlagSource
 from walletmigrate.job_rows import has_own_command, resuming
@@ -35,8 +37,11 @@ def reasons(
     source: FlagSource,
     to_phase: str,
     counted: Sequence[Census] | None = None,
+    unbalanced: dict[str, Decimal] | None = None,
 ) -> list[Reason]:
-    """Everything that keeps the migration from entering ``to_phase``. ``counted`` spares a second census."""
+    """Everything that keeps the migration from entering ``to_phase``. ``counted`` spares a second census, and
+    ``unbalanced`` a second sum (`facts.imbalance`).
+    """
     if to_phase not in PHASES:
         raise UsageError(f"no phase {to_phase!r}; there are {', '.join(PHASES)}")
     if not schema.installed(connection, settings.ledger_schema):
@@ -45,15 +50,21 @@ def reasons(
         return []
     if to_phase == "dual_write":
         return [*_foundations(connection, settings), *_known_flags(source)]
+    balanced = observation.balanced(imbalance(connection, settings.ledger_schema) if unbalanced is None else unbalanced)
     if to_phase == "retired":
-        return [*_guarded(connection, settings), *_retirable(connection, settings)]
+        return [*_guarded(connection, settings), *balanced, *_retirable(connection, settings)]
     found = [*_guarded(connection, settings), *_line(connection, settings)]
     found += in_step(census_of_all(connection, settings) if counted is None else counted)
     found += _unfinished(connection, settings)
+    found += balanced
     found += observation.verified(connection, settings)
     found += observation.observed(connection, settings)
+    unknown = list(_known_flags(source))
+    found += unknown
     if to_phase == "wallet_only":
-        return [*found, *observation.read_by_everyone(connection, settings, source)]
+        return found if unknown else [*found, *observation.read_by_everyone(connection, settings, source)]
+    if not unknown:
+        found += observation.dual_written(settings, source)
     if to_phase == "frozen":
         found += no_way_back(connection, settings.mappings)
         found += dependents.readers(connection, settings)

@@ -123,9 +123,7 @@ class Heartbeat:
             self.beat()
         except (SQLAlchemyError, ConfigError) as error:
             if not self._failing:
-                # The driver's message may quote the connection string; its class cannot.
-                cause = getattr(error, "orig", None) or error
-                _log.warning("no heartbeat: %s; tried again every %s s", type(cause).__name__, self._seconds)
+                _log.warning("no heartbeat: %s; tried again every %s s", observe.kind_of(error), self._seconds)
             self._failing = True
         else:
             self._failing = False

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import cached_property
@@ -29,11 +29,13 @@ from walletmigrate.errors import ConfigError, PreconditionRefused, UnknownMappin
 from walletmigrate.flag_editor import FlagEditor
 from walletmigrate.flag_server import FlagsmithSource
 from walletmigrate.flags import FlagSource
+from walletmigrate.movements import TEXT_LIMIT
 from walletmigrate.observe import correlation_id
 from walletmigrate.sources import editor_of, source_of
 from walletmigrate.standing import confirmation, refreshed
 
 KEYS: Final = "WALLETMIGRATE_FLAGSMITH_KEY and WALLETMIGRATE_FLAGSMITH_ADMIN_KEY"
+CORRELATION_ID: Final = f"{ENVIRONMENT_PREFIX}CORRELATION_ID"
 NO_URL: Final = "set WALLETMIGRATE_DATABASE_URL, or pass --database-url"
 
 
@@ -51,8 +53,13 @@ class Run:
         actor: str | None = None,
         reason: str | None = None,
         confirm: str | None = None,
+        changes: bool = False,
+        mapping: str | None = None,
     ) -> None:
         self.command: Final = command
+        self.changes: Final = changes
+        self.mapping: Final = mapping
+        """The mapping that was named, if one was."""
         self.as_json: Final = as_json
         self.dry_run: Final = dry_run
         self._config = config
@@ -64,6 +71,8 @@ class Run:
         """The database last connected to, its password masked."""
         self._stack = ExitStack()
         self._stopped = threading.Event()
+        self.left: tuple[str, ...] = ()
+        """The mappings that the operator's stop left untouched."""
 
     @property
     def config_path(self) -> Path:
@@ -139,15 +148,21 @@ class Run:
         reason = (self._reason or "").strip() or default_reason or ("dry run" if self.dry_run else "")
         if not reason:
             raise UsageError("say why: add --reason '…' (it goes into the audit log)")
-        actor = (self._actor or os.environ.get(f"{ENVIRONMENT_PREFIX}ACTOR") or "").strip() or _user()
-        return Act(actor, reason, self._correlation_id)
+        return Act(self.actor, reason, self.correlation_id)
+
+    @property
+    def actor(self) -> str:
+        """Who does this: as the option says, the environment, or the login."""
+        return (self._actor or os.environ.get(f"{ENVIRONMENT_PREFIX}ACTOR") or "").strip() or _user()
 
     @cached_property
-    def _correlation_id(self) -> str:
-        """One for all that a command does, so that `walletmigrate trace` finds it together."""
+    def correlation_id(self) -> str:
+        """One for all that a command does, so that `walletmigrate trace` finds it together. A script gives it in the
+        environment; else one is made. Raises UsageError for what is too long to be one, or no text.
+        """
         from structlog.contextvars import bound_contextvars  # not above: a command that only looks needs none
 
-        made = correlation_id()
+        made = _given_id() or correlation_id()
         self._stack.enter_context(bound_contextvars(correlation_id=made))  # for what is written under another act
         return made
 
@@ -209,12 +224,26 @@ class Run:
 
     @contextmanager
     def hands(self, workers: int | None, dask: str | None) -> Iterator[dict[str, Any]]:
-        """``workers`` and ``executor`` of a job, by ``--workers`` and ``--dask``. Raises UsageError if none answers."""
+        """``workers`` and ``executor`` of a job, by ``--workers`` and ``--dask``. Raises UsageError if none is."""
         if dask is None or self.dry_run:
             yield {"workers": workers or 1, "executor": None}
             return
         with job_workers.dask(dask) as (executor, count):
+            if not count:
+                raise UsageError(f"the Dask cluster at {dask} has no worker: start one, such as dask worker {dask}")
             yield {"workers": workers or count, "executor": executor}
+
+    def until_stopped(self, chosen: Sequence[Mapping]) -> Iterator[Mapping]:
+        """One mapping after the other, until the operator stops; those that are not come to are `left`."""
+        for done, one in enumerate(chosen, 1):
+            yield one
+            if self.stop():
+                self.left = tuple(each.name for each in chosen[done:])
+                return
+
+    def states(self, results: Iterable[Any]) -> list[str]:
+        """How the jobs of a command ended; those of mappings that a stop left untouched count as paused."""
+        return [str(one.state) for one in results] + ["paused" for _ in self.left]
 
     def close(self) -> None:
         """Give back what the run opened."""
@@ -250,6 +279,13 @@ def server_steps(settings: Settings, flag: str, what: str) -> tuple[str, str]:
         f"flags come from {settings.flags.api_url}, which is only read without an admin key",
         f"set {KEYS}, and run it again; or {by_hand}; then: walletmigrate flags list",
     )
+
+
+def _given_id() -> str | None:
+    given = os.environ.get(CORRELATION_ID, "").strip()
+    if len(given) > TEXT_LIMIT or not given.isprintable():
+        raise UsageError(f"{CORRELATION_ID} must be a text of one line, of at most {TEXT_LIMIT} characters")
+    return given or None
 
 
 def _user() -> str:

@@ -15,11 +15,15 @@ from typing import Any, Final
 from sqlalchemy import Connection, Row, text
 
 from walletmigrate.config import Settings
-from walletmigrate.job_batches import Claim, accounts_per_key, function, span
+from walletmigrate.job_batches import Claim, accounts_per_key, function, insert, span
+from walletmigrate.job_options import FIRST_SIZE, SMOOTHED
 from walletmigrate.job_rows import COLUMNS, Batch, Job, change, get, job_of, table
 
 LATE_FACTOR: Final = 10
 """How many times larger the batches of a last pass are: nearly all of their rows are only looked at."""
+
+IN_STEP: Final = 10
+"""How many accounts that need nothing are as much work as one that is written."""
 
 _IDLE: Final = "60s"
 
@@ -30,10 +34,13 @@ class ClaimLost(Exception):
 
 @dataclass(frozen=True)
 class NoClaim:
-    """Nothing to be claimed: the job does not run, or is held, or has ``ended``, or others are at its last batches."""
+    """Nothing to be claimed: the job does not run, or is held, or has ``ended``, or others are at its last batches, or
+    its rate has no room yet (``paced``).
+    """
 
     job: Job
     ended: bool
+    paced: bool = False
 
 
 def claim(connection: Connection, settings: Settings, job_id: int, worker: str, passes: int = 1) -> Claim | NoClaim:
@@ -45,14 +52,16 @@ def claim(connection: Connection, settings: Settings, job_id: int, worker: str, 
     connection.exec_driver_sql("set local synchronous_commit = off")
     while True:
         job = get(connection, settings, job_id, lock=True)
-        if job.state != "running" or job.held is not None:
+        # Who holds a job says so again and again; one that is stalled is held by a process that is gone.
+        if job.state != "running" or (job.held is not None and not job.stalled):
             return NoClaim(job, ended=False)
-        found = _waiting(connection, settings, job)
+        found = _waiting(connection, settings, job) or _cut(connection, settings, job)
         if found is not None:
+            # Asked for again and again, and not slept through with a claim in the hand: a pause, a cancellation and
+            # another rate hold within moments, however slow this one is.
+            if job.options.rate is not None and _ahead(connection, settings, job):
+                return NoClaim(job, ended=False, paced=True)
             return _taken(connection, settings, job, found, worker)
-        cut = _cut(connection, settings, job)
-        if cut is not None:
-            return _taken(connection, settings, job, cut, worker)
         if _open(connection, settings, job_id):
             return NoClaim(job, ended=False)
         if job.job_pass >= passes:
@@ -62,14 +71,19 @@ def claim(connection: Connection, settings: Settings, job_id: int, worker: str, 
 
 def hold(connection: Connection, settings: Settings, claimed: Claim) -> None:
     """Lock the claimed batch for the rest of the transaction. Raises ClaimLost."""
-    # A worker that was cut off from the server must not hold its rows for hours.
+    # A worker that was cut off from the server must not hold its rows for hours. And no batch waits for the disk: one
+    # that a crash of the server takes back takes its mark with it, and what others wrote on top of it came after it in
+    # the log. Without it each batch would make the application's commits wait for its own flush.
     found = connection.execute(
         text(
-            f"select set_config('idle_in_transaction_session_timeout', '{_IDLE}', true) "
+            f"select set_config('idle_in_transaction_session_timeout', '{_IDLE}', true), "
+            "set_config('synchronous_commit', 'off', true) "
             f"from {table(settings, 'job_batches')} "
-            "where job_id = :job and number = :number and token = :token and state = 'claimed' for no key update"
+            "where job_id = :job and number = :number and token = :token and state = 'claimed' "
+            # A crash that takes a claim back gives its number and its token to the next one.
+            "and after_key is not distinct from :after and upto_key = :upto for no key update"
         ),
-        claimed.identity,
+        {**claimed.identity, "after": claimed.after, "upto": claimed.upto},
     ).one_or_none()
     if found is None:
         raise ClaimLost
@@ -84,6 +98,7 @@ def complete(connection: Connection, settings: Settings, claimed: Claim, batch: 
             "where job_id = :job and number = :number and token = :token and state = 'claimed' returning job_id) "
             f"update {table(settings)} as j set items_done = items_done + :done, "
             "items_failed = items_failed + :failed, last_batch_seconds = :seconds, proven = true, alike = 0, "
+            "paced_until = paced_until - make_interval(secs => :unused), "
             "updated_at = clock_timestamp(), details = details || jsonb_build_object('counts', ("
             "select coalesce(jsonb_object_agg(n.name, coalesce(cast(details -> 'counts' ->> n.name as numeric), 0) "
             "+ coalesce(cast(cast(:counts as jsonb) ->> n.name as numeric), 0)), '{}') from ("
@@ -97,11 +112,28 @@ def complete(connection: Connection, settings: Settings, claimed: Claim, batch: 
             "failed": batch.failed,
             "seconds": seconds,
             "counts": json.dumps(dict(batch.counts)),
+            "unused": _unused(settings, claimed, batch),
         },
     ).one_or_none()
     if row is None:
         raise ClaimLost
     return job_of(row)
+
+
+def _charge(settings: Settings, job: Job, found: Claim | Row[Any] | _Cut) -> float:
+    """The accounts that a batch is thought to write, until it is known: all, and in a last pass few."""
+    return float(found.keys * accounts_per_key(settings, job)) / (LATE_FACTOR if found.batch_pass > 1 else 1)
+
+
+def _unused(settings: Settings, claimed: Claim, batch: Batch) -> float:
+    """The seconds of its rate that a batch has not used up, as it found accounts that needed nothing: the lock of their
+    row is a tenth of the work. Negative if it wrote more than was thought.
+    """
+    rate = claimed.job.options.rate
+    if rate is None or batch.written is None:
+        return 0.0
+    in_step = max(0, claimed.keys * accounts_per_key(settings, claimed.job) - batch.written)
+    return (_charge(settings, claimed.job, claimed) - batch.written - in_step / IN_STEP) / rate
 
 
 def give_back(connection: Connection, settings: Settings, claimed: Claim) -> None:
@@ -130,7 +162,27 @@ def _waiting(connection: Connection, settings: Settings, job: Job) -> Row[Any] |
         "where job_id = :id and (state = 'pending' or (state = 'claimed' and lease_until < clock_timestamp())) "
         "order by case when :proven then keys end, number limit 1 for no key update skip locked"
     )
-    return connection.execute(text(query), {"id": job.id, "proven": job.proven}).one_or_none()
+    found = connection.execute(text(query), {"id": job.id, "proven": job.proven}).one_or_none()
+    most = _most(settings, job)
+    if found is None or most is None:
+        return found
+    most *= LATE_FACTOR if found.batch_pass > 1 else 1
+    return found if found.keys <= most else _part(connection, settings, job, found, most)
+
+
+def _part(connection: Connection, settings: Settings, job: Job, found: Row[Any], most: int) -> Row[Any]:
+    """The first keys of a batch that was cut before there was this rate; the rest waits."""
+    upto = span(connection, settings, job, found.after_key, found.upto_key, most).upto
+    if upto is None or upto == found.upto_key:
+        return found
+    connection.execute(
+        text(
+            f"update {table(settings, 'job_batches')} set state = 'pending', lease_until = null, after_key = :upto, "
+            "keys = keys - :most where job_id = :id and number = :number"
+        ),
+        {"id": job.id, "number": found.number, "upto": upto, "most": most},
+    )
+    return insert(connection, settings, job, found.batch_pass, found.after_key, upto, most)
 
 
 @dataclass(frozen=True)
@@ -163,16 +215,29 @@ def _cut(connection: Connection, settings: Settings, job: Job) -> _Cut | None:
 def _size(connection: Connection, settings: Settings, job: Job) -> int:
     if job.options.batch_size is not None and job.options.rate is None:
         return job.options.batch_size
+    # Not of parts and halves of a batch, which say nothing of a whole one: while a bad row is sought, the size would
+    # grow with each.
     query = (
         f"select seconds from {table(settings, 'job_batches')} "
-        "where job_id = :id and state = 'done' and pass = :pass order by number desc limit 20"
+        "where job_id = :id and state = 'done' and pass = :pass and keys * 2 > :whole order by number desc limit :many"
     )
-    seconds = list(connection.execute(text(query), {"id": job.id, "pass": job.job_pass}).scalars())
+    whole = (job.batch_size or FIRST_SIZE) * (LATE_FACTOR if job.job_pass > 1 else 1)
+    values = {"id": job.id, "pass": job.job_pass, "whole": whole, "many": SMOOTHED}
+    seconds = list(connection.execute(text(query), values).scalars())
     size = job.options.size(job.batch_size, seconds)
-    if job.options.rate is not None:
-        # No more at once than a second's worth: a rate is no burst.
-        size = min(size, max(1, int(job.options.rate / accounts_per_key(settings, job))))
-    return size
+    most = _most(settings, job)
+    return size if most is None else min(size, most)
+
+
+def _most(settings: Settings, job: Job) -> int | None:
+    """How many keys a batch may have at most under a rate, which is no burst; None: there is no rate."""
+    return job.options.burst(accounts_per_key(settings, job))
+
+
+def _ahead(connection: Connection, settings: Settings, job: Job) -> bool:
+    """Whether what was claimed already has room for more than a second from now on."""
+    query = f"select paced_until > clock_timestamp() + interval '1 second' from {table(settings)} where id = :id"
+    return bool(connection.scalar(text(query), {"id": job.id}))
 
 
 _PACED: Final = (
@@ -192,7 +257,7 @@ def _taken(connection: Connection, settings: Settings, job: Job, found: Row[Any]
     values: dict[str, Any] = {
         "id": job.id,
         "rate": job.options.rate,
-        "accounts": found.keys * accounts_per_key(settings, job) / (LATE_FACTOR if found.batch_pass > 1 else 1),
+        "accounts": _charge(settings, job, found),
         "lease": job.options.lease_seconds,
         "worker": worker,
     }

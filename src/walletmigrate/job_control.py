@@ -12,7 +12,8 @@ from sqlalchemy import Connection, Engine, text
 from walletmigrate import job_batches, job_rows
 from walletmigrate.audit import Act, record
 from walletmigrate.config import Settings
-from walletmigrate.errors import PreconditionRefused
+from walletmigrate.errors import PreconditionRefused, UsageError
+from walletmigrate.job_options import Options
 from walletmigrate.job_rows import COLUMNS, RESUMABLE, Job, begin, job_of, table
 from walletmigrate.standing import REASON
 
@@ -97,10 +98,16 @@ def cancel(engine: Engine, settings: Settings, job_id: int, act: Act, *, dry_run
 def configure(
     engine: Engine, settings: Settings, job_id: int, options: Mapping[str, Any], act: Act, *, dry_run: bool = False
 ) -> Job:
-    """Change settings (see `job_options.parsed`), which hold from the next batch on. Raises PreconditionRefused."""
+    """Change settings (see `job_options.parsed`), which hold from the next batch on. Raises PreconditionRefused, and
+    UsageError where the smallest size would be above the largest.
+    """
     with begin(engine) as connection:
         job = _in(connection, settings, job_id, "set", RESUMABLE)
         _unless_it_reads(job, "set", "it has no batches, and nothing to set")
+        bounds = Options.of({**job.settings, **options})
+        if bounds.min_batch_size > bounds.max_batch_size:
+            what = f"min-batch-size={bounds.min_batch_size} is above max-batch-size={bounds.max_batch_size}"
+            raise UsageError(f"{what}: set both")
         if dry_run:
             return job
         details = {"settings": dict(options)}

@@ -20,6 +20,16 @@ EVERYTHING: Final = "(all)"
 STALLED_SECONDS: Final = 60
 """After how long without a batch, and without a word that it is held, a job that counts as running is stalled."""
 
+PACE: Final = 5_000.0
+"""Accounts a second, for each worker, of a backfill to which nobody said another rate: what an application that writes
+beside it does not feel (`make bench`).
+"""
+
+BURST_SECONDS: Final = 0.1
+"""The time whose share of a rate may be done at once, in one batch: so many small commits, and none that others have to
+wait for.
+"""
+
 FIRST_SIZE: Final = 1000
 """Keys of the first batches of a job that tunes itself."""
 
@@ -53,10 +63,15 @@ class Options:
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in stored.items() if name in known})
 
+    def burst(self, per_key: int = 1) -> int | None:
+        """How many keys, with ``per_key`` accounts each, a batch may have under the rate, None: there is no rate."""
+        return None if self.rate is None else max(1, int(self.rate * BURST_SECONDS / per_key))
+
     def shown(self) -> dict[str, str]:
         """The settings as `parsed` reads them."""
         return {
-            _word(name): _NONE.get(name, "") if value is None else f"{value:g}" for name, value in asdict(self).items()
+            _word(name): _NONE.get(name, "") if value is None else f"{value:.15g}"
+            for name, value in asdict(self).items()
         }
 
     def size(self, current: int | None, seconds: Sequence[float]) -> int:

@@ -30,6 +30,7 @@ from walletmigrate.config import Settings
 from walletmigrate.errors import JobCancelled, PreconditionRefused, SnapshotTooOld, UsageError
 from walletmigrate.functions import FUNCTIONS_VERSION
 from walletmigrate.job_rows import COLUMNS, Job, begin, job_of, retryable, said, sqlstate, table
+from walletmigrate.observe import kind_of
 from walletmigrate.standing import REASON
 
 BEAT_SECONDS: Final = 5.0
@@ -245,7 +246,7 @@ def insist(engine: Engine, write: Callable[[Connection], object], what: str) -> 
             return
         except SQLAlchemyError as failure:
             if wait is None or (isinstance(failure, DBAPIError) and not retryable(failure)):
-                _log.error("%s, and that could not be put on record: %s", what, said(failure))
+                _log.error("%s, and that could not be put on record: %s", what, kind_of(failure))
                 return
         time.sleep(wait)
 

@@ -96,12 +96,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one batch did: ``keys`` are legacy rows, ``done`` and ``failed`` accounts; ``counts`` are added up."""
+    """What one batch did: ``keys`` are legacy rows, ``done`` and ``failed`` accounts; ``counts`` are added up.
+
+    ``written`` are the accounts that its rate counts in full, None: all of its keys; the others needed nothing.
+    """
 
     keys: int
     done: int
     failed: int
     counts: Mapping[str, int]
+    written: int | None = None
 
 
 _SAID: Final = {
@@ -240,8 +244,8 @@ def cancelled(connection: Connection, settings: Settings, job: Job, act: Act) ->
 
 
 def configure(connection: Connection, settings: Settings, job_id: int, options: Mapping[str, Any]) -> Job:
-    """Change settings of a job, from its next batch on."""
-    merged = "settings = settings || cast(:options as jsonb)"
+    """Change settings of a job, from its next batch on; what another rate has used up is forgotten."""
+    merged = "settings = settings || cast(:options as jsonb)" + (", paced_until = null" if "rate" in options else "")
     return change(connection, settings, job_id, merged, options=json.dumps(dict(options)))
 
 

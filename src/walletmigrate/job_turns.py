@@ -106,6 +106,6 @@ def _one(
 
 
 def _size(job: Job, usual: int) -> int:
-    """As the operator set it; with a rate no more at once than a second's worth."""
-    wanted = job.options.batch_size or usual
-    return wanted if job.options.rate is None else min(wanted, max(1, int(job.options.rate)))
+    """As the operator set it; with a rate no more at once than its burst."""
+    wanted, most = job.options.batch_size or usual, job.options.burst()
+    return wanted if most is None else min(wanted, most)

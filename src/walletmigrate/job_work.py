@@ -75,7 +75,7 @@ class Work:
                         now = replace(found.job, resumed=job.resumed)
                         if found.ended or now.state != "running":
                             return now, found.ended
-                        time.sleep(_OTHERS_AT_WORK if now.held is None else _HELD)
+                        time.sleep(_OTHERS_AT_WORK if now.held is None and not found.paced else _HELD)
                         continue
                     job = replace(self._carry_out(found), resumed=job.resumed)
                     tries = 0

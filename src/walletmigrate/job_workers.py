@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from typing import Any, Final
 from pydantic import SecretStr
 from sqlalchemy.exc import DBAPIError
 
-from walletmigrate import connect, job_rows
+from walletmigrate import connect, job_rows, observe
 from walletmigrate.config import Settings
 from walletmigrate.errors import DatabaseUnreachable, JobFailed, UsageError, WalletMigrateError
 from walletmigrate.job_outages import Patience
@@ -47,13 +47,14 @@ _LOOK: Final = 0.25
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a worker gets. Its text never shows the URL's password."""
+    """What a worker gets. Its text never shows the URL's password. What it puts on record has that correlation id."""
 
     settings: Settings
     url: SecretStr
     job_id: int
     steps: tuple[Step, ...]
     seconds: float = SLICE_SECONDS
+    correlation_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,15 @@ class Outcome:
 
 def work(assignment: Assignment) -> Outcome:
     """Do batches for a while; runs in the worker."""
+    from structlog.contextvars import bound_contextvars  # not above: a command without workers needs none
+
+    if assignment.correlation_id is None:
+        return _worked(assignment)
+    with bound_contextvars(correlation_id=assignment.correlation_id):
+        return _worked(assignment)
+
+
+def _worked(assignment: Assignment) -> Outcome:
     # One connection for the batch, one for a step that has transactions of its own in it.
     engine = connect.engine(assignment.url, application_name="walletmigrate worker", pool_size=2, max_overflow=0)
     end = time.monotonic() + assignment.seconds
@@ -112,22 +122,26 @@ class Crew:
 
     def _run(self, job: Job) -> tuple[Job, bool]:
         url = SecretStr(self._main.engine.url.render_as_string(hide_password=False))
-        task = partial(work, Assignment(self._main.settings, url, job.id, tuple(self._main.steps)))
+        under = observe.correlation_id()
+        steps = tuple(self._main.steps)
+        task = partial(work, Assignment(self._main.settings, url, job.id, steps, correlation_id=under))
         running: set[Future[Outcome]] = set()
         ended, told = False, -1
+        job = self._look(job)
         while True:
-            job = self._look(job)
             if self._main.progress is not None and job.items_done + job.items_failed != told:
                 told = job.items_done + job.items_failed
                 self._main.progress(job)
             if job.state == "running" and not ended and self._main.stop():
                 job = self._main.pause(job)
             while job.state == "running" and not ended and len(running) < self._count:
-                running.add(self._pool.submit(task))
+                running.add(self._submit(task))
             if not running:
                 return job, ended
             done, running = wait(running, timeout=_LOOK, return_when=FIRST_COMPLETED)
-            outcomes = [self._outcome(job, one) for one in done]
+            # Before losses are counted: what the lost ones did has to be seen, or too many seem lost in a row.
+            job = self._look(job)
+            outcomes = [self._outcome(job, one) for one in self._counted(done)]
             if self._given is None and any(one is None for one in outcomes):
                 # A process that dies takes its pool along.
                 self._pool.shutdown(wait=True, cancel_futures=True)
@@ -136,6 +150,20 @@ class Crew:
                 if outcome is not None:
                     self._judge(outcome)
                     ended = ended or outcome.ended
+
+    def _submit(self, task: Callable[[], Outcome]) -> Future[Outcome]:
+        """A pool may be found broken only here, when a process has died since it was last looked at: a loss as any."""
+        try:
+            return self._pool.submit(task)
+        except BrokenProcessPool as error:
+            lost: Future[Outcome] = Future()
+            lost.set_exception(error)
+            return lost
+
+    def _counted(self, done: set[Future[Outcome]]) -> list[Future[Outcome]]:
+        """Of the workers that went down with their pool only one, as they are one loss: one process died."""
+        broken = [one for one in done if not one.cancelled() and isinstance(one.exception(), BrokenProcessPool)]
+        return [one for one in done if one not in broken[1:]]
 
     def _look(self, job: Job) -> Job:
         """Ask the throttle, and look how far the job is. A database that is away is waited for, as in the workers."""

@@ -6,10 +6,12 @@ next run, or another worker, takes the batch up again. Any number of workers and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
 from datetime import timedelta
+from math import isfinite
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, Engine, text
@@ -18,7 +20,7 @@ from walletmigrate import config, job_batches
 from walletmigrate.audit import Act, record
 from walletmigrate.capture import fence_problems
 from walletmigrate.config import Settings
-from walletmigrate.errors import LedgerNotInstalled, PreconditionRefused
+from walletmigrate.errors import LedgerNotInstalled, PreconditionRefused, UsageError
 from walletmigrate.functions import FUNCTIONS_VERSION, Installed, alteration, fingerprint, installed_mapping, relation
 from walletmigrate.job_outages import ATTEMPTS, Patience
 from walletmigrate.job_rows import (
@@ -40,6 +42,7 @@ from walletmigrate.job_rows import (
 )
 from walletmigrate.job_work import Progress, Step, Stop, Work
 from walletmigrate.job_workers import Crew
+from walletmigrate.retired import legacy_table
 from walletmigrate.schema import installed, quoted
 from walletmigrate.standing import REASON
 from walletmigrate.throttle import Throttle, of_settings
@@ -57,6 +60,7 @@ __all__ = [
     "finish",
     "get",
     "leave",
+    "manned",
     "newest",
     "obstacles",
     "persist",
@@ -82,15 +86,19 @@ def start_or_resume(
     *,
     total: int | None = None,
     details: dict[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Job:
     """Go on with the newest job of this kind and mapping unless it is done or cancelled; else make one.
 
-    The job's actor and reason are those of the last start; the audit log has them all. Raises PreconditionRefused
-    for a job of other functions, or one that nobody has worked on for `FRESH`, unless ``force``.
+    ``options`` are settings that a new one begins with (`job_options.Options`). The job's actor and reason are those of
+    the last start; the audit log has them all. Raises PreconditionRefused for a job of other functions, or one that
+    nobody has worked on for `FRESH`, unless ``force``.
     """
     with begin(engine) as connection:
-        return started(connection, settings, kind, mapping_name, act, total=total, details=details, force=force)
+        return started(
+            connection, settings, kind, mapping_name, act, total=total, details=details, options=options, force=force
+        )
 
 
 def started(
@@ -102,6 +110,7 @@ def started(
     *,
     total: int | None = None,
     details: dict[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
     force: bool = False,
     wanted: Callable[[Job], bool] | None = None,
 ) -> Job:
@@ -125,7 +134,8 @@ def started(
             row = connection.execute(text(_resume(settings)), {**values, "id": found.id}).one()
         else:
             # No row: another process has just made the job, and the next look finds it.
-            row = connection.execute(text(_insert(settings)), values).one_or_none()
+            begun = {**values, "options": json.dumps(dict(options or {}))}
+            row = connection.execute(text(_insert(settings)), begun).one_or_none()
     job = job_of(row, resumed=resumed)
     word = "resume" if resumed else "start"
     record(connection, settings, f"{kind} {word}", act, mapping=mapping_name, job_id=job.id, details=details)
@@ -150,8 +160,8 @@ def run_batches(
     """Run batches until no key is left; the job is then still ``running``, and the caller's to `finish`.
 
     ``last`` is the step of a last pass over all keys once more, for what was written meanwhile. ``batch_size``
-    (legacy rows) and ``rate`` (accounts a second, over all workers) are kept as the job's settings; None leaves them
-    as they are, and by default the size tunes itself and the rate has no bound.
+    (legacy rows) and ``rate`` (accounts a second, over all workers; `math.inf`: as fast as it goes) are kept as the
+    job's settings; None leaves them as they are, and by default the size tunes itself and the rate has no bound.
 
     More than one of ``workers`` are processes of this machine, or tasks of any ``executor``. They connect with the
     engine's URL, and get the steps pickled; ``progress`` and ``stop`` stay here, and are called a few times a second.
@@ -163,7 +173,9 @@ def run_batches(
     attempts (Retryable), or when functions are missing (LedgerNotInstalled); a failed job is resumable. A database that
     is away is waited for; DatabaseUnreachable if ``stop`` says so before it is back.
     """
-    given = {name: one for name, one in (("batch_size", batch_size), ("rate", rate)) if one is not None}
+    manned(workers)
+    asked = {"batch_size": batch_size, "rate": rate}
+    given = {name: one if isfinite(one) else None for name, one in asked.items() if one is not None}
     if given:
         with begin(engine) as connection:
             configure(connection, settings, job.id, given)
@@ -175,6 +187,12 @@ def run_batches(
     if executor is None and workers == 1:
         return work.run(job)[0]
     return Crew(work, workers, executor).run(job)[0]
+
+
+def manned(workers: int) -> None:
+    """Raise UsageError where nobody would work; asked before a job begins, which would else stand there."""
+    if workers < 1:
+        raise UsageError(f"{workers} workers: name one at least")
 
 
 def finish(
@@ -274,7 +292,7 @@ def obstacles(connection: Connection, settings: Settings, mapping: config.Mappin
     ]
     if known.fingerprint != fingerprint(mapping):
         found.append(("the functions were made from another configuration", f"walletmigrate install {REASON}"))
-    altered = alteration(connection, mapping, known)
+    altered = alteration(connection, mapping, known, lambda: legacy_table(connection, settings.ledger_schema, mapping))
     return [*found, altered] if altered else found
 
 
@@ -319,8 +337,9 @@ def _resume(settings: Settings) -> str:
 def _insert(settings: Settings) -> str:
     return (
         f"insert into {quoted(settings.ledger_schema)}.jobs "
-        "(kind, mapping, actor, reason, version, functions_version, items_total, details) values "
-        "(:kind, :mapping, :actor, :reason, :version, :functions, :total, cast(:details as jsonb)) "
+        "(kind, mapping, actor, reason, version, functions_version, items_total, details, settings) values "
+        "(:kind, :mapping, :actor, :reason, :version, :functions, :total, cast(:details as jsonb), "
+        "cast(:options as jsonb)) "
         "on conflict (kind, mapping) where state in ('running', 'paused') do nothing "
         f"returning {COLUMNS}"
     )

@@ -116,7 +116,7 @@ def _followed(
     known: Known | None,
 ) -> tuple[tuple[JournalProblem, ...], int]:
     """The problems of owners' accounts, as `of_accounts` tells them, with as little following as will do."""
-    if not _leads_to(steps, ledger):
+    if not _leads_to(steps, ledger) or any(row.pay_themselves for row in steps):
         return of_accounts(comparison, connection, limit)
     if known is None:
         several = any(row.further for row in steps)
@@ -154,6 +154,8 @@ def _explained(row: Row[Any]) -> Iterator[JournalProblem]:
     if row.broken_at is not None:
         what = "the balance after a transaction does not follow from the one before"
         yield JournalProblem(*place, what, row.broken_at)
+    if row.itself_at is not None:
+        yield JournalProblem(*place, "a transaction pays the account that it is taken from", row.itself_at)
     if row.unexplained:
         what = "the balance is not the sum of the account's transactions"
         yield JournalProblem(*place, what, None, row.total, row.balance)

@@ -137,9 +137,11 @@ def _set(engine: Engine, settings: Settings, action: str, act: Act, *, running: 
     with engine.begin() as connection:
         require_installed(connection, settings)
         before = show(connection, settings).line_running
-        if dry_run or before == running:
+        if dry_run or (running and before):
             return LineChange(before, before != running, dry_run, None)
-        audit_id = record(connection, settings, action, act, details={"running": running})
-        # Nothing undoes it, not even a rollback: so it is the last statement.
+        changed = before != running
+        audit_id = record(connection, settings, action, act, details={"running": running}) if changed else None
+        # Nothing undoes it, not even a rollback: so it is the last statement. A stop is set whatever was seen: a resume
+        # in flight may have looked before it and come after.
         connection.execute(text(f"select {quoted(settings.ledger_schema)}.set_line(:running)"), {"running": running})
-    return LineChange(running, True, False, audit_id)
+    return LineChange(running, changed, False, audit_id)

@@ -24,7 +24,7 @@ from walletmigrate.journals import Journal, JournalProblem
 from walletmigrate.references import References
 from walletmigrate.samples import Sample
 from walletmigrate.sums import less
-from walletmigrate.verifications import BEHIND, Bound, Drift, Form, counted, last_bound, last_known, wrong
+from walletmigrate.verifications import BEHIND, Bound, Drift, Form, counted, last_bound, last_clean, wrong
 
 AGAIN: Final = 10_000
 """Up to how many differing accounts are looked at again. More differ of no moment's making."""
@@ -119,11 +119,14 @@ def _at_all(
         _list(look, comparison, connection, limit, seen.groups, seen.scope)
     accounts = counted(seen.groups)
     run.at("journal, 2 of 4", done=accounts, total=accounts)
-    known = last_known(connection, settings, comparison.mapping)
-    look.journal = journals.whole(comparison, connection, limit, seen.ledger, known)
+    last = last_clean(connection, settings, comparison.mapping)
+    look.journal = journals.whole(comparison, connection, limit, seen.ledger, last.known if last else None)
     run.at("references, 3 of 4")
     grouped, horizon = look.journal.grouped, look.journal.horizon
-    look.references = references.look(connection, settings, seen.ledger, grouped=grouped, horizon=horizon, limit=limit)
+    earlier = {"run": last.run, **vars(last.journal)} if last else None
+    look.references = references.look(
+        connection, settings, seen.ledger, earlier, grouped=grouped, horizon=horizon, limit=limit
+    )
     run.at("cross-checks, 4 of 4")
     look.checks = cross_checks.run(comparison, connection, limit)
 

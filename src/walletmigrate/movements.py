@@ -19,7 +19,8 @@ Key = int | str | uuid.UUID
 Traits = MappingABC[str, str | int | bool]
 Request = dict[str, str | int | bool | None]
 
-_TEXT_LIMIT = 500
+TEXT_LIMIT = 500
+"""Characters of a text that a movement brings: a type, a reference, a correlation id."""
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 _OWN_KEYS = "walletmigrate:"
 """Idempotency keys that begin so are the library's: a caller's key cannot stand in the way of a reversal."""
@@ -47,6 +48,8 @@ class Movement:
 
     ``type`` is the application's own word (deposit, booking); ``reference`` is (kind, id) of what caused it.
     The same ``idempotency_key`` with the same request moves money once; with another request it is refused.
+    ``watched`` marks what a watched attribute was assigned (`LegacyBalanceAdapter.watch`): that is the application's
+    traffic, and leaves no audit row.
     """
 
     operation: Operation
@@ -65,6 +68,7 @@ class Movement:
     address: str | None = None
     transaction_id: int | None = None
     traits: Traits | None = field(default=None, compare=False)
+    watched: bool = False
 
     @classmethod
     def credit(cls, key: Key, amount: Decimal | int, *, type: str, **details: Unpack[Details]) -> Movement:
@@ -191,6 +195,7 @@ def _common(movement: Movement, correlation_id: str) -> Request:
         "reason": movement.reason,
         "description": movement.description,
         "address": movement.address,
+        "watched": movement.watched,
     }
 
 
@@ -204,6 +209,10 @@ def _check(movement: Movement, correlation_id: str) -> None:
         raise InvalidMovement("actor", "an adjustment has an actor and a reason; pass both")
     if movement.operation == "reverse" and not movement.reason:
         raise InvalidMovement("reason", "a reversal has a reason; pass it")
+    if movement.operation == "reverse" and movement.idempotency_key is not None:
+        # One that was dropped would let the same key move money once more, for another request.
+        what = "a transaction is its own key, and is undone at most once; leave it out"
+        raise InvalidMovement("idempotency_key", what)
     if isinstance(movement.idempotency_key, str) and movement.idempotency_key.startswith(_OWN_KEYS):
         raise InvalidMovement("idempotency_key", f"keys that begin with {_OWN_KEYS!r} are the library's own")
     _check_texts(movement, correlation_id)
@@ -228,5 +237,5 @@ def _check_texts(movement: Movement, correlation_id: str) -> None:
             continue
         if not isinstance(value, str) or not value.strip():
             raise InvalidMovement(name, f"{value!r} is no text; pass a non-empty str or leave it out")
-        if _UNSTORABLE.search(value) or len(value) > _TEXT_LIMIT:
-            raise InvalidMovement(name, f"pass at most {_TEXT_LIMIT} characters, without NUL and lone surrogates")
+        if _UNSTORABLE.search(value) or len(value) > TEXT_LIMIT:
+            raise InvalidMovement(name, f"pass at most {TEXT_LIMIT} characters, without NUL and lone surrogates")

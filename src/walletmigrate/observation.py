@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from datetime import datetime
+from decimal import Decimal
 
 from sqlalchemy import Connection, text
 
@@ -105,14 +106,26 @@ def _last_mending(connection: Connection, settings: Settings, mapping: Mapping) 
     return found
 
 
+def balanced(imbalance: dict[str, Decimal]) -> Iterator[Reason]:
+    """All balances come to nothing, now: a verification says so of the moment of its snapshot.
+
+    ``imbalance`` is what `facts.imbalance` sees.
+    """
+    for currency, amount in sorted(imbalance.items()):
+        yield (
+            f"the balances of the ledger in {currency} come to {amount}, and not to 0",
+            "walletmigrate verify  # then see runbooks/ledger-imbalance.md",
+        )
+
+
 def observed(connection: Connection, settings: Settings) -> Iterator[Reason]:
-    """The window has been watched with dual-write on, and nothing went wrong in it."""
+    """The window has been watched in a phase that lets dual-write be asked for, and nothing went wrong in it."""
     now = database_time(connection)
     start = now - settings.observation_window
     begun, window = in_force_since(connection, settings, "dual_write"), shown_span(settings.observation_window)
     if begun is not None and begun > start:
         yield (
-            f"dual-write has been on for {shown_span(now - begun)}, the observation window is {window}",
+            f"dual-write has been allowed for {shown_span(now - begun)}, the observation window is {window}",
             wait_until(begun + settings.observation_window),
         )
     for what, query in _WATCHED.items():
@@ -172,6 +185,15 @@ def exercised(connection: Connection, settings: Settings, since: str = "dual_wri
     if not done:
         again = "" if since == "dual_write" else f" again since the phase came to {since}"
         yield f"the way back has not been exercised{again}", f"walletmigrate rollback --exercise {REASON}"
+
+
+def dual_written(settings: Settings, source: FlagSource) -> Iterator[Reason]:
+    """Somebody is dual-written: a window in which no write reached the ledger has shown nothing."""
+    if not isinstance(source.snapshot(), DocumentSnapshot):
+        return  # a source that decides account by account cannot be asked about all of them
+    state = {state.flag: state for state in flag_states(source)}.get(DUAL_WRITE)
+    if state and not state.default and not any(override.enabled for override in state.overrides):
+        yield f"{DUAL_WRITE} is on for nobody", _switch_on(settings, DUAL_WRITE, [])
 
 
 def read_by_everyone(connection: Connection, settings: Settings, source: FlagSource) -> Iterator[Reason]:

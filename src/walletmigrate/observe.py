@@ -11,21 +11,22 @@ Importing this module registers no metric and configures no log. It loads neithe
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 import threading
+import traceback
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import product
-from types import MappingProxyType
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, get_args
+
+from walletmigrate.loggers import default_logger, stdlib_logger
+from walletmigrate.metrics import METRICS
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Counter
-
-PREFIX: Final = "walletmigrate_"
 
 Operation = Literal["credit", "debit", "set_balance", "transfer", "reverse", "apply", "open_account"]
 Mode = Literal["legacy", "dual_write", "ledger"]
@@ -47,112 +48,6 @@ FLAGS: Final = ("wallet.dualWrite", "wallet.readFromLedger", "wallet.enableWithd
 
 # 0.5 ms to 5 s: one round trip to a near database is below the first bounds, a lock wait above the last ones.
 BUCKETS: Final = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One metric as it is scraped: ``name`` without prefix, ``labels`` in order, where it is counted. Of one that both
-    serve, each has label values of its own: a sum over all counts nothing twice.
-    """
-
-    name: str
-    kind: Literal["counter", "gauge", "histogram"]
-    help: str
-    labels: tuple[str, ...] = ()
-    served_by: Literal["process", "exporter", "both"] = "exporter"
-
-    def served(self, by: Literal["process", "exporter"]) -> bool:
-        """Whether a scrape of it shows the metric."""
-        return self.served_by in (by, "both")
-
-    @property
-    def full_name(self) -> str:
-        """The name with prefix."""
-        return PREFIX + self.name
-
-    @property
-    def series(self) -> tuple[str, ...]:
-        """The names under which samples appear in a scrape."""
-        if self.kind == "histogram":
-            return tuple(self.full_name + suffix for suffix in ("_bucket", "_count", "_sum"))
-        return (self.full_name,)
-
-
-def _catalogue(*metrics: Metric) -> Mapping[str, Metric]:
-    return MappingProxyType({metric.name: metric for metric in metrics})
-
-
-METRICS: Final = _catalogue(
-    Metric(
-        "dual_write_total",
-        "counter",
-        "Postings by the adapter's operation and how they ended.",
-        ("operation", "outcome"),
-        "process",
-    ),
-    Metric(
-        "dual_write_duration_seconds",
-        "histogram",
-        "Seconds of one posting call that reached the database, commit not included.",
-        ("operation", "mode"),
-        "process",
-    ),
-    Metric("read_total", "counter", "Balance reads by the side that answered.", ("source",), "process"),
-    Metric("read_compare_total", "counter", "Compared balance reads by result.", ("outcome",), "process"),
-    Metric("mismatch_total", "counter", "Differences seen between legacy and ledger.", ("where",), "both"),
-    Metric(
-        "watched_write_total",
-        "counter",
-        "Writes to watched ORM attributes that overwrote a newer balance, or went past the adapter.",
-        ("outcome",),
-        "process",
-    ),
-    Metric("flag_age_seconds", "gauge", "Age of the flag document last decided by.", ("flag",), "process"),
-    Metric(
-        "bypass_writes_total",
-        "counter",
-        "Writes past the adapter since the install, by what the fence made of them.",
-        ("treatment",),
-    ),
-    Metric(
-        "flag_rollout_ratio", "gauge", "Share of the accounts for which the flag is on, as documents go.", ("flag",)
-    ),
-    Metric("flag_documents", "gauge", "Different flag documents that live processes decide by."),
-    Metric("phase", "gauge", "1 for the phase in force, 0 for the others.", ("phase",)),
-    Metric("line_stopped", "gauge", "1 while the line is stopped, else 0."),
-    Metric("accounts", "gauge", "Accounts by state; absent is as of the last full verification.", ("state",)),
-    Metric(
-        "drift_accounts",
-        "gauge",
-        "Accounts that differed in the last full verification, or, if that is more, in a later verification or "
-        "reconciliation.",
-        ("currency",),
-    ),
-    Metric(
-        "drift_amount",
-        "gauge",
-        "Sum of absolute differences in the same, in major units.",
-        ("currency",),
-    ),
-    Metric(
-        "verification_last_success_timestamp_seconds",
-        "gauge",
-        "Unix time of the last clean full verification, the oldest of all mappings; 1 if a later one of any form was "
-        "not clean, 0 if a mapping never had any.",
-    ),
-    Metric("job_items", "gauge", "Items done by the newest job of each kind and mapping.", ("kind", "mapping")),
-    Metric(
-        "job_failed",
-        "gauge",
-        "Items that failed; at least 1 if the job itself failed, 0 if it was cancelled.",
-        ("kind", "mapping"),
-    ),
-    Metric("job_paused", "gauge", "1 while the newest job is paused, or held by a throttle.", ("kind", "mapping")),
-    Metric("job_remaining", "gauge", "Items left to do; NaN while the total is not known.", ("kind", "mapping")),
-    Metric("job_batch_seconds", "gauge", "Seconds of the newest job's last batch.", ("kind", "mapping")),
-    Metric("ledger_imbalance", "gauge", "Sum of all balances, in major units; must be 0.", ("currency",)),
-    Metric("exporter_up", "gauge", "1 if the last look at the database succeeded, else 0."),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +178,11 @@ class Observer(Protocol):
 
 
 class Observers:
-    """A fixed row of observers; `tell` never raises. ``failures`` counts the exceptions it swallowed."""
+    """A fixed row of observers; `tell` never raises. ``failures`` counts the exceptions it swallowed.
+
+    The log has the first of each observer, by its type and SQLSTATE: its words may quote what the event says. With a
+    `LogObserver` among them that logs values it has the whole traceback.
+    """
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
         self._observers = tuple(observers)
@@ -302,21 +201,37 @@ class Observers:
         for place, observer in enumerate(self._observers):
             try:
                 observer(event)
-            except Exception:  # noqa: BLE001 - money is committed by now; no fault here may reach the caller
-                self._failed(place, observer)
+            except Exception as error:  # noqa: BLE001 - money is committed by now; no fault here may reach the caller
+                self._failed(place, observer, error)
 
-    def _failed(self, place: int, observer: Observer) -> None:
+    def _failed(self, place: int, observer: Observer, error: Exception) -> None:
         with self._lock:
             self.failures += 1
             first = place not in self._reported
             self._reported.add(place)
         if first:  # once each: a broken observer would otherwise write a traceback for every posting
             with contextlib.suppress(Exception):
-                _stdlib_logger().error(
-                    "observer %s failed; its further failures are only counted",
+                stdlib_logger().error(
+                    "observer %s failed: %s at %s; its further failures are only counted",
                     getattr(observer, "__qualname__", type(observer).__qualname__),
-                    exc_info=True,
+                    kind_of(error),
+                    _raised_at(error),
+                    exc_info=any(isinstance(one, LogObserver) and one.log_values for one in self),
                 )
+
+
+def kind_of(error: BaseException) -> str:
+    """What a log may say of an error: its type, and of the database's errors the driver's with the SQLSTATE. Never its
+    words, which may quote a key, a balance, or the address of a database.
+    """
+    cause = getattr(error, "orig", None) or error
+    state = getattr(cause, "sqlstate", None)
+    return type(cause).__name__ + (f" ({state})" if state else "")
+
+
+def _raised_at(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "nowhere"
 
 
 class PrometheusObserver:
@@ -391,8 +306,8 @@ class LogObserver:
     """
 
     def __init__(self, logger: Any = None, *, log_values: bool = False) -> None:
-        self._log = _default_logger() if logger is None else logger
-        self._log_values = log_values
+        self._log = default_logger() if logger is None else logger
+        self.log_values: Final = log_values
 
     def __call__(self, event: Event, /) -> None:
         """Write the event as one line, if its level is wanted."""
@@ -415,7 +330,7 @@ class LogObserver:
                 pass  # told with every call and beat; the metric has it
 
     def _fields(self, event: Event, values: tuple[str, ...]) -> dict[str, object]:
-        hidden = () if self._log_values else values
+        hidden = () if self.log_values else values
         names = (name for name in event.__slots__ if name not in hidden)
         return {name: value for name in names if (value := getattr(event, name)) is not None}
 
@@ -424,34 +339,6 @@ def _posted_name(event: Posted) -> str:
     if event.outcome == "refused":
         return "wallet.refused"
     return "wallet.committed" if event.committed else "wallet.posted"
-
-
-def _stdlib_logger() -> logging.Logger:
-    return logging.getLogger("walletmigrate")
-
-
-def _default_logger() -> Any:
-    """A structlog logger whose chain is its own.
-
-    An unconfigured ``structlog.get_logger()`` prints to stdout, where it would corrupt ``--json``, and
-    configuring structlog globally would overrule the application. Chain, wrapper and target are therefore
-    all passed here; the target is the standard library's logger, which without handlers writes warnings to
-    stderr.
-    """
-    import structlog
-
-    return structlog.wrap_logger(
-        _stdlib_logger(),
-        processors=[
-            structlog.stdlib.filter_by_level,
-            structlog.stdlib.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.JSONRenderer(default=str),
-        ],
-        wrapper_class=structlog.stdlib.BoundLogger,
-        context_class=dict,
-        cache_logger_on_first_use=True,
-    )
 
 
 def correlation_id() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -23,7 +24,9 @@ class BucketTotal:
     ``legacy`` are the rows' column (None once the column is retired), ``ledger`` the accounts' balances; closed
     accounts are in ``closed`` instead. ``expected`` is what the journal's transactions come to, closed accounts
     left out; ``discrepancy`` = ledger − expected, and is zero in a true ledger. ``unmirrored`` = legacy − ledger:
-    what is absent, stale or drifted. The net sums by kind say where the money came from, closed accounts included.
+    what is absent, stale or drifted. The net sums by kind say where the money came from, closed accounts included, and
+    ``bypass`` what of them came past the adapter: from the system account of that name. None where that is not known:
+    snapshots keep the kinds alone, and of several buckets of a currency that account does not say which it was.
     """
 
     mapping: str
@@ -41,6 +44,7 @@ class BucketTotal:
     posting: Decimal
     correction: Decimal
     reversal: Decimal
+    bypass: Decimal | None
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ def overview(engine: Engine, settings: Settings, *, limit: int = 1000) -> Overvi
         tail = {"horizon": newest and newest.horizon, "last_id": newest and newest.last_id}
         query = text(statements("snapshot_checks", schema=name)["journal"])
         journal = {(row.mapping, row.bucket, row.currency): row for row in connection.execute(query, tail)}
+        bypasses = _bypasses(journal)
         phase = connection.scalar(text(f"select phase from {name}.control"))
         for mapping in settings.mappings:
             comparison = Comparison(connection, settings, mapping, with_traits=True) if phase != "retired" else None
@@ -110,7 +115,8 @@ def overview(engine: Engine, settings: Settings, *, limit: int = 1000) -> Overvi
                 here = [group for group in groups if (group.bucket, group.currency) == place]
                 legacy = total(one.legacy for one in here) if comparison else None
                 row = journal.pop((mapping.name, *place), None)
-                buckets.append(_bucket(mapping.name, place, owned.get(place), legacy, row))
+                past = bypasses.get((mapping.name, *place), Decimal(0))
+                buckets.append(_bucket(mapping.name, place, owned.get(place), legacy, row, past))
         system = [
             SystemTotal(row.name, row.currency, row.balance, _sum(journal.pop((SYSTEM, *row[:2]), None)))
             for row in connection.execute(text(f"select name, currency, balance from {name}.system_balances"))
@@ -123,7 +129,28 @@ def overview(engine: Engine, settings: Settings, *, limit: int = 1000) -> Overvi
     return Overview(tuple(buckets), tuple(traits), ordered, imbalance, newest.id if newest else None)
 
 
-def _bucket(mapping: str, place: tuple[str, str], owned: Any, legacy: Decimal | None, journal: Any) -> BucketTotal:
+def _bypasses(journal: dict[tuple[str, str, str], Any]) -> dict[tuple[str, str, str], Decimal | None]:
+    """What came from `bypass`: by the journal, or where one bucket alone has that currency, by that account."""
+    own = [place for place in journal if place[0] != SYSTEM]
+    alone = Counter(currency for _, _, currency in own)
+    found: dict[tuple[str, str, str], Decimal | None] = {}
+    for place in own:
+        account = journal.get((SYSTEM, "bypass", place[2]))
+        found[place] = journal[place].bypass
+        # One without a transaction gave nothing to any.
+        if found[place] is None and (alone[place[2]] == 1 or account is None):
+            found[place] = -_sum(account)
+    return found
+
+
+def _bucket(
+    mapping: str,
+    place: tuple[str, str],
+    owned: Any,
+    legacy: Decimal | None,
+    journal: Any,
+    bypass: Decimal | None,
+) -> BucketTotal:
     ledger, closed = (owned.ledger, owned.closed) if owned else (Decimal(0), Decimal(0))
     expected = less(_sum(journal), closed)
     sums: dict[str, Decimal] = {kind: getattr(journal, kind) if journal else Decimal(0) for kind in KINDS}
@@ -139,6 +166,7 @@ def _bucket(mapping: str, place: tuple[str, str], owned: Any, legacy: Decimal | 
         discrepancy=less(ledger, expected),
         unmirrored=None if legacy is None else less(legacy, ledger),
         **sums,
+        bypass=bypass,
     )
 
 

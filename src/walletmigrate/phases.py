@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError
 
 from walletmigrate.audit import Act, record
 from walletmigrate.census import Cohort
@@ -20,6 +21,7 @@ from walletmigrate.flag_editor import FLAG_PROBLEMS, FlagEditor
 from walletmigrate.flags import READ_FROM_LEDGER, FlagSource
 from walletmigrate.flips import FlagChange, flip, on_record, set_flag
 from walletmigrate.gates import reasons
+from walletmigrate.job_rows import said
 from walletmigrate.retire import reinstate
 from walletmigrate.schema import quoted
 from walletmigrate.standing import PHASES, REASON, PhaseState, confirmation, reached, require_installed, show
@@ -259,13 +261,19 @@ def exercise(engine: Engine, settings: Settings, source: FlagSource, act: Act, *
             connection, settings, "phase back", state.phase, state.previous, act, dry_run=dry_run, exercise=True
         )
     ids: tuple[int | None, ...] = (step.audit_id,)
-    with engine.begin() as connection:
-        # Whoever moved the phase in between had a reason: then it stays where they put it.
-        if not dry_run and show(connection, settings, lock=True).phase == step.after:
-            again = _move(
-                connection, settings, "phase advance", step.after, step.before, act, dry_run=False, exercise=True
-            )
-            ids = (step.audit_id, again.audit_id)
+    try:
+        with engine.begin() as connection:
+            # Whoever moved the phase in between had a reason: then it stays where they put it.
+            if not dry_run and show(connection, settings, lock=True).phase == step.after:
+                again = _move(
+                    connection, settings, "phase advance", step.after, step.before, act, dry_run=False, exercise=True
+                )
+                ids = (step.audit_id, again.audit_id)
+    except DBAPIError as error:
+        # The same command again would begin one phase lower.
+        what = f"the phase went back from {step.before} to {step.after}, and perhaps not forward again: {said(error)}"
+        mend = f"walletmigrate phase advance --to {step.before} {REASON}"
+        raise PreconditionRefused("the exercise's second half", [(what, mend)]) from error
     return Exercise(step.before, step.after, dry_run, tuple(one for one in ids if one is not None))
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, Engine, text
 
-from walletmigrate import config, jobs, survey
+from walletmigrate import config, jobs
 from walletmigrate.audit import Act
 from walletmigrate.comparison import snapshot
 from walletmigrate.config import Settings
 from walletmigrate.corrections import Correction, Corrector, key_of
+from walletmigrate.retired import legacy_table
 from walletmigrate.schema import quoted
 
 
@@ -50,7 +51,7 @@ def recalculate(
         if account is None:
             looked_at, found = _suspects(connection, settings, mapping)
         else:
-            key = key_of(account, survey.inspect_mapping(connection, mapping).key_type, mapping)
+            key = key_of(account, legacy_table(connection, settings.ledger_schema, mapping).key_type, mapping)
             found = [(key, column.bucket, column.currency) for column in mapping.columns]
             looked_at = len(found)
     corrector = Corrector(engine, settings, mapping, act)

@@ -226,7 +226,8 @@ class _Run:
 
         def of_same(found: jobs.Job) -> bool:
             theirs = found.details.get("options", {})
-            if theirs != options and found.state == "running":
+            # One that is stalled has no process any more: it is given up, as one that was paused.
+            if theirs != options and found.state == "running" and not found.stalled:
                 what = f"run {found.id} is at work with other options ({theirs.get('truth')})"
                 mend = f"wait for its end, or: walletmigrate jobs cancel {found.id} {REASON}"
                 raise PreconditionRefused("reconcile", [(what, mend)])

@@ -18,7 +18,7 @@ from walletmigrate.errors import UsageError
 from walletmigrate.movements import digest
 from walletmigrate.reconcile import KIND, ONE
 from walletmigrate.schema import quoted
-from walletmigrate.standing import require_installed
+from walletmigrate.standing import REASON, require_installed
 
 UNDO: Final = "reconcile undo"
 _PAGE: Final = 500
@@ -116,7 +116,7 @@ def undo(
         mapping = settings.mapping(facts.mapping)
         reasons = jobs.obstacles(connection, settings, mapping) + stopped(connection, settings)
         if facts.state == "running":
-            reasons.append((f"run {run} is at work", "wait for its end, or stop it"))
+            reasons.append((f"run {run} is at work", f"wait for its end, or: walletmigrate jobs cancel {run} {REASON}"))
         refuse(UNDO, reasons)
         job = None if dry_run else _start(connection, settings, facts, act)
     undoing = _Undoing(Corrector(engine, settings, mapping, act), run, job.id if job else None)

@@ -6,7 +6,7 @@ them. So a verification looks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +41,15 @@ def look(
     connection: Connection,
     settings: Settings,
     ledger: Sequence[Row[Any]],
+    earlier: Mapping[str, Any] | None,
     *,
     grouped: bool,
     horizon: int,
     limit: int,
 ) -> References:
-    """Look at all references of the ledger, at most ``limit`` of each kind being listed.
+    """Look at all references of the ledger, at most ``limit`` of each kind being listed, and whether something is gone
+    that the last clean run saw: ``earlier`` is its number (``run``), its snapshot (``seen``), and how many
+    ``transactions`` that had.
 
     ``ledger`` are the sums that `Comparison.whole` saw; ``grouped`` says whether any transaction is of a group. A
     ``horizon`` other than 0 says that every transaction stands as an earlier clean run saw it: what was written by
@@ -60,15 +63,17 @@ def look(
         wanted.append("strangers")
     if any(missing_indexes(connection, settings)):
         wanted.append("duplicates")
-    rows = [row for name in wanted for row in _rows(connection, queries[name], horizon, limit)]
+    if earlier is not None and not horizon:
+        wanted.append("gone")
+    values = {"horizon": horizon, "limit": limit, **(earlier or {})}
+    rows = [row for name in wanted for row in _rows(connection, queries[name], values)]
     counts = {row.problem: row.in_all for row in rows}
     found = tuple(Reference(row.problem, row.subject, row.target) for row in rows)
     return References(sum(counts.values()), found)
 
 
-def _rows(connection: Connection, query: str, horizon: int, limit: int) -> Sequence[Row[Any]]:
-    values = {"limit": limit, **({"horizon": horizon} if ":horizon" in query else {})}
-    return connection.execute(text(query), values).all()
+def _rows(connection: Connection, query: str, values: dict[str, Any]) -> Sequence[Row[Any]]:
+    return connection.execute(text(query), {name: value for name, value in values.items() if f":{name}" in query}).all()
 
 
 def missing_indexes(connection: Connection, settings: Settings) -> Iterator[FenceProblem]:

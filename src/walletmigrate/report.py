@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Engine, Row, text
 
 from walletmigrate.census import Census
 from walletmigrate.config import Settings
+from walletmigrate.facts import imbalance, reported
 from walletmigrate.flag_edits import FlagState
 from walletmigrate.flag_sources import DocumentSource
 from walletmigrate.flags import FlagSource
@@ -30,7 +31,8 @@ class JobStatus:
 
     ``stalled``: it counts as running, and for a minute no batch was committed, and nobody said that it is ``held``.
     ``rate`` is items per second over the batches of the last minute: since the start would count pauses. ``rate`` and
-    ``eta_seconds`` are None unless it really runs, and ``share`` and ``eta_seconds`` while the total is not known.
+    ``eta_seconds`` are None unless it really runs (after a pause: until it has done a batch), and ``share`` and
+    ``eta_seconds`` while the total is not known.
     """
 
     id: int
@@ -74,6 +76,20 @@ class VerificationStatus:
 
 
 @dataclass(frozen=True)
+class ReconciliationStatus:
+    """What the last reconciliation of a mapping with this ``truth`` reported and left, and no later one has lifted:
+    ``accounts`` that differ, by ``amount`` in major units of ``currency``.
+    """
+
+    id: int
+    mapping: str
+    truth: str
+    currency: str
+    accounts: int
+    amount: Decimal
+
+
+@dataclass(frozen=True)
 class FlagsStatus:
     """The flags in force: where from, how old, what is wrong with the source."""
 
@@ -84,9 +100,19 @@ class FlagsStatus:
 
 
 @dataclass(frozen=True)
+class Stopped:
+    """Who stopped the line, when, and why, as the audit log has it."""
+
+    at: datetime
+    actor: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Status:
-    """The whole state of a migration. ``accounts`` counts by state; ``refused`` are the reasons against
-    ``next_phase``; ``next_command`` is what an operator would run now.
+    """The whole state of a migration. ``accounts`` counts by state; ``imbalance`` is what all balances come to, in
+    major units by currency, where that is not 0; ``refused`` are the reasons against ``next_phase``; ``next_command``
+    is what an operator would run now. ``stopped`` is None where the line runs, or was stopped past `stop-the-line`.
     """
 
     installed: bool
@@ -96,12 +122,15 @@ class Status:
     flags: FlagsStatus
     accounts: dict[str, int]
     drifted: int
+    imbalance: dict[str, Decimal]
     failures: int
     jobs: tuple[JobStatus, ...]
     verifications: tuple[VerificationStatus, ...]
+    reconciliations: tuple[ReconciliationStatus, ...]
     next_phase: str | None
     refused: tuple[Reason, ...]
     next_command: str
+    stopped: Stopped | None = None
 
 
 def status(engine: Engine, settings: Settings, source: FlagSource) -> Status:
@@ -114,9 +143,12 @@ def status(engine: Engine, settings: Settings, source: FlagSource) -> Status:
             command = f"walletmigrate install {REASON}"
             refused = tuple(reasons(connection, settings, source, "dual_write"))
             none = dict.fromkeys(STATES, 0)
-            return Status(False, "legacy", None, True, flags, none, 0, 0, (), (), "dual_write", refused, command)
+            return Status(
+                False, "legacy", None, True, flags, none, 0, {}, 0, (), (), (), "dual_write", refused, command
+            )
         counted = census_of_all(connection, settings)
-        wanted = tuple(reasons(connection, settings, source, state.next, counted)) if state.next else ()
+        unbalanced = imbalance(connection, settings.ledger_schema)
+        wanted = tuple(reasons(connection, settings, source, state.next, counted, unbalanced)) if state.next else ()
         accounts = _accounts(connection, settings, counted)
         jobs = tuple(_jobs(connection, settings))
         return Status(
@@ -127,13 +159,26 @@ def status(engine: Engine, settings: Settings, source: FlagSource) -> Status:
             flags=flags,
             accounts=accounts,
             drifted=sum(one.drifted for one in counted),
+            imbalance=unbalanced,
             failures=_failures(connection, settings),
             jobs=jobs,
             verifications=tuple(_verifications(connection, settings)),
+            reconciliations=tuple(_reconciliations(connection, settings)),
             next_phase=state.next,
             refused=wanted,
             next_command=_unless_it_runs(_next(settings, state.phase, wanted, counted, source), jobs),
+            stopped=None if state.line_running else _stopped(connection, settings),
         )
+
+
+def _stopped(connection: Connection, settings: Settings) -> Stopped | None:
+    row = connection.execute(
+        text(
+            f"select action, at, actor, reason from {quoted(settings.ledger_schema)}.audit_log "
+            "where action in ('stop-the-line', 'resume') order by id desc limit 1"
+        )
+    ).first()
+    return Stopped(row.at, row.actor, row.reason) if row is not None and row.action == "stop-the-line" else None
 
 
 def _flags(source: FlagSource) -> FlagsStatus:
@@ -174,7 +219,8 @@ select distinct on (j.kind, j.mapping)
     case when j.state = 'running' and j.updated_at >= clock_timestamp() - make_interval(secs => :stalled) then j.held
     end as held,
     extract(epoch from j.updated_at - j.started_at)::float8 as seconds,
-    b.items as recent_items, b.seconds as recent_seconds
+    b.items as recent_items, b.seconds as recent_seconds,
+    exists (select from {schema}.job_batches as x where x.job_id = j.id and x.state = 'done') as batched
 from {schema}.jobs as j
 left join lateral (
     select
@@ -222,7 +268,12 @@ def _speed(row: Row[tuple[object, ...]]) -> tuple[float | None, float | None]:
     done = row.items_done + row.items_failed
     if row.state != "running" or row.old or row.held is not None or row.seconds <= 0 or not done:
         return None, None
-    rate = row.recent_items / row.recent_seconds if row.recent_items and row.recent_seconds else done / row.seconds
+    if row.recent_items and row.recent_seconds:
+        rate = row.recent_items / row.recent_seconds
+    elif row.batched:
+        return None, None  # just resumed: all the time since its start has the pause in it
+    else:
+        rate = done / row.seconds
     if row.items_total is None:
         return rate, None
     return rate, max(row.items_total - done, 0) / rate
@@ -239,6 +290,15 @@ def _verifications(connection: Connection, settings: Settings) -> Iterator[Verif
     names = [mapping.name for mapping in settings.mappings]
     for row in connection.execute(text(query), {"mappings": names}):
         yield VerificationStatus(*row)
+
+
+def _reconciliations(connection: Connection, settings: Settings) -> Iterator[ReconciliationStatus]:
+    names = {mapping.name for mapping in settings.mappings}
+    for run in reported(connection, settings.ledger_schema):
+        for currency, one in sorted(run.differences.items()):
+            if run.mapping in names and one["accounts"]:
+                left = (int(one["accounts"]), Decimal(one["amount"]))
+                yield ReconciliationStatus(run.id, run.mapping, run.truth, currency, *left)
 
 
 def _next(

@@ -62,6 +62,8 @@ def retire(
         found = reasons(connection, settings, source, "retired") if before != "retired" else []
         if before not in ("frozen", "retired"):
             found.insert(0, (f"the phase is {before}, not frozen", f"walletmigrate phase show  # {REASON}"))
+        elif before == "retired":
+            found += _gone(connection, settings)
         found += _unproven(settings, checked)
         if found:
             raise PreconditionRefused("retire", found)
@@ -69,12 +71,13 @@ def retire(
         made = script(connection, settings, names, folder, down_revision)
     audit_id = None
     if not dry_run:
+        earlier = made.path.read_text(encoding="utf-8") if made.path.exists() else None
         _save(made)
         if before != "retired":
             try:
                 audit_id = _take_the_step(engine, settings, act, made, checked)
             except BaseException:
-                made.path.unlink(missing_ok=True)
+                _put_back(made.path, earlier)
                 raise
     return Retirement(before, "retired", str(made.path), made.revision, made.down_revision, checked, dry_run, audit_id)
 
@@ -101,6 +104,17 @@ def reinstate(engine: Engine, settings: Settings, act: Act, *, dry_run: bool = F
     return capture.with_short_locks(engine, work)
 
 
+def _gone(connection: Connection, settings: Settings) -> list[Reason]:
+    """Columns that were dropped: there is nothing left that a migration could say of them."""
+    found: list[Reason] = []
+    for mapping in settings.mappings:
+        try:
+            survey.inspect_mapping(connection, mapping)
+        except ConfigError as error:
+            found.append((f"the phase is retired, and the column is dropped: {error.message}", ""))
+    return found
+
+
 def _unproven(settings: Settings, checked: Sequence[ArchiveCheck]) -> list[Reason]:
     """An archive of each mapping, taken while frozen, that proves now."""
     found: list[Reason] = []
@@ -124,6 +138,13 @@ def _save(made: Script) -> None:
         made.path.write_text(made.text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{made.path} cannot be written ({error.strerror}): name another folder") from error
+
+
+def _put_back(path: Path, earlier: str | None) -> None:
+    if earlier is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.write_text(earlier, encoding="utf-8")
 
 
 def _take_the_step(engine: Engine, settings: Settings, act: Act, made: Script, checked: Sequence[ArchiveCheck]) -> int:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, Row, text
 
@@ -14,6 +15,9 @@ from walletmigrate import functions
 from walletmigrate.config import Mapping, Settings
 from walletmigrate.errors import UsageError
 from walletmigrate.schema import quoted
+
+if TYPE_CHECKING:  # Alembic is loaded where migrations are read
+    from alembic.script import Script as Migration
 
 GUARDS = ("insert", "update")
 """Of the columns: they go with these."""
@@ -48,8 +52,9 @@ def script(
 ) -> Script:
     """Make the text of the migration. ``archives`` are (file name, SHA-256); ``down`` is the revision before it.
 
-    Without ``down`` it follows the only head in the folder. Raises UsageError where there are several, or the folder
-    is none of migrations.
+    Without ``down`` it takes the place of the one that was made for these columns before, after which somebody went
+    back: of two in a row the second would find nothing to drop. Else it follows the only head in the folder. Raises
+    UsageError where there are several, or the folder is none of migrations.
     """
     tables = {mapping.name: _Table(connection, settings, mapping) for mapping in settings.mappings}
     upgrade = [_check(settings), "set local lock_timeout = '5s'"]
@@ -60,11 +65,14 @@ def script(
     seed = "\n".join([*upgrade, *downgrade, *(sha256 for _, sha256 in archives)])
     revision = hashlib.sha256(seed.encode()).hexdigest()[:12]
     path = folder / f"{revision}_retire_balance_columns.py"
-    before = _head(folder, revision) if down is None else down
-    columns = ", ".join(f"{m.table}.{c.column}" for m in settings.mappings for c in m.columns)
+    title = _TITLE.format(", ".join(f"{m.table}.{c.column}" for m in settings.mappings for c in m.columns))
+    before = down
+    if down is None:
+        known = _known(folder)
+        path, revision, before = _made_before(known, title) or (path, revision, _head(known, folder, revision))
     said = "\n".join(f"{name}, SHA-256 {sha256}" for name, sha256 in archives)
     body = _TEMPLATE.format(
-        columns=columns,
+        title=title,
         archives=said,
         revision=revision,
         down_revision=repr(before).replace("'", '"'),
@@ -74,17 +82,29 @@ def script(
     return Script(path, revision, before, body)
 
 
-def _head(folder: Path, own: str) -> str | None:
-    """The newest migration in a folder, itself aside; None where there is none."""
+def _known(folder: Path) -> list[Migration]:
+    """The migrations in a folder, the newest first."""
     from alembic.script import ScriptDirectory
 
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder: name the one that holds your migrations (alembic's versions)")
     try:
-        known = ScriptDirectory(str(folder), version_locations=[str(folder)])
-        heads = [one.down_revision if one.revision == own else one.revision for one in known.get_revisions("heads")]
+        return list(ScriptDirectory(str(folder), version_locations=[str(folder)]).walk_revisions())
     except Exception as error:  # the migrations are the application's own Python
         raise UsageError(f"the migrations in {folder} cannot be read ({error}): name --down-revision") from error
+
+
+def _made_before(known: Sequence[Migration], title: str) -> tuple[Path, str, str | None] | None:
+    """Where the migration stands that was made for the same columns: its path, revision, and the one before it."""
+    for one in known:
+        if one.doc == title and not isinstance(one.down_revision, list | tuple):
+            return Path(one.path), one.revision, one.down_revision
+    return None
+
+
+def _head(known: Sequence[Migration], folder: Path, own: str) -> str | None:
+    """The newest migration in a folder, itself aside; None where there is none."""
+    heads = [one.down_revision if one.revision == own else one.revision for one in known if one.is_head]
     if len(heads) > 1 or any(isinstance(one, tuple) for one in heads):
         named = ", ".join(str(one) for one in heads)
         raise UsageError(f"{folder} has several heads ({named}): name the one to follow by --down-revision")
@@ -169,7 +189,8 @@ def _statement(sql: str) -> str:
     return f'    op.execute("{whole}")\n'
 
 
-_TEMPLATE = '''"""Retire {columns}: the ledger alone holds the balances.
+_TITLE = "Retire {}: the ledger alone holds the balances."
+_TEMPLATE = '''"""{title}
 
 Made by walletmigrate. The balances as they were frozen stand in
 {archives}

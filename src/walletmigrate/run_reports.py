@@ -9,21 +9,29 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, Row, text
+from sqlalchemy import Connection, Engine, text
 
 from walletmigrate import exports, snapshots
 from walletmigrate.comparison import Comparison, snapshot
 from walletmigrate.config import Mapping, Settings
-from walletmigrate.documents import Chart, Document, Heading, Series, Table, shown
-from walletmigrate.errors import UnknownRun, UnreadableInput, UsageError
+from walletmigrate.documents import Chart, Document, Heading, Series, Table
+from walletmigrate.errors import UnreadableInput, UsageError
 from walletmigrate.history import Account, Selection, entries
 from walletmigrate.overview import Overview, overview
+from walletmigrate.run_documents import (
+    RUNS,
+    amounts_of,
+    facts_of,
+    money_of,
+    of_job,
+    of_verification,
+    scale_of,
+)
 from walletmigrate.schema import quoted
 from walletmigrate.standing import require_installed
 from walletmigrate.sums import less
 
 KINDS: Final = ("snapshot", "job", "verification", "overview")
-_RUNS: Final = 200
 _BARS: Final = 40
 _KINDS_OF_MONEY: Final = snapshots.KINDS
 
@@ -49,7 +57,7 @@ def report(engine: Engine, settings: Settings, run: str, path: Path, *, force: b
         if whole is not None:
             document = of_overview(whole, settings, charts)
         else:
-            make = {"snapshot": _of_snapshot, "job": _of_job, "verification": _of_verification}[kind]
+            make = {"snapshot": _of_snapshot, "job": of_job, "verification": of_verification}[kind]
             document = make(connection, settings, int(number) if number else None, charts)
         exports.export(document, path, force=force)
     return document
@@ -95,7 +103,7 @@ def export_history(
 
 def of_overview(one: Overview, settings: Settings, charts: tuple[Chart, ...] = ()) -> Document:
     """The overview as a document."""
-    scale = _scale(settings)
+    scale = scale_of(settings)
     money = [field.name for field in fields(one.buckets[0])][4:] if one.buckets else []
     buckets = tuple(
         (b.mapping, b.bucket, b.currency, b.accounts, *(getattr(b, name) for name in money)) for b in one.buckets
@@ -105,8 +113,8 @@ def of_overview(one: Overview, settings: Settings, charts: tuple[Chart, ...] = (
     traits = (
         (m, t.trait, t.value, t.bucket, t.currency, t.legacy, t.ledger, less(t.legacy, t.ledger)) for m, t in one.traits
     )
-    of_trait = (*(Heading(n) for n in ("mapping", "trait", "value", "bucket", "currency")), *_money(scale))
-    of_system = (Heading("account"), Heading("currency"), *_amounts(scale, "balance", "expected", "discrepancy"))
+    of_trait = (*(Heading(n) for n in ("mapping", "trait", "value", "bucket", "currency")), *money_of(scale))
+    of_system = (Heading("account"), Heading("currency"), *amounts_of(scale, "balance", "expected", "discrepancy"))
     facts = (
         ("Verdict", "sound" if one.sound else "NOT SOUND"),
         *((f"Imbalance {currency}", f"{amount:f}") for currency, amount in one.imbalance.items()),
@@ -161,8 +169,8 @@ def _of_copy(sums: list[dict[str, Any]]) -> Table:
 
 def _of_snapshot(connection: Connection, settings: Settings, number: int | None, charts: tuple[Chart, ...]) -> Document:
     one = snapshots.get(connection, settings, number)
-    scale, kept = _scale(settings), snapshots.totals(connection, settings, one)
-    of_kinds = _amounts(scale, *_KINDS_OF_MONEY)
+    scale, kept = scale_of(settings), snapshots.totals(connection, settings, one)
+    of_kinds = amounts_of(scale, *_KINDS_OF_MONEY)
     counts = (Heading("accounts", "count"), Heading("balance", "amount", scale), Heading("changed", "count"))
     names = tuple(Heading(name) for name in ("mapping", "bucket", "currency"))
     totals = Table(
@@ -176,68 +184,7 @@ def _of_snapshot(connection: Connection, settings: Settings, number: int | None,
         for b in snapshots.balances(connection, settings, one)
     )
     balances = Table("Balances", (*shown_names, Heading("balance", "amount", scale), *of_kinds), rows)
-    return Document(f"Snapshot {one.id}", _facts(one), (totals, balances), charts)
-
-
-def _of_job(connection: Connection, settings: Settings, number: int | None, charts: tuple[Chart, ...]) -> Document:
-    name = quoted(settings.ledger_schema)
-    row = _found(
-        connection,
-        "select id, kind, mapping, state, actor, reason, version, items_total, items_done, items_failed, started_at, "
-        f"updated_at, finished_at, details from {name}.jobs",
-        "job",
-        number,
-    )
-    facts = [(title, value) for title, value in row._mapping.items() if title != "details"]
-    facts += [(title.replace("_", " "), value) for title, value in (row.details.get("counts") or {}).items()]
-    headings = (Heading("at", "time"), *(Heading(n) for n in ("action", "actor", "reason", "mapping", "details")))
-    query = text(
-        f"select at, action, actor, reason, mapping, details from {name}.audit_log where job_id = :id order by id"
-    )
-    rows = connection.execute(query.execution_options(yield_per=2000), {"id": row.id})
-    audit = ((*one[:-1], json.dumps(one.details, ensure_ascii=False)) for one in rows)
-    title = f"Job {row.id}: {row.kind}"
-    return Document(title, _written(facts), (Table("Audit log", headings, audit),), charts)
-
-
-def _of_verification(
-    connection: Connection, settings: Settings, number: int | None, charts: tuple[Chart, ...]
-) -> Document:
-    name, scale = quoted(settings.ledger_schema), _scale(settings)
-    columns = "id, mapping, currency, form, started_at, finished_at, clean, complete, accounts, missing, drift_accounts"
-    query = f"select {columns}, drift_amount, actor, details from {name}.verifications"
-    row = _found(connection, query, "verification", number)
-    facts = [(title, value) for title, value in row._mapping.items() if title != "details"]
-    details = [(title, json.dumps(value, ensure_ascii=False)) for title, value in row.details.items()]
-    found = Table("Findings", (Heading("what"), Heading("value")), details)
-    headings = (
-        *(Heading("run", "count"), Heading("finished at", "time"), Heading("clean"), Heading("accounts", "count")),
-        *(
-            Heading("missing", "count"),
-            Heading("drifted", "count"),
-            Heading("drift", "amount", scale),
-            Heading("actor"),
-        ),
-    )
-    log = connection.execute(
-        text(
-            "select id, finished_at, clean, accounts, missing, drift_accounts, drift_amount, actor "
-            f"from {name}.verifications where mapping = :mapping and currency = :currency and id <= :id "
-            f"order by id desc limit {_RUNS}"
-        ),
-        {"mapping": row.mapping, "currency": row.currency, "id": row.id},
-    )
-    title = f"Verification {row.id} of {row.mapping}, {row.currency}"
-    before = Table(f"This run and the last {_RUNS - 1} before it", headings, [tuple(one) for one in log])
-    return Document(title, _written(facts), (found, before), charts)
-
-
-def _found(connection: Connection, query: str, kind: str, number: int | None) -> Row[Any]:
-    where = " where id = :id" if number is not None else ""
-    row = connection.execute(text(f"{query}{where} order by id desc limit 1"), {"id": number}).one_or_none()
-    if row is None:
-        raise UnknownRun(kind, "at all" if number is None else str(number), "See: walletmigrate status")
-    return row
+    return Document(f"Snapshot {one.id}", facts_of(one), (totals, balances), charts)
 
 
 def _charts(connection: Connection, settings: Settings) -> tuple[Chart, ...]:
@@ -254,7 +201,7 @@ def _states(connection: Connection, settings: Settings, mapping: Mapping) -> Cha
             "select * from (select started_at, sum(accounts) as accounts, sum(missing) as missing, "
             "sum(drift_accounts) as drifted, max(coalesce((details ->> 'stale')::bigint, 0)) as stale "
             f"from {quoted(settings.ledger_schema)}.verifications where mapping = :mapping and full_run "
-            f"group by started_at order by started_at desc limit {_RUNS}) as x order by started_at"
+            f"group by started_at order by started_at desc limit {RUNS}) as x order by started_at"
         ),
         {"mapping": mapping.name},
     ).all()
@@ -281,27 +228,6 @@ def _drift(connection: Connection, settings: Settings, mapping: Mapping) -> Iter
         bars = Series("drift", tuple(less(one.legacy, one.ledger) for one in here))
         title = f"Drift by {trait} now: legacy − ledger, {mapping.name}, {column.bucket}, {column.currency}"
         yield Chart(title, tuple(one.value or "(none)" for one in here), (bars,), "bars")
-
-
-def _scale(settings: Settings) -> int:
-    """The most decimals that any column has; amounts of others show zeros behind theirs."""
-    return max((column.scale for mapping in settings.mappings for column in mapping.columns), default=2)
-
-
-def _amounts(scale: int, *titles: str) -> tuple[Heading, ...]:
-    return tuple(Heading(title, "amount", scale) for title in titles)
-
-
-def _money(scale: int) -> tuple[Heading, ...]:
-    return _amounts(scale, "legacy", "ledger", "difference")
-
-
-def _facts(one: Any) -> tuple[tuple[str, str], ...]:
-    return _written([(field.name, getattr(one, field.name)) for field in fields(one)])
-
-
-def _written(facts: list[tuple[str, Any]]) -> tuple[tuple[str, str], ...]:
-    return tuple((name.replace("_", " "), shown(value, Heading(name))) for name, value in facts)
 
 
 def _number(value: Any) -> Any:

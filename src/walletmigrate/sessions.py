@@ -34,8 +34,10 @@ def connection_of(target: Target) -> Connection:
         return borrowed(target)
     session = _session_of(target)
     if session is None:
+        kind = type(target)
         raise UsageError(
-            f"pass a Session or a Connection, not {type(target).__name__}; async ones go to the async shell"
+            f"pass a Session or a Connection of SQLAlchemy, or a connection of psycopg 3, and not "
+            f"{kind.__module__}.{kind.__qualname__}; async ones go to the async shell"
         )
     if session.new or session.dirty or session.deleted:
         session.flush()
@@ -57,7 +59,8 @@ def expire(target: Target, mapping: Mapping, keys: Iterable[str], *, reload: boo
     if session is None:
         return
     wanted = set(keys)
-    classes = {key[0] for key in session.identity_map.keys()}  # noqa: SIM118 - no plain dict
+    # Not by the classes of the identities: these are the bases, and the column may be one of a class below.
+    classes = {type(each) for each in session.identity_map.values()}
     for mapper in map(inspect, classes):
         names = attributes_of(mapper, mapping, *(column.column for column in mapping.columns))
         for found in _loaded(session, mapper, mapping, wanted) if names else ():
@@ -88,7 +91,7 @@ def _loaded(session: Session, mapper: Mapper[Any], mapping: Mapping, keys: set[s
             for key in keys
             for identity in _identities(key)
         ]
-        return [each for each in found if each is not None]
+        return [each for each in found if isinstance(each, mapper.class_)]
     attributes = attributes_of(mapper, mapping, mapping.key)
     return [
         each
@@ -101,7 +104,8 @@ def _identities(key: str) -> list[Any]:
     """The forms in which a primary key of that text may stand in an identity map."""
     forms: list[Any] = [key]
     if key.lstrip("-").isdigit():
-        forms.append(int(key))
+        with suppress(ValueError):  # text keys such as "--5" and "²" are no numbers, and one may have too many digits
+            forms.append(int(key))
     elif len(key) == 36:
         with suppress(ValueError):
             forms.append(uuid.UUID(key))

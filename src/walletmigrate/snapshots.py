@@ -8,7 +8,6 @@ changed since the snapshot before.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -16,25 +15,28 @@ from decimal import Decimal
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, Row, text
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import IntegrityError
 
 from walletmigrate import job_rows, job_turns, jobs
 from walletmigrate.audit import Act, record
 from walletmigrate.capture import with_short_locks
 from walletmigrate.config import Settings
-from walletmigrate.errors import Retryable, UnknownRun, UsageError
+from walletmigrate.errors import PreconditionRefused, UnknownRun, UsageError
 from walletmigrate.job_options import EVERYTHING
+from walletmigrate.job_outages import Patience
 from walletmigrate.job_rows import Job
 from walletmigrate.schema import quoted, statements
 from walletmigrate.standing import require_installed
 
-ATTEMPTS: Final = 8
 KINDS: Final = ("opening", "resync", "posting", "correction", "reversal")
 SYSTEM: Final = "(system)"
 """The mapping under which totals name the system accounts; their bucket is the account's name."""
 
 TAKE: Final = "snapshot take"
 """The kind of the job."""
+
+_NOT_NULL: Final = "23502"
+"""SQLSTATE of a null where none may be."""
 
 TAKEN: Final = "walletmigrate snapshot take --reason '…'"
 """The command that takes one, or finishes one that was begun."""
@@ -135,7 +137,8 @@ def take(
     A job (`job_turns`), which an operator can pause, hold and cancel. ``batch_size`` is transactions of the journal in
     one database transaction. Killed anywhere, the next call goes on: with the point of the first. ``stop`` pauses the
     job and leaves the snapshot ``running``, and so does an operator. None is given for a dry run that would begin
-    one. Raises LedgerNotInstalled, or Retryable when a batch ran out of attempts.
+    one. Raises LedgerNotInstalled, PreconditionRefused when the journal has a row that no posting writes, or Retryable
+    when a batch ran out of attempts.
     """
     with engine.connect() as connection:
         require_installed(connection, settings)
@@ -177,7 +180,14 @@ def _fold(connection: Connection, settings: Settings, snapshot_id: int, size: in
     """The next transactions of the journal."""
     name = quoted(settings.ledger_schema)
     advance = text(f"select {name}.advance_snapshot(:id, :limit)")
-    read = int(connection.execute(advance, {"id": snapshot_id, "limit": size}).scalar_one())
+    try:
+        read = int(connection.execute(advance, {"id": snapshot_id, "limit": size}).scalar_one())
+    except IntegrityError as error:
+        if job_rows.sqlstate(error) != _NOT_NULL:
+            raise
+        # Of all that a batch writes only the balance after a transaction may be missing, and only where it was forged.
+        what = "a transaction of the journal has no balance of its account's after it, which no posting writes"
+        raise PreconditionRefused(TAKE, [(what, "walletmigrate verify  # names it")]) from error
     return job_rows.Batch(read, read, 0, {})
 
 
@@ -257,7 +267,7 @@ def prune(
     """Keep the newest ``keep`` complete snapshots. The oldest of them takes over what the older ones say.
 
     In batches; killed, the next prune finishes it. Balances at any time stay exact: they come from the journal.
-    Raises UsageError if ``keep`` is less than 1.
+    Raises UsageError if ``keep`` is less than 1, and Retryable when a batch ran out of attempts.
     """
     if keep < 1:
         raise UsageError(f"--keep {keep}: keep at least 1, from which the next one goes on")
@@ -276,12 +286,12 @@ def prune(
         record(connection, settings, "snapshot prune", act, details={"pruned": old, "kept": result.kept})
     after: int | None = 0
     while after is not None:
-        after = _do(
+        after = _step(
             engine,
             f"select {name}.merge_snapshots(:into, :after, :limit)",
             {"into": into, "after": after, "limit": batch_size},
         )
-    _do(engine, f"select {name}.drop_snapshots(:into)", {"into": into})
+    _step(engine, f"select {name}.drop_snapshots(:into)", {"into": into})
     return result
 
 
@@ -317,20 +327,11 @@ def _statement(settings: Settings, name: str) -> str:
     return statements("snapshot_checks", schema=quoted(settings.ledger_schema))[name]
 
 
-def _do(engine: Engine, statement: str, values: dict[str, Any]) -> Any:
-    """One step in a transaction of its own, at READ COMMITTED, tried again while that can help."""
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            with engine.execution_options(isolation_level="READ COMMITTED").begin() as connection:
-                return connection.execute(text(statement), values).scalar_one()
-        except DBAPIError as error:
-            state = str(getattr(error.orig, "sqlstate", None) or "")
-            lost = error.connection_invalidated or (not state and isinstance(error, OperationalError))
-            # 23505: another process began a snapshot at the same moment; the next look finds it.
-            if not lost and not state.startswith(("40", "08", "57P")) and state not in ("55P03", "23505"):
-                raise
-            if attempt == ATTEMPTS:
-                said = f"a batch of the snapshot failed {ATTEMPTS} times (SQLSTATE {state or 'none'})"
-                raise Retryable(said) from error
-        time.sleep(min(0.05 * 2**attempt, 2.0))
-    raise AssertionError("unreachable")
+def _step(engine: Engine, statement: str, values: dict[str, Any]) -> Any:
+    """One step of a prune in a transaction of its own, tried again as a batch of a job is: each may be done twice."""
+
+    def step() -> Any:
+        with jobs.begin(engine) as connection:
+            return connection.execute(text(statement), values).scalar_one()
+
+    return Patience(engine, "snapshot prune").persist(step)

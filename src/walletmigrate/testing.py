@@ -8,27 +8,31 @@ Switch it on in the top ``conftest.py`` and say how the application's tables are
     def wallet_tables():
         return Base.metadata.create_all          # gets a Connection
 
-The fixture `wallet` then is a `Wallet`. What else may be overridden: ``wallet_settings`` (default: the file that
-``WALLETMIGRATE_CONFIG`` names, else ``walletmigrate.toml`` in pytest's root) and ``wallet_server`` (default: the server
-of ``WALLETMIGRATE_TEST_DATABASE_URL``, whose user may create databases and roles; else an embedded PostgreSQL, extra
+The fixture `wallet` then is a `Wallet`, and ``async_wallet()`` opens an `AsyncWallet` for a test that awaits. What else
+may be overridden: ``wallet_settings`` (default: the file that ``WALLETMIGRATE_CONFIG`` names, else
+``walletmigrate.toml`` in pytest's root) and ``wallet_server`` (default: the server of
+``WALLETMIGRATE_TEST_DATABASE_URL``, whose user may create databases and roles; else an embedded PostgreSQL, extra
 ``embedded``). With pytest-xdist each worker has a database of its own.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from decimal import Decimal
-from typing import Any, Final
+from typing import Any, Final, ParamSpec, TypeVar
 
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import Connection, Engine, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from walletmigrate import connect
 from walletmigrate.adapter import LegacyBalanceAdapter
+from walletmigrate.async_adapter import AsyncLegacyBalanceAdapter
 from walletmigrate.audit import Act
 from walletmigrate.config import Settings
 from walletmigrate.embedded import DURABILITY_OFF, Server
@@ -43,6 +47,9 @@ PHASES: Final = ("legacy", "dual_write", "read_ledger", "wallet_only")
 """What `Wallet.phase` takes. Frozen accounts are made with `Wallet.freeze`."""
 
 Tables = Callable[[Connection], object]
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _ACT: Final = Act("tests", "a scratch database")
 
 
@@ -138,6 +145,55 @@ class Wallet:
         self.connection.execute(text(f"select setval('{self._schema}.ceiling', :value)"), {"value": value})
 
 
+class AsyncWallet:
+    """A `Wallet` for code that awaits: the same calls, those that ask the database as coroutines.
+
+    ``connection`` is an AsyncConnection of the test's own event loop, ``adapter`` an `AsyncLegacyBalanceAdapter`.
+    """
+
+    def __init__(self, connection: AsyncConnection, settings: Settings, mapping: str | None = None) -> None:
+        assert connection.sync_connection is not None, "the connection is not open"
+        self.connection = connection
+        self.wallet = Wallet(connection.sync_connection, settings, mapping)
+        self.adapter = AsyncLegacyBalanceAdapter(settings, self.wallet.source, mapping=mapping)
+        self.flags = self.wallet.flags
+
+    def session(self, **options: Any) -> AsyncSession:
+        """An AsyncSession on the test's connection: its commit releases a savepoint."""
+        return AsyncSession(bind=self.connection, join_transaction_mode="create_savepoint", **options)
+
+    async def phase(self, phase: str) -> None:
+        """As `Wallet.phase`."""
+        await self._do(self.wallet.phase, phase)
+
+    async def freeze(self, key: Key, *, bucket: str | None = None, currency: str | None = None) -> None:
+        """As `Wallet.freeze`."""
+        await self._do(self.wallet.freeze, key, bucket=bucket, currency=currency)
+
+    async def state(self, key: Key, *, bucket: str | None = None, currency: str | None = None) -> str:
+        """As `Wallet.state`."""
+        return await self._do(self.wallet.state, key, bucket=bucket, currency=currency)
+
+    async def entries(self, key: Key, *, bucket: str | None = None, currency: str | None = None) -> tuple[Entry, ...]:
+        """As `Wallet.entries`."""
+        return await self._do(self.wallet.entries, key, bucket=bucket, currency=currency)
+
+    async def assert_balance(
+        self, key: Key, expected: Decimal | int, *, bucket: str | None = None, currency: str | None = None
+    ) -> None:
+        """As `Wallet.assert_balance`."""
+        await self._do(self.wallet.assert_balance, key, expected, bucket=bucket, currency=currency)
+
+    async def assert_entries(
+        self, key: Key, *expected: tuple[str, Decimal | int], bucket: str | None = None, currency: str | None = None
+    ) -> None:
+        """As `Wallet.assert_entries`."""
+        await self._do(self.wallet.assert_entries, key, *expected, bucket=bucket, currency=currency)
+
+    async def _do(self, call: Callable[P, T], *values: P.args, **named: P.kwargs) -> T:
+        return await self.connection.run_sync(lambda _: call(*values, **named))
+
+
 _ACCOUNT: Final = "mapping = :mapping and key = :key and bucket = :bucket and currency = :currency"
 
 
@@ -196,3 +252,26 @@ def wallet(wallet_engine: Engine, wallet_settings: Settings) -> Iterator[Wallet]
             transaction.rollback()
             with connection.begin():
                 made._follow("wallet_only")
+
+
+@pytest.fixture
+def async_wallet(
+    wallet_engine: Engine, wallet_settings: Settings
+) -> Callable[[], AbstractAsyncContextManager[AsyncWallet]]:
+    """Opens an `AsyncWallet`: ``async with async_wallet() as wallet``, in whatever event loop the test runs."""
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[AsyncWallet]:
+        engine = create_async_engine(wallet_engine.url, poolclass=NullPool)
+        async with engine.connect() as connection:
+            transaction = await connection.begin()
+            made = AsyncWallet(connection, wallet_settings, wallet_settings.mappings[0].name)
+            try:
+                yield made
+            finally:
+                await transaction.rollback()
+                async with connection.begin():
+                    await connection.run_sync(lambda _: made.wallet._follow("wallet_only"))
+        await engine.dispose()
+
+    return opened

@@ -58,16 +58,27 @@ class Throttle:
         self._looked: float | None = None
         self._read_at = dict.fromkeys((one.name for one in self._signals), clock())
         self._reason: str | None = None
-        self._unanswered: dict[str, Future[float | str | None]] = {}
+        self._asked: dict[str, Future[float | str | None]] = {}
 
     def reason(self) -> str | None:
         """Why the job has to stand still, None: it need not."""
         now = self._clock()
         if self._looked is None or now - self._looked >= LOOK_SECONDS:
             self._looked = now
-            found = (self._judged(one) for one in self._signals)
+            self._ask()
+            # All of them: one that was not looked at because another one held the job would count as not readable.
+            found = [self._judged(one) for one in self._signals]
             self._reason = next((why for why in found if why is not None), None)
         return self._reason
+
+    def _ask(self) -> None:
+        """Read all signals at once, each in a thread of its own: a network that swallows the question, or a user's
+        function that never comes back, must not leave the workers without anybody who looks.
+        """
+        for one in self._signals:
+            if one.name not in self._asked:
+                self._asked[one.name] = _begun(one.read)
+        wait(self._asked.values(), ANSWER_SECONDS)
 
     def _judged(self, signal: Signal) -> str | None:
         try:
@@ -83,14 +94,10 @@ class Throttle:
         return f"{signal.name} {value:g} is over {signal.limit:g}" if value > signal.limit else None
 
     def _value(self, signal: Signal) -> float | str | None:
-        """What it says, read in a thread of its own: a network that swallows the question, or a user's function that
-        never comes back, must not leave the workers without anybody who looks.
-        """
-        asked = self._unanswered.pop(signal.name, None) or _begun(signal.read)
-        if not wait([asked], ANSWER_SECONDS).done:
-            self._unanswered[signal.name] = asked
+        """What it says. A question without an answer stands until there is one."""
+        if not self._asked[signal.name].done():
             raise Unreadable(f"no answer within {ANSWER_SECONDS:g} s")
-        return asked.result()
+        return self._asked.pop(signal.name).result()
 
 
 def _begun(read: Callable[[], float | str | None]) -> Future[float | str | None]:

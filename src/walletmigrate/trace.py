@@ -126,6 +126,6 @@ select
     l.at, 'audit' as place, jsonb_strip_nulls(to_jsonb(l)) as details,
     format('%s by %s: %s', l.action, l.actor, l.reason) as what
 from {schema}.audit_log as l
-where l.correlation_id = :id
+where l.correlation_id = :id or l.details ->> 'idempotency_key' = :key
 """,
 )

@@ -37,9 +37,10 @@ class UndoResult:
     """What became of the accounts that backfill ``of`` opened, over all runs of the undo's job, or would (``dry_run``,
     and then no ``job_id``).
 
-    ``undone`` accounts are stale now, at balance 0; ``left`` names the first thousand of the ``left_count`` that stay,
-    those aside that were ``undone_before``, by another job. ``state`` is done, planned, or paused; or failed or
-    cancelled, by another process: then the figures are those of a part.
+    ``undone`` accounts came to balance 0, and turned stale; ``stale`` counts how many of all that were taken back, by
+    whichever job, are so still: a backfill between the parts of an undo brings them up again. ``left`` names the first
+    thousand of the ``left_count`` that stay, those aside that were ``undone_before``, by another job. ``state`` is
+    done, planned, or paused; or failed or cancelled, by another process: then the figures are those of a part.
     """
 
     of: int
@@ -51,6 +52,12 @@ class UndoResult:
     left: tuple[Left, ...]
     dry_run: bool
     state: str
+    stale: int = 0
+
+    @property
+    def taken_back(self) -> int:
+        """How many accounts were taken back, by this job or one before."""
+        return self.undone + self.undone_before
 
 
 def undo(
@@ -89,7 +96,8 @@ def undo(
         progress=progress,
         stop=stop,
     )
-    return undoing.result(job)
+    with jobs.begin(engine) as connection:
+        return undoing.result(connection, job)
 
 
 def _mapping(connection: Connection, settings: Settings, job_id: int) -> str:
@@ -103,7 +111,8 @@ def _mapping(connection: Connection, settings: Settings, job_id: int) -> str:
         raise UsageError(f"{job_id} is {is_what}, and only a backfill can be undone; see: walletmigrate status")
     reasons: list[Reason] = []
     if row.state == "running":
-        reasons.append((f"job {job_id} is running", "stop it by Ctrl-C where it runs, or wait for its end"))
+        mend = f"wait for its end, or: walletmigrate jobs pause {job_id} {REASON}"
+        reasons.append((f"job {job_id} is running", mend))
     reasons += _of_phase(connection, settings)
     if reasons:
         raise PreconditionRefused(KIND, reasons)
@@ -186,12 +195,17 @@ class _Undoing:
                 left=(*result.left, *_left(rows))[:SHOWN],
             )
 
-    def result(self, job: jobs.Job) -> UndoResult:
-        """By what stands on the job's row."""
+    def result(self, connection: Connection, job: jobs.Job) -> UndoResult:
+        """By what stands on the job's row; and how its accounts stand now."""
         counts = job.counts
+        query = text(
+            f"select count(*) from {self._schema}.accounts where mapping = :mapping and job_id = :of "
+            "and state = 'stale' and state_reason = 'opening taken back'"
+        )
+        stale = connection.scalar(query, {"mapping": self._mapping, "of": self._of})
         left = tuple(Left(**one) for one in job.details.get("items", []))
         figures = (counts.get("undone", 0), counts.get("before", 0), counts.get("left", 0))
-        return UndoResult(self._of, self._mapping, job.id, *figures, left, False, job.state)
+        return UndoResult(self._of, self._mapping, job.id, *figures, left, False, job.state, int(stale or 0))
 
     def _next(self, connection: Connection, undo: int | None, after: int, size: int) -> list[Row[Any]]:
         """The next accounts, taken back or left; ``undo`` None changes nothing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Final, Literal
@@ -22,13 +22,12 @@ from walletmigrate.journals import JournalProblem, Known
 from walletmigrate.references import Reference
 from walletmigrate.samples import Sample
 from walletmigrate.schema import quoted
-from walletmigrate.standing import require_installed
+from walletmigrate.standing import FENCE_MENDED, require_installed
 from walletmigrate.sums import by_name
+from walletmigrate.verify_findings import Finding, in_words, on_record
 
 BEHIND: Final = ("missing", "stale")
 """Problems of accounts that the ledger is known not to follow; all others are money that is wrong."""
-KEPT: Final = 100
-"""How many findings of each kind the log keeps."""
 
 Form = Literal["full", "incremental", "sample"]
 
@@ -60,7 +59,8 @@ class Verification:
     """What one verification of a mapping saw. Lists have at most ``limit`` entries, counts are in full.
 
     ``form`` is ``full``; or ``incremental``, of accounts that changed since the last run (``since``: when that
-    looked); or ``sample``, which ``sample`` tells of. Only a full one has ``imbalance``, ``references``,
+    looked); or ``sample``, which ``sample`` tells of. ``widened``: an incremental run was asked for, and is a full one
+    because the fence was mended then, after the last clean full run. Only a full one has ``imbalance``, ``references``,
     ``cross_checks``, ``ranges`` and ``totals``; in the others counts and sums are of the accounts that were looked at.
 
     ``drift`` is money that is wrong, at two looks; ``passing`` are differences that a transaction or a closing had
@@ -96,6 +96,7 @@ class Verification:
     closed: int | None = None
     form: Form = "full"
     since: datetime | None = None
+    widened: datetime | None = None
     sample: Sample | None = None
     passing_accounts: int = 0
     passing: tuple[Drift, ...] = ()
@@ -120,12 +121,29 @@ class Bound:
 
 
 @dataclass(frozen=True)
+class LastClean:
+    """The last full run that was clean, and what it saw of the journal; ``doubted`` if a run since has found anything.
+
+    What is gone of what it saw is told all the same; but that the rest is in order is known only if nobody doubts it.
+    """
+
+    run: int
+    journal: Known
+    doubted: bool
+
+    @property
+    def known(self) -> Known | None:
+        """What need not be followed again."""
+        return None if self.doubted else self.journal
+
+
+@dataclass(frozen=True)
 class VerificationRun:
     """A verification on record: one row for each currency of the mapping. ``drift_amount`` is in major units.
 
     ``clean`` is that of the whole run. One that is not ``complete`` was ended when it had seen a fault
-    (``details["unfinished"]`` says by what); its counts are of what it had seen. ``details`` has the other findings, at
-    most `KEPT` of each kind.
+    (``details["unfinished"]`` says by what); its counts are of what it had seen. ``details`` has the other findings in
+    words, at most `verify_findings.KEPT` of each kind, and how many there were in ``details["found"]``.
     """
 
     id: int
@@ -165,7 +183,7 @@ def put_on_record(
 ) -> None:
     """One row per currency, each clean only if all is; then the audit row.
 
-    ``bound``: where the next incremental run begins. ``journal``: what a full run saw of it, for `last_known`.
+    ``bound``: where the next incremental run begins. ``journal``: what a full run saw of it, for `last_clean`.
     ``unfinished``: why it did not come to its end; such a run is not complete, whatever it saw.
     """
     told = facts(result)
@@ -220,31 +238,50 @@ def facts(result: Verification) -> dict[str, Any]:
         facts["sample"] = vars(result.sample)
     if result.since is not None:
         facts["since"] = result.since.isoformat()
+    if result.widened is not None:
+        facts["widened"] = result.widened.isoformat()
     checks = {check.name: check.differing for check in result.cross_checks}
     return {**facts, **({"cross_checks": checks} if checks else {})}
 
 
-def _findings(result: Verification, currency: str) -> dict[str, list[str]]:
-    """The first findings of each kind in words, so that a run can be read again when its accounts stand otherwise."""
-    found = {
-        "drift": [drift_line(one) for one in result.drift if one.currency == currency],
-        "passing": [drift_line(one) for one in result.passing if one.currency == currency],
-        "behind": [f"{one.key} ({one.bucket}): {one.problem}" for one in result.behind if one.currency == currency],
-        "journal": [f"account {one.key or one.account}: {one.problem}" for one in result.journal],
-        "unresolved": [reference_line(one) for one in result.references],
-        "cross_check_differences": [
-            f"{check.name}: {one.key}: expected {one.expected}, found {one.found}"
-            for check in result.cross_checks
-            for one in check.differences
-        ],
+def _findings(result: Verification, currency: str) -> dict[str, Any]:
+    """The first findings of each kind, so that a run can be read again when its accounts stand otherwise."""
+    here = [group for group in result.groups if group.currency == currency]
+    counts = {
+        "drift": counted(wrong(here)),
+        # The groups do not know them. Where the list is cut, those of another currency that it has not are among them.
+        "passing": result.passing_accounts - sum(one.currency != currency for one in result.passing),
+        "behind": counted(group for group in here if group.problem in BEHIND),
+        "journal": result.journal_accounts,
+        "unresolved": result.reference_count,
+        "cross_check_differences": sum(check.differing for check in result.cross_checks),
     }
-    return {name: lines[:KEPT] for name, lines in found.items() if lines}
+    return on_record(list(_each(result, currency)), counts)
+
+
+def _each(result: Verification, currency: str) -> Iterator[Finding]:
+    """What is listed of one currency, and what is of none."""
+    for kind, accounts in (("drift", result.drift), ("passing", result.passing), ("behind", result.behind)):
+        yield from (_finding(kind, one) for one in accounts if one.currency == currency)
+    for each in result.journal:
+        place = (each.bucket, each.currency, None, each.found, each.expected)
+        yield Finding("journal", each.key or str(each.account), each.problem, *place)
+    for row in result.references:
+        yield Finding("unresolved", row.subject, row.problem, target=row.target)
+    for check in result.cross_checks:
+        for one in check.differences:
+            place = (check.bucket, check.currency, None, one.found, one.expected)
+            yield Finding("cross_check_differences", one.key, check.name, *place)
+
+
+def _finding(kind: str, one: Drift) -> Finding:
+    place = (one.bucket, one.currency, one.legacy, one.ledger)
+    return Finding(kind, one.key, one.problem, *place, state=one.state)
 
 
 def drift_line(one: Drift) -> str:
     """One account in words."""
-    who = f"{one.key} ({one.bucket}, {one.currency})"
-    return f"{who}: legacy {one.legacy}, ledger {one.ledger}, {one.state}, {one.problem}"
+    return _finding("drift", one).words
 
 
 def reference_line(one: Reference) -> str:
@@ -275,27 +312,42 @@ def last_bound(connection: Connection, settings: Settings, mapping: config.Mappi
     return None if row is None else Bound(*row)
 
 
-def last_known(connection: Connection, settings: Settings, mapping: config.Mapping) -> Known | None:
-    """What the last clean full run of this cluster saw of the journal, if no run since it began has found anything.
+def unseen_since(connection: Connection, settings: Settings, mapping: config.Mapping) -> datetime | None:
+    """When the fence was mended after the last clean full run began: what was written while it was down stands in
+    legacy rows alone, and nothing in the ledger tells which. None: no incremental run has to fear that.
+    """
+    name = quoted(settings.ledger_schema)
+    found: datetime | None = connection.scalar(
+        text(
+            f"select max(at) from {name}.audit_log where action = :action and mapping = :mapping and at >= ("
+            f"select max(started_at) from {name}.verifications where mapping = :mapping and full_run and clean)"
+        ),
+        {"action": FENCE_MENDED, "mapping": mapping.name},
+    )
+    return found
+
+
+def last_clean(connection: Connection, settings: Settings, mapping: config.Mapping) -> LastClean | None:
+    """The last clean full run of this cluster that kept what it saw of the journal.
 
     None too where it is so long ago that the numbers of the database's transactions might have gone round.
     """
     name = quoted(settings.ledger_schema)
     row = connection.execute(
         text(
-            "select details -> 'journal_seen' ->> 'seen' as seen, "
-            "(details -> 'journal_seen' ->> 'transactions')::bigint as transactions "
+            "select id, details -> 'journal_seen' ->> 'seen' as seen, "
+            "(details -> 'journal_seen' ->> 'transactions')::bigint as transactions, "
+            f"exists (select from {name}.verifications as v "
+            "where v.mapping = r.mapping and not v.clean and v.started_at >= r.started_at) as doubted "
             f"from {name}.verifications as r where mapping = :mapping and full_run and clean "
             "and details ? 'journal_seen' "
             "and system_identifier = (select system_identifier from pg_control_system()) "
             "and pg_snapshot_xmax(pg_current_snapshot())::text::bigint - horizon < 2000000000 "
-            f"and not exists (select from {name}.verifications as v "
-            "where v.mapping = r.mapping and not v.clean and v.started_at >= r.started_at) "
             "order by started_at desc, id desc limit 1"
         ),
         {"mapping": mapping.name},
     ).one_or_none()
-    return None if row is None else Known(*row)
+    return None if row is None else LastClean(row.id, Known(row.seen, row.transactions), row.doubted)
 
 
 def runs(
@@ -310,7 +362,7 @@ def runs(
         ),
         {"mapping": mapping, "limit": limit},
     )
-    return tuple(VerificationRun(*row) for row in rows)
+    return tuple(_told(VerificationRun(*row)) for row in rows)
 
 
 def show(connection: Connection, settings: Settings, number: int) -> VerificationRun:
@@ -321,4 +373,8 @@ def show(connection: Connection, settings: Settings, number: int) -> Verificatio
     ).one_or_none()
     if row is None:
         raise UnknownRun("verification", str(number), "See: walletmigrate verify list")
-    return VerificationRun(*row)
+    return _told(VerificationRun(*row))
+
+
+def _told(run: VerificationRun) -> VerificationRun:
+    return replace(run, details=in_words(run.details))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine
@@ -36,6 +37,7 @@ from walletmigrate.verifications import (
     counted,
     facts,
     put_on_record,
+    unseen_since,
     wrong,
 )
 
@@ -67,7 +69,8 @@ def verify(
     ``sample`` keys drawn at random, or with ``since_last`` the accounts whose journal or row in the ledger was written
     since the last clean full or incremental run, are looked at instead, each with its own journal. Such a run is on
     record, and if it finds something it takes back what full runs before it have shown; but no gate takes it for a full
-    one.
+    one. Where the fence was mended since the last clean full run began, ``since_last`` is a full run (``widened``):
+    nothing in the ledger tells what went past the fence.
 
     ``mark_stale`` then turns the mirrored accounts that differ stale, if they still do: from then on they are read
     from legacy alone, and a backfill brings them up. Mirrored and stale accounts whose row is gone are closed. The
@@ -86,8 +89,11 @@ def verify(
     form: Form = "sample" if sample is not None else "incremental" if since_last else "full"
     with engine.connect() as connection:
         require_installed(connection, settings, mapping)
+        widened = unseen_since(connection, settings, mapping) if since_last else None
+    if widened is not None:
+        form = "full"
     with job_reads.run(engine, settings, KINDS[form], mapping.name, act, listed=not dry_run) as run:
-        one = _One(engine, settings, mapping, act, run, limit, dry_run=dry_run)
+        one = _One(engine, settings, mapping, act, run, limit, dry_run=dry_run, widened=widened)
         try:
             return one.verified(form, sample, mark_stale=mark_stale)
         except BaseException as error:
@@ -108,9 +114,10 @@ class _One:
         limit: int,
         *,
         dry_run: bool,
+        widened: datetime | None,
     ) -> None:
         self._engine, self._settings, self._mapping, self._act = engine, settings, mapping, act
-        self._run, self._limit, self._dry_run = run, limit, dry_run
+        self._run, self._limit, self._dry_run, self._widened = run, limit, dry_run, widened
         self._began = time.monotonic()
         self._seen: tuple[Comparison, Look] | None = None
         self._recorded = False
@@ -175,7 +182,8 @@ class _One:
 
     def _result(self, look: Look) -> Verification:
         result = _result(self._mapping, look, self._limit)
-        return replace(result, dry_run=self._dry_run, seconds=time.monotonic() - self._began)
+        seconds = time.monotonic() - self._began
+        return replace(result, dry_run=self._dry_run, widened=self._widened, seconds=seconds)
 
     def _record(self, connection: Connection, look: Look, result: Verification, unfinished: str | None = None) -> None:
         bound = look.moment.bound if look.form != "sample" else None

@@ -39,7 +39,8 @@ with legs as (
         t.credit_account as account,
         t.amount as change,
         t.credit_balance as balance,
-        t.currency
+        t.currency,
+        t.credit_account = t.debit_account as pays_itself
     from {{ schema }}.transactions as t
     where
         t.credit_account > 0
@@ -50,7 +51,8 @@ with legs as (
         t.debit_account as account,
         -t.amount as change,
         t.debit_balance as balance,
-        t.currency
+        t.currency,
+        t.credit_account = t.debit_account as pays_itself
     from {{ schema }}.transactions as t
     where
         t.debit_account > 0
@@ -64,6 +66,7 @@ chain as (
         change,
         balance,
         currency,
+        pays_itself,
         change + lag(balance, 1, 0::numeric) over in_order as expected,
         lead(id) over in_order is null as is_last
     from legs
@@ -76,6 +79,7 @@ summed as (
         sum(change) as total,
         max(balance) filter (where is_last) as last_balance,
         min(id) filter (where balance is distinct from expected) as broken_at,
+        min(id) filter (where pays_itself) as itself_at,
         min(currency) as first_currency,
         max(currency) as last_currency
     from chain
@@ -91,6 +95,7 @@ select
     coalesce(s.total, 0) as total,
     s.last_balance,
     s.broken_at,
+    s.itself_at,
     a.id is null as unknown,
     (a.balance is distinct from coalesce(s.total, 0)) as unexplained,
     (s.account is not null and a.balance is distinct from s.last_balance) as not_last,
@@ -109,6 +114,7 @@ where
         a.id is null
         or a.balance is distinct from coalesce(s.total, 0)
         or s.broken_at is not null
+        or s.itself_at is not null
         or s.account is not null and a.balance is distinct from s.last_balance
         or a.currency <> s.first_currency or a.currency <> s.last_currency
     )
@@ -176,7 +182,8 @@ select
         case when t.credit_account > 0 and t.credit_balance <> t.amount then {{ credited("- t.amount") }} end
     ) as before,
     count(*) filter (where t.credit_account > 0 and t.credit_balance is distinct from t.amount) as further,
-    count(t.group_id) as grouped
+    count(t.group_id) as grouped,
+    0 as pay_themselves
 from {{ schema }}.transactions as t
 where t.debit_account <= 0
 group by t.debit_account, t.currency
@@ -194,7 +201,8 @@ select
         case when t.debit_account > 0 and t.debit_balance <> -t.amount then {{ debited("+ t.amount") }} end
     ) as before,
     count(*) filter (where t.debit_account > 0 and t.debit_balance is distinct from -t.amount) as further,
-    count(t.group_id) filter (where t.debit_account > 0) as grouped
+    count(t.group_id) filter (where t.debit_account > 0) as grouped,
+    0 as pay_themselves
 from {{ schema }}.transactions as t
 where t.credit_account <= 0
 group by t.credit_account, t.currency
@@ -212,7 +220,8 @@ select
     coalesce(sum(case when t.credit_balance <> t.amount then {{ credited("- t.amount") }} end), 0)
     + coalesce(sum(case when t.debit_balance <> -t.amount then {{ debited("+ t.amount") }} end), 0) as before,
     count(*) as further,
-    count(t.group_id) as grouped
+    count(t.group_id) as grouped,
+    count(*) filter (where t.debit_account = t.credit_account) as pay_themselves
 from {{ schema }}.transactions as t
 where t.debit_account > 0 and t.credit_account > 0
 group by t.currency;

@@ -598,6 +598,8 @@ create type {{ schema }}.movement as (
     reverses bigint,
     description text,
     address text,
+    -- Assigned by the application's ORM code: its traffic, and no administrator's deed.
+    watched boolean,
     -- Worked out in the database: the system account opposite a single side, and a reversal's refusal.
     counter bigint,
     group_id bigint,

@@ -255,6 +255,33 @@ begin
 end
 $$;
 
+-- What an administrator did stands in the audit log, whatever became of the ledger's part. Who calls the function
+-- past the adapter may name nobody, and give no reason.
+create or replace function {{ schema }}.put_on_record(
+    m {{ schema }}.movement, p {{ schema }}.posting, p_mapping text
+) returns void
+language plpgsql
+as $$
+begin
+    insert into audit_log (action, actor, reason, mapping, correlation_id, details)
+    values (
+        m.operation, coalesce(m.actor, session_user), coalesce(m.reason, ''), p_mapping, m.correlation_id,
+        jsonb_strip_nulls(jsonb_build_object(
+            'key', coalesce(p.debtor, p.creditor),
+            'payee', case when p.debtor is not null then p.creditor end,
+            'bucket', m.bucket,
+            'currency', m.currency,
+            'change', case when p.debtor is null then p.amount else -p.amount end,
+            'transaction_id', p.transaction_id,
+            'reverses', m.reverses,
+            'mode', p.mode,
+            'outcome', p.outcome,
+            'idempotency_key', m.idempotency_key
+        ))
+    );
+end
+$$;
+
 -- Decide and write the ledger's part of one movement, whose sides were read under their locks.
 create or replace function {{ schema }}.post_movement(
     m {{ schema }}.movement, d {{ schema }}.side, c {{ schema }}.side, r {{ schema }}.column_rule,
@@ -399,6 +426,10 @@ begin
             transaction_id = p.transaction_id, mode = p.mode::posting_mode,
             balances = array[p.debtor_legacy, p.debtor_ledger, p.creditor_legacy, p.creditor_ledger]
         where key = m.idempotency_key;
+    end if;
+    -- Behind the ledger's part: what became of that is known, and a shadow leg that failed has not taken it along.
+    if m.operation in ('set_balance', 'reverse') and v_amount > 0 and m.watched is not true then
+        perform put_on_record(m, p, r.mapping);
     end if;
     return p;
 end

@@ -52,6 +52,19 @@ with found as (
         )
     union all
     select
+        'audit row of a transaction that does not exist' as problem,
+        u.id::text as subject,
+        u.details ->> 'transaction_id' as target
+    from {{ schema }}.audit_log as u
+    where
+        u.details ->> 'transaction_id' is not null
+        and {{ since_known("u") }}
+        and not exists (
+            select from {{ schema }}.transactions as t
+            where t.id = (u.details ->> 'transaction_id')::bigint
+        )
+    union all
+    select
         'reversal of a transaction that does not exist' as problem,
         r.id::text as subject,
         r.reverses::text as target
@@ -254,3 +267,21 @@ with found as (
 )
 
 {{ first_of("found") }}
+
+-- name: gone
+-- Of what the run :run saw, how many are left, whether they were written again or not: those of that run's snapshot,
+-- and what came by a logical restore, whose ids are another cluster's.
+select
+    'transactions that an earlier run saw and that are gone' as problem,
+    'verification ' || (:run)::text as subject,
+    ((:transactions)::bigint - s.still)::text as target,
+    (:transactions)::bigint - s.still as in_all
+from (
+    select count(*) as still from {{ schema }}.transactions as t
+    where
+        t.id <= (select c.restored_id from {{ schema }}.control as c)
+        or t.xid < pg_snapshot_xmin((:seen)::pg_snapshot)::text::bigint
+        or t.xid < pg_snapshot_xmax((:seen)::pg_snapshot)::text::bigint
+        and pg_visible_in_snapshot(t.xid::text::xid8, (:seen)::pg_snapshot)
+) as s
+where s.still < (:transactions)::bigint;

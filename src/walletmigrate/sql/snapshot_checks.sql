@@ -237,7 +237,8 @@ order by n.account_id;
 
 -- name: journal
 -- What the journal says of every account's kinds of money, by mapping, bucket and currency: what snapshots have folded,
--- and what came since the newest.
+-- and what came since the newest. `bypass` is what came from the system account of that name, if no snapshot has folded
+-- any of it: those keep the kinds alone.
 with newest as (
     select p.*
     from {{ schema }}.snapshots as p
@@ -247,9 +248,17 @@ with newest as (
 ),
 
 since as (
-    select e.account, t.kind, e.change
+    select
+        e.account,
+        t.kind,
+        e.change,
+        y.id is not null as bypass
     from {{ schema }}.transactions as t
-    cross join lateral (values (t.debit_account, -t.amount), (t.credit_account, t.amount)) as e (account, change)
+    cross join lateral (values
+        (t.debit_account, -t.amount, t.credit_account),
+        (t.credit_account, t.amount, t.debit_account)
+    ) as e (account, change, other)
+    left join {{ schema }}.system_accounts as y on e.other = y.id and y.name = 'bypass'
     where not exists (select from newest as p where {{ within("t", "p") }})
     -- Only the tail is read: by xid, and by id for what a restore or another cluster's counter would hide.
     and (
@@ -265,6 +274,7 @@ parts as (
         coalesce(a.bucket, x.name, cast(min(s.account) as text)) as bucket,
         coalesce(a.currency, x.currency, '') as currency,
         sum(s.change) as balance,
+        coalesce(sum(s.change) filter (where s.bypass), 0) as bypass,
         {% for kind in kinds %}
         coalesce(sum(s.change) filter (where s.kind = '{{ kind }}'), 0) as {{ kind }}{{ "," if not loop.last }}
         {% endfor %}
@@ -277,6 +287,7 @@ parts as (
     select
         o.mapping, o.bucket, o.currency,
         o.opening + o.resync + o.posting + o.correction + o.reversal as balance,
+        cast(null as numeric) as bypass,
         {{ "o." ~ kinds | join(", o.") }}
     from {{ schema }}.snapshot_totals as o
     inner join {{ schema }}.snapshots as s on o.snapshot_id = s.id
@@ -288,6 +299,7 @@ select
     bucket,
     currency,
     sum(balance) as balance,
+    case when count(bypass) = count(*) then sum(bypass) end as bypass,
     {% for kind in kinds %}
     sum({{ kind }}) as {{ kind }}{{ "," if not loop.last }}
     {% endfor %}
