@@ -66,6 +66,9 @@ MUTANTS = (
     ),
     Mutant("short_asks_state", "the short way does not ask for the state", _job("freeze"), LOST),
     Mutant("short_knows_isolation", "the short way believes an old snapshot", _job("backfill"), ONE),
+    Mutant(
+        "look_knows_isolation", "raw SQL's look without a lock believes an old snapshot", _raw_and_job("backfill"), ONE
+    ),
     Mutant("order_of_locks", "a job locks the account first", _job("freeze"), DEADLOCK),
     Mutant("frozen_rejects", "raw writes to a frozen account's column pass", lambda r: (raw(r),), LOST),
     Mutant("adapter_marks_stale", "only the fence marks stale, not the adapter", _everybody, None),

@@ -28,7 +28,7 @@ def raw_update(rules: Rules, amount: int) -> Steps[None]:
     if row is None:
         return
     yield WriteRow(row + amount)
-    yield from fence(rules, row + amount)
+    yield from fence(rules, row + amount, in_place=True)
     yield Did(amount)
 
 

@@ -32,6 +32,7 @@ class Guards:
     read_in_one_statement: bool = True
     short_asks_state: bool = True  # the short way's account update asks for state and balance
     short_knows_isolation: bool = True  # an account that the short way does not see may be there
+    look_knows_isolation: bool = True  # nor is one that raw SQL sees without a lock what it is now
     order_of_locks: bool = True  # jobs too lock the legacy row before the account
     frozen_rejects: bool = True  # the fence rejects raw writes to a frozen account's column
     adapter_marks_stale: bool = True  # not only the fence
@@ -90,13 +91,19 @@ def turn_stale(rules: Rules) -> Steps[None]:
         yield from update_account(frozenset({"mirrored", "closed"}), state="stale")
 
 
-def fence(rules: Rules, row: int | None, *, ours: bool = False) -> Steps[None]:
+def fence(rules: Rules, row: int | None, *, ours: bool = False, in_place: bool = False) -> Steps[None]:
     """What the trigger does after a write without a label: compare ledger and legacy as it is now (`row`).
 
-    `ours`: the adapter writes, the long way; what it did not mirror is stale in every mode.
+    `ours`: the adapter writes, the long way; what it did not mirror is stale in every mode. `in_place`: raw SQL updated
+    a row that keeps its key, and has its lock.
     """
     if not rules.guards.fence:
         return
+    if in_place and not (rules.isolated and rules.guards.look_knows_isolation):
+        # Only who has the row's lock opens an account or brings it up.
+        view: View = yield Look()
+        if view.account is None or view.account.state == "stale":
+            return
     account: Account | None = yield from account_now(rules)
     if account is None:
         if rules.guards.probe:

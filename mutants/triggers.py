@@ -25,8 +25,8 @@ class Trigger:
         return self.pattern.sub(self.replacement, statement)
 
 
-def _of(place: str, names: str, events: tuple[str, ...]) -> list[Trigger]:
-    """``names``: a pattern of the triggers' names, up to the event at their end."""
+def _of(place: str, names: str, events: tuple[str, ...], when: str | None = None) -> list[Trigger]:
+    """``names``: a pattern of the triggers' names, up to the event at their end; ``when``: that of the one with WHEN."""
     made = []
 
     def add(name: str, pattern: str, replacement: str) -> None:
@@ -38,28 +38,16 @@ def _of(place: str, names: str, events: tuple[str, ...]) -> list[Trigger]:
         add(f"trigger after {event} → removed", whole, "select 1")
         add(f"trigger after {event} → before", rf"^(create trigger {trigger}) after", r"\1 before")
         add(f"enable always trigger after {event} → enable", rf"enable always (trigger {trigger})$", r"enable \1")
-    if "update" in events:
-        add("when a watched column changed → always", rf"^(create trigger {names}update .*)when \(.*\) ", r"\1")
+    if when:
+        add(f"when of {when} → always", rf"^(create trigger {names}{when} .*)when \(.*\) ", r"\1")
     return made
 
 
 _FENCE = r"walletmigrate_(?!\w*_r_)\w+_"
 
 TRIGGERS: list[Trigger] = [
-    *_of("triggers.fence", _FENCE, ("insert", "delete", "update", "truncate")),
-    Trigger(
-        "triggers.fence",
-        "when the key changed → removed",
-        re.compile(rf"^(create trigger {_FENCE}update .*?when \().*? or "),
-        r"\1",
-    ),
-    Trigger(
-        "triggers.fence",
-        "when a balance changed → removed",
-        re.compile(rf"^(create trigger {_FENCE}update .*?when \(.*?) or .*?\) execute"),
-        r"\1) execute",
-    ),
-    *_of("triggers.retired", r"walletmigrate_\w+_r_", ("insert", "update")),
+    *_of("triggers.fence", _FENCE, ("insert", "delete", "update", "truncate"), when="delete"),
+    *_of("triggers.retired", r"walletmigrate_\w+_r_", ("insert", "update"), when="update"),
     *_of("triggers.keys", r"walletmigrate_\w+_r_", ("delete", "key", "empty")),
     Trigger(
         "triggers.keys",

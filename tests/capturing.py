@@ -55,7 +55,7 @@ class Place:
         return found[0]
 
     def catalogued(self) -> list[tuple[object, ...]]:
-        query = "select operation, key, column_name, treatment, old_value, new_value from wallet.bypasses order by id"
+        query = "select operation, key, column_name, treatment, old_value, new_value from wallet.bypasses order by at"
         return rows(self.engine, query)
 
     def paths(self, settings: Settings | None = None) -> tuple[CodePath, ...]:

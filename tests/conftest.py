@@ -26,6 +26,7 @@ import order
 import servers
 import shares
 import skips
+import telling
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts its background jobs so, and every program that a test starts and interrupts would inherit it.
@@ -68,6 +69,10 @@ def pytest_configure(config: pytest.Config) -> None:
     shares.asked(config)
     for spec in _specs(config):
         servers.check(spec)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    telling.register(session.config)
 
 
 def _keep_servers_in_memory() -> None:

@@ -205,13 +205,13 @@ def test_what_the_fence_saw_is_grouped_by_fingerprint_within_the_time_asked_for(
     ledger.execute(engine, "create schema seen")
     ledger.execute(
         engine,
-        "create table seen.bypasses (id bigint, at timestamptz, mapping text, key text, bucket text, currency text, "
+        "create table seen.bypasses (at timestamptz, mapping text, key text, bucket text, currency text, "
         "operation text, treatment text, application_name text, database_user text, fingerprint text, query text, "
         "xid bigint)",
     )
     ledger.execute(
         engine,
-        "insert into seen.bypasses select g, clock_timestamp() - g * interval '1 day', 'users', g::text, 'cash', "
+        "insert into seen.bypasses select clock_timestamp() - g * interval '1 day', 'users', g::text, 'cash', "
         "'EUR', 'update', 'stale', 'cron', 'shop', case when g < 3 then 'aaaa' else 'bbbb' end, null, g "
         "from generate_series(1, 5) as g",
     )

@@ -78,7 +78,7 @@ def test_a_raw_statement_goes_from_every_line_that_it_stands_in(made: Place) -> 
         ledger.execute(made.engine, statement)
     assert ledger.scalar(made.engine, "select count(*) from wallet.bypasses where query is not null") == 3
     assert erase(made.engine, made.settings, made.mapping, "1", ACT).queries == 2
-    left = "select key, query is null from wallet.bypasses order by id"
+    left = "select key, query is null from wallet.bypasses order by at"
     assert ledger.rows(made.engine, left) == [("1", True), ("2", True), ("2", False)]
     assert ledger.scalar(made.engine, "select count(*) from wallet.bypasses where fingerprint like '%?%'") == 3
 

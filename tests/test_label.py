@@ -84,6 +84,12 @@ def test_a_label_that_does_not_fit_a_stale_account_uses_no_key_and_hides_no_writ
     assert rows(world.engine, "select key, treatment from wallet.bypasses") == [("1", "turned_stale")]
 
 
+def test_a_label_that_moves_nothing_uses_no_key(world: Place) -> None:
+    execute(world.engine, ADD_ONE)
+    write(world, world.label(0, dual=False, idempotency_key="k"), "update users set role = 'vip' where id = 1")
+    assert rows(world.engine, "select key from wallet.idempotency_keys") == []
+
+
 @pytest.mark.parametrize("idempotency_key", [None, "k"])
 def test_a_label_for_dual_write_on_a_stale_account_fails_no_write(world: Place, idempotency_key: str | None) -> None:
     execute(world.engine, ADD_ONE)

@@ -131,6 +131,25 @@ def test_a_mending_waits_for_the_writers_that_went_past_the_fence(made: Ledger, 
     assert verify(engine, settings, settings.mapping(), ACT).drift_accounts == 1
 
 
+def test_between_two_tries_the_traffic_passes(made: Ledger, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, settings = made
+    execute(engine, DOWN["hollow"])
+    passed: list[float] = []
+    with engine_named(database_url).begin() as slow, engine_named(database_url, lock_timeout_ms=1).connect() as quick:
+        slow.exec_driver_sql("update users set total_coins = total_coins + 1 where id = 1")
+
+        def traffic(seconds: float) -> None:
+            quick.exec_driver_sql("update users set total_coins = total_coins + 1 where id = 2")
+            quick.commit()
+            passed.append(seconds)
+
+        monkeypatch.setattr("walletmigrate.capture.FENCE_ATTEMPTS", 3)
+        monkeypatch.setattr("walletmigrate.capture.time.sleep", traffic)
+        with pytest.raises(DBAPIError, match="lock timeout"):
+            install(engine, settings, ACT)
+    assert passed == [0.5, 0.5]
+
+
 def install_once(engine: Engine, settings: Settings) -> None:
     """An install that tries for the lock once."""
     with pytest.MonkeyPatch.context() as patch:

@@ -104,14 +104,21 @@ def test_what_goes_wrong_in_a_database_and_a_process_is_what_prometheus_sees(dat
         assert verify(place.engine, place.settings, place.mapping, ACT).drift_accounts == 2
         until(lambda: value(server, "walletmigrate_drift_accounts") == 2)
         traffic(place)
+        expected = {
+            'sum(walletmigrate_dual_write_total{outcome="ok"})': 11,
+            'sum(walletmigrate_dual_write_total{outcome="ledger_failed"})': 1,
+            'walletmigrate_bypass_writes_total{treatment="turned_stale"}': 1,
+            **{
+                f'walletmigrate_mismatch_total{{where="{where}"}}': count  # one source has it, and no other
+                for where, count in {"read": 1, "write": 1, "verify": 2}.items()
+            },
+        }
         # A scrape amid the traffic has seen a part of it: the one after it sees all.
-        until(lambda: value(server, 'sum(walletmigrate_dual_write_total{outcome="ok"})') == 11)
+        now = lambda: {query: value(server, query) for query in expected}  # noqa: E731
+        until(lambda: now() == expected, now)
+        for query in expected:
+            assert len(server.query(query)) == 1
         assert server.query("walletmigrate_phase == 1")[0]["metric"]["phase"] == "read_ledger"
-        assert value(server, 'walletmigrate_bypass_writes_total{treatment="turned_stale"}') == 1
-        assert value(server, 'sum(walletmigrate_dual_write_total{outcome="ledger_failed"})') == 1
-        for where, count in {"read": 1, "write": 1, "verify": 2}.items():
-            (one,) = server.query(f'walletmigrate_mismatch_total{{where="{where}"}}')
-            assert float(one["value"][1]) == count, "one source has it, and no other"
         panel = expressions()["reconciliation: Mismatches B"].replace("$__rate_interval", "5m")
         assert value(server, panel) > 0, "the dashboard shows what a verification found"
 

@@ -331,7 +331,7 @@ def test_a_label_is_heard_of_who_may_post_and_of_nobody_else(admin: Place, grant
             connection.execute(text("select set_config('walletmigrate.posting', :label, true)"), {"label": text_of_it})
             connection.execute(text("update users set total_coins = total_coins + 5 where id = 1"))
         assert admin.account(1) == (left if grant else ("stale", D(100)))
-        treatments = rows(admin.engine, "select treatment from wallet.bypasses order by id")
+        treatments = rows(admin.engine, "select treatment from wallet.bypasses order by at")
         assert treatments == ([] if grant else [("turned_stale",), ("stale",)][: len(treatments)])
         assert bool(treatments) is not bool(grant)
 

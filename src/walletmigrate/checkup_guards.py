@@ -54,7 +54,6 @@ index audit_log_corrected on audit_log: CREATE UNIQUE INDEX audit_log_corrected 
     (action = 'reconcile corrected'::text)
 index audit_log_undone on audit_log: CREATE UNIQUE INDEX audit_log_undone ON audit_log USING btree (((details ->>
     'undoes'::text))) WHERE (action = 'reconcile undone'::text)
-index bypasses_at on bypasses: CREATE INDEX bypasses_at ON bypasses USING brin (at) WITH (pages_per_range='32')
 index job_batches_open on job_batches: CREATE INDEX job_batches_open ON job_batches USING btree (job_id, number) WHERE
     (state <> 'done'::text)
 index jobs_unfinished on jobs: CREATE UNIQUE INDEX jobs_unfinished ON jobs USING btree (kind, mapping) WHERE (state =

@@ -27,22 +27,17 @@ begin
 end
 $$;
 
--- The fingerprint of the statement at work. For the same statement again, as prepared ones are, what it came to the
--- last time: a cache, keyed by the statement.
+-- The fingerprint of the statement at work. It is kept with the statement's hash: the fences do not ask again for the
+-- same one, as prepared ones are.
 create or replace function {{ schema }}.stated() returns text
 language plpgsql
 as $$
 declare
     -- A worker of logical replication has no statement.
     v_query text := coalesce(current_query(), '');
-    v_hash text := hashtextextended(v_query, 0)::text;
-    v_known text := current_setting('walletmigrate.fingerprint', true);
 begin
-    if v_known is null or split_part(v_known, ' ', 1) <> v_hash then
-        v_known := v_hash || ' ' || fingerprint(v_query);
-        perform set_config('walletmigrate.fingerprint', v_known, false);
-    end if;
-    return substr(v_known, length(v_hash) + 2);
+    perform set_config('walletmigrate.stated', hashtextextended(v_query, 0)::text, false);
+    return set_config('walletmigrate.fingerprint', fingerprint(v_query), false);
 end
 $$;
 

@@ -17,24 +17,17 @@ declare
         select t.id from transactions as t where t.credit_account > 0 and t.credit_account = any(v_accounts)
     );
     -- One statement that wrote several rows stands in a line of each, and what was sent twice in the lines of both.
-    v_lines bigint[] := array(
-        select b.id from bypasses as b
-        where
-            b.query is not null and exists (
-                select from bypasses as o
-                where o.mapping = p_mapping and o.key = p_key and o.query = b.query
-            )
-    );
+    v_queries text[] := array(select distinct b.query from bypasses as b where b.mapping = p_mapping and b.key = p_key);
 begin
     select count(*) into details from transaction_details as d where d.transaction_id = any(v_transactions);
-    queries := cardinality(v_lines);
+    select count(*) into queries from bypasses as b where b.query = any(v_queries);
     select count(*) into messages from failures as f
     where f.mapping = p_mapping and f.key = p_key and f.message <> '';
     if p_dry_run then
         return;
     end if;
     delete from transaction_details as d where d.transaction_id = any(v_transactions);
-    update bypasses as b set query = null where b.id = any(v_lines);
+    update bypasses as b set query = null where b.query = any(v_queries);
     update failures as f set message = '' where f.mapping = p_mapping and f.key = p_key and f.message <> '';
 end
 $$;

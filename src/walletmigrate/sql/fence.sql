@@ -62,6 +62,26 @@ v_after - {{ c.before }} = v_label.change
                             v_label.reason
                         )
 {%- endmacro %}
+{% macro row(version) -%}
+row({% for c in columns %}{{ version }}.{{ c.column }}{{ ", " if not loop.last }}{% endfor %})
+{%- endmacro %}
+{# A write past the adapter goes on record. A session keeps the fingerprint of the last statement that it looked at. #}
+{% macro catalogue(c, key, operation, treatment, before, after) -%}
+insert into bypasses (
+                    mapping, relation, column_name, key, bucket, currency, operation, treatment, old_value, new_value,
+                    fingerprint{{ ", query" if raw_queries == "true" }}
+                )
+                values (
+                    '{{ mapping }}', tg_relid, '{{ c.name }}', {{ key }}, '{{ c.bucket }}', '{{ c.currency }}',
+                    {{ operation }}, {{ treatment }}, {{ before }}, {{ after }},
+                    case
+                        when
+                            hashtextextended(current_query(), 0)::text = current_setting('walletmigrate.stated', true)
+                            then current_setting('walletmigrate.fingerprint', true)
+                        else stated()
+                    end{{ ", left(current_query(), 10000)" if raw_queries == "true" }}
+                );
+{%- endmacro %}
 -- Writes that were refused, though their transactions are gone: a sequence has no rollback.
 create sequence if not exists {{ schema }}.rejected_{{ mapping }};
 
@@ -74,18 +94,18 @@ as $$
 declare
     v_key {{ key_type }};
     v_next {{ key_type }};
-    v_statement text;
     v_found boolean;
     v_now numeric[];
     v_account record;
     v_known boolean;
     v_looked boolean;
     v_ours boolean;
-    v_spoilt boolean;
+    v_settled boolean;
     v_written boolean;
     v_treatment text;
     v_setting text := current_setting('walletmigrate.posting', true);
     v_label label;
+    v_before numeric;
     v_after numeric;
     v_id bigint;
     v_transaction bigint;
@@ -93,6 +113,7 @@ declare
 begin
     <<short>>
     begin
+        exit short when v_setting is null; -- as in a session that never posted
         -- The setting is anybody's. It is heard from a session whose user may post; the user of this function is the
         -- owner. Where a role was renamed a label fails here, and plain_ goes the long way, which fails no write; nor does
         -- a write without a label, for which the role is not looked at (of `null and …` it would be).
@@ -109,6 +130,7 @@ begin
             exit short when v_setting not like '("%';
             v_label := v_setting::label;
         else
+            v_setting := null; -- '', as a transaction leaves it that had a label
             exit short;
         end if;
         {% for c in columns %}
@@ -151,7 +173,7 @@ begin
                 );
                 return null;
             end if;
-            exit short when ({{ fits(c) }}) is not true;
+            exit short when v_label.change = 0 or ({{ fits(c) }}) is not true;
             select a.state into v_state from accounts as a
             where
                 {{ owned("a", "new." ~ key, c) }}
@@ -173,6 +195,19 @@ begin
             v_label := null; -- of another row, whose posting is not touched by this write
         end if;
     end short;
+    -- Of an insert OLD is null, of a delete NEW: no key of theirs equals or differs.
+    v_key := coalesce(new.{{ key }}, old.{{ key }});
+    if old.{{ key }} = new.{{ key }} then
+        -- Updates of other columns come here too. WHEN would keep them out, but is parsed at every update of the table,
+        -- which costs as much as this, and every posting.
+        if {{ row("old") }} is not distinct from {{ row("new") }} then
+            return null;
+        end if;
+        v_settled := v_setting is null and current_setting('transaction_isolation') = 'read committed';
+    elsif old.{{ key }} <> new.{{ key }} then
+        v_next := greatest(old.{{ key }}, new.{{ key }});
+        v_key := least(old.{{ key }}, new.{{ key }});
+    end if;
     if v_label.place is not null then
         -- It does not fit. Not raised: a trigger of the application that catches errors would lose its write. So it is
         -- met as any other write, and plain_, which finds no result, takes all back and goes the long way.
@@ -185,19 +220,30 @@ begin
         v_setting := set_config('walletmigrate.posting', 'spoilt', true);
     end if;
     {% endif %}
-    v_spoilt := v_setting = 'spoilt';
-    v_key := case when tg_op = 'DELETE' then old.{{ key }} else new.{{ key }} end;
-    -- Of an insert OLD is null, of a delete NEW: no key of theirs equals or differs.
-    if old.{{ key }} <> new.{{ key }} then
-        v_next := greatest(old.{{ key }}, new.{{ key }});
-        v_key := least(old.{{ key }}, new.{{ key }});
-    end if;
     loop
         v_looked := false;
-        v_ours := v_spoilt or v_setting like 'adapter:%' and v_setting = 'adapter:{{ mapping }}:' || v_key;
+        if v_setting is not null then
+            v_ours := v_setting = 'spoilt'
+                or v_setting like 'adapter:%' and v_setting = 'adapter:{{ mapping }}:' || v_key;
+        end if;
         {% for c in columns %}
+        v_written := true;
+        {% if columns | length > 1 %}
         v_written := old.{{ key }} is distinct from new.{{ key }}
             or old.{{ c.column }} is distinct from new.{{ c.column }};
+        {% endif %}
+        if v_settled and v_written then
+            -- Without a lock of its own: what opens an account, or brings it up, has the lock of the legacy row first, as
+            -- this update has. So what is absent or stale stays it.
+            select x.state into v_state
+            from accounts as x
+            where
+                {{ owned("x", "new." ~ key, c) }};
+            if v_state is null or v_state = 'stale' then
+                {{ catalogue(c, "new." ~ key, "'update'", "coalesce(v_state::text, 'absent')", c.before, c.after) }}
+                v_written := false;
+            end if;
+        end if;
         if v_written then
             v_after := case when new.{{ key }} = v_key then {{ c.after }} end;
             -- By key, not by a join: without statistics a plan may walk all accounts of the mapping.
@@ -278,17 +324,8 @@ begin
                 v_treatment := 'stale';
             end if;
             if v_written and v_ours is not true then
-                v_statement := stated();
-                insert into bypasses (
-                    mapping, relation, column_name, key, bucket, currency, operation, treatment, old_value, new_value,
-                    fingerprint, query
-                )
-                values (
-                    '{{ mapping }}', tg_relid, '{{ c.name }}', v_key, '{{ c.bucket }}', '{{ c.currency }}',
-                    lower(tg_op), v_treatment,
-                    case when old.{{ key }} = v_key then {{ c.before }} end, v_after,
-                    v_statement, {{ "left(current_query(), 10000)" if raw_queries == "true" else "null" }}
-                );
+                v_before := case when old.{{ key }} = v_key then {{ c.before }} end;
+                {{ catalogue(c, "v_key", "lower(tg_op)", "v_treatment", "v_before", "v_after") }}
             end if;
         end if;
         {% endfor %}

@@ -147,9 +147,9 @@ create table {{ schema }}.failures (
     correlation_id text
 );
 
--- Every write to a mapped column that did not come through the adapter, and what the fence made of it.
+-- Every write to a mapped column that did not come through the adapter, and what the fence made of it. No index
+-- and no number: who writes past the adapter would pay for it.
 create table {{ schema }}.bypasses (
-    id bigint generated always as identity,
     at timestamptz not null default clock_timestamp(),
     mapping text not null,
     -- The table or partition that was written; no column and no key where all are meant (truncate).
@@ -170,11 +170,8 @@ create table {{ schema }}.bypasses (
     fingerprint text not null,
     -- As it was sent; only where the configuration switches it on.
     query text,
-    xid bigint not null default pg_current_xact_id()::text::bigint
+    xid bigint not null default txid_current()
 );
-
--- No more than one small index: who writes past the adapter pays for it.
-create index bypasses_at on {{ schema }}.bypasses using brin (at) with (pages_per_range = 32);
 
 -- What was pruned from the catalogue, so that the counts of writes never fall.
 create table {{ schema }}.bypasses_pruned (
