@@ -26,7 +26,7 @@ class Trigger:
 
 
 def _of(place: str, names: str, events: tuple[str, ...], when: str | None = None) -> list[Trigger]:
-    """``names``: a pattern of the triggers' names, up to the event at their end; ``when``: that of the one with WHEN."""
+    """``names``: a pattern of the triggers' names, up to the event at their end; ``when``: the event of a WHEN."""
     made = []
 
     def add(name: str, pattern: str, replacement: str) -> None:
