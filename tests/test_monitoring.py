@@ -114,7 +114,10 @@ def test_what_goes_wrong_in_a_database_and_a_process_is_what_prometheus_sees(dat
             },
         }
         # A scrape amid the traffic has seen a part of it: the one after it sees all.
-        now = lambda: {query: value(server, query) for query in expected}  # noqa: E731
+
+        def now() -> dict[str, float]:
+            return {query: value(server, query) for query in expected}
+
         until(lambda: now() == expected, now)
         for query in expected:
             assert len(server.query(query)) == 1
