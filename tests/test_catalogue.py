@@ -213,6 +213,13 @@ def test_the_raw_statement_is_kept_only_where_it_is_switched_on(place: Place) ->
         ("select E'a\\'b', x5, 5e", "select ?, x5, 5e"),
         ("select 'never closed", "select ?"),
         ("select $body$secret$body$, 1", "select ?"),
+        ("select $a1$secret$a1$, 1", "select ?"),
+        ("select 1 /* a /* b */ secret */ + 2", "select ?"),
+        ("select 1 /* a */ + c /* b */", "select ? + c ?"),
+        (
+            "update t set a = 1e5, b = .5, c = 0x1F, d = 1_000, e = -2.5E-3",
+            "update t set a = ?, b = ?, c = ?, d = ?, e = ?",
+        ),
         ("update t set a = ?, b = 2", "update t set a = ?, b = ?"),
     ],
 )

@@ -342,15 +342,17 @@ def test_the_phase_is_lowered_before_the_server_is_asked(served: Served, flagsmi
         ({"status": 500}, 5, "flag_source_unreachable"),
     ],
 )
-def test_a_flip_that_the_server_refuses_leaves_no_audit_row(
+def test_a_flip_that_the_server_refuses_is_on_record_as_failed(
     served: Served, flagsmith: FlagsmithStub, fault: dict[str, Any], exit_code: int, code: str
 ) -> None:
-    rows = audited(served)
+    begun = len(audited(served))
     flagsmith.fail("PATCH", "features", **fault)
     for words in (["flags", "set", DUAL_WRITE, "off", "--everyone"], ["rollback", "--cohort", "tenant=acme"]):
         said = served.run(*words, "--json", *REASON)
         assert (said.exit_code, said.document["error"]["code"]) == (exit_code, code)
-    assert audited(served) == rows
+        assert audited(served)[-1][3]["cause"] == said.document["error"]["message"]
+    tried = [row[0] for row in audited(served)[begun:]]
+    assert tried == ["flags set", "flags set failed", "rollback", "rollback failed"]
 
 
 def test_a_change_that_stops_in_the_midst_is_on_record_with_what_is_left(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ from walletmigrate.flags import DUAL_WRITE, READ_FROM_LEDGER
 from walletmigrate.starter import blank_document
 
 __all__ = ["stage"]
+
+ENDED = (
+    "select pg_terminate_backend(pid) from pg_stat_activity "
+    "where datname = current_database() and pid <> pg_backend_pid()"
+)
 
 
 def test_a_cutover_switches_reads_for_the_cohort_and_leaves_before_and_after_on_record(stage: Stage) -> None:
@@ -130,6 +136,24 @@ def test_a_rollback_of_a_cohort_leaves_the_phase_and_the_others_alone(stage: Sta
     assert decide("2", {"tenant": "globex"}).read_from_ledger
 
 
+def test_a_rollback_of_everyone_whose_phase_went_back_has_not_failed_when_the_database_then_goes(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.to("read_ledger")
+    stage.cutover(None)
+    switch = stage.flags.set
+
+    def first(*words: Any, **options: Any) -> Any:
+        ledger.execute(stage.engine, ENDED)
+        return switch(*words, **options)
+
+    monkeypatch.setattr(stage.flags, "set", first)
+    done = phases.rollback(stage.engine, stage.settings, stage.flags, ACT)
+    assert (done.phase_after, done.changed, done.flag) == ("dual_write", True, None)
+    assert "terminat" in str(done.flag_problem)
+    assert stage.phase == "dual_write"
+
+
 def test_a_rollback_of_everyone_does_not_wait_for_a_broken_flag_file(stage: Stage) -> None:
     stage.to("read_ledger")
     stage.path.write_text("{")
@@ -155,6 +179,28 @@ def test_a_flag_is_not_switched_when_its_audit_row_cannot_be_written(stage: Stag
     with pytest.raises(ProgrammingError):
         phases.set_flag(stage.engine, stage.settings, stage.flags, DUAL_WRITE, False, ACT, everyone=True)
     assert stage.path.read_bytes() == document
+
+
+@pytest.mark.parametrize("lost", ["process", "database"])
+def test_a_flag_that_is_switched_is_on_record_whatever_goes_away_behind_it(
+    stage: Stage, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C behind the write of the file; or the connection, before anything more is said to the database."""
+    switch = stage.flags.set
+
+    def and_then(*words: Any, **options: Any) -> Any:
+        done = switch(*words, **options)
+        if not options["dry_run"]:
+            if lost == "process":
+                raise KeyboardInterrupt
+            ledger.execute(stage.engine, ENDED)
+        return done
+
+    monkeypatch.setattr(stage.flags, "set", and_then)
+    with suppress(KeyboardInterrupt):
+        phases.set_flag(stage.engine, stage.settings, stage.flags, DUAL_WRITE, False, ACT, everyone=True)
+    assert stage.audited()[-1][3]["after"]["default"] is False
+    assert not FileSource(stage.path).snapshot().decide("1", {}).dual_write
 
 
 def test_a_flag_is_set_and_its_override_removed_on_record(stage: Stage) -> None:

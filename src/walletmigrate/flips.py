@@ -1,13 +1,14 @@
-"""Flag flips on record: the flags and the audit row together, or neither."""
+"""Flag flips on record: the audit row stands before the flag is switched, and what became of it behind it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
 from walletmigrate.audit import Act, record
 from walletmigrate.config import Settings
@@ -62,15 +63,9 @@ def set_flag(
 
 @contextmanager
 def on_record(engine: Engine) -> Iterator[Connection]:
-    """A transaction for flips. A change that stopped in the midst is committed with what it did, then raised."""
-    incomplete: FlagChangeIncomplete | None = None
-    with engine.begin() as connection:
-        try:
-            yield connection
-        except FlagChangeIncomplete as error:
-            incomplete = error
-    if incomplete is not None:
-        raise incomplete
+    """A connection for `flip`, which commits for itself; what it does not commit is rolled back."""
+    with engine.connect() as connection:
+        yield connection
 
 
 def flip(
@@ -85,9 +80,10 @@ def flip(
     dry_run: bool,
     **who: Any,
 ) -> FlagChange:
-    """Switch the flag and leave the audit row. The row comes first: without a row there is no flip.
+    """Switch the flag and leave the audit row. The row is committed first: without a row there is no flip, whenever
+    this process, the database or the flag source goes away. A flip that failed has a second row that says so.
 
-    Wants a transaction of `on_record`. A dry run counts the accounts that would change.
+    Wants a connection of `on_record`. A dry run counts the accounts that would change.
     """
     planned = _edit(flags, flag, enabled, dry_run=True, **who)
     change = _told(planned, flag, who, dry_run=dry_run)
@@ -104,13 +100,24 @@ def flip(
         "also": list(change.also),
     }
     audit_id = record(connection, settings, action, act, details=details)
+    connection.commit()
     try:
         done = _edit(flags, flag, enabled, dry_run=False, **who)
     except FlagChangeIncomplete as error:
         left = {"done": list(error.done), "left": [what for what, _ in error.left], "cause": error.cause}
-        record(connection, settings, f"{action} incomplete", act, details={"who": change.who, **left})
+        _then(connection, settings, f"{action} incomplete", act, {"who": change.who, **left})
+        raise
+    except Exception as error:
+        _then(connection, settings, f"{action} failed", act, {"flag": flag, "who": change.who, "cause": str(error)})
         raise
     return replace(_told(done, flag, who, dry_run=False), audit_id=audit_id)
+
+
+def _then(connection: Connection, settings: Settings, action: str, act: Act, details: dict[str, Any]) -> None:
+    """The row behind a flip. Where the database is away, the one before it stands, and the flag's error is told."""
+    with suppress(DBAPIError):
+        record(connection, settings, action, act, details=details)
+        connection.commit()
 
 
 def _edit(flags: FlagEditor, flag: str, enabled: bool | None, *, dry_run: bool, **who: Any) -> Change:

@@ -233,10 +233,10 @@ def rollback(
         if flags is not None:
             with on_record(engine) as connection:
                 flag = _switch_reads(connection, settings, flags, "rollback", act, cohort, on=False, dry_run=dry_run)
-    except FLAG_PROBLEMS as error:
+    except (*FLAG_PROBLEMS, DBAPIError) as error:
         if cohort is not None:
             raise
-        problem = str(error)
+        problem = said(error) if isinstance(error, DBAPIError) else str(error)
     return Rollback(state.phase, target, flag, problem, moved or bool(flag and flag.changed), dry_run)
 
 

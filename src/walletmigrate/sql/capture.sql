@@ -13,14 +13,16 @@ declare
     v_values constant text := concat_ws(
         '|',
         '/\*(?:[^*]|\*+[^*/])*(?:\*+/|$)',
+        '/\*(?=(?:[^*]|\*+[^*/])*/\*).*', -- a comment in a comment
         '--[^\n]*',
         '[eE]''(?:[^''\\]|\\.|'''')*(?:''|$)',
         '''(?:[^'']|'''')*(?:''|$)',
         '\$[0-9]+',
-        '\$[[:alpha:]_]*\$.*',
-        '(?<![[:alnum:]_."])-?[0-9]+(?:\.[0-9]+)?(?![[:alnum:]_"])'
+        '\$(?:[[:alpha:]_][[:alnum:]_]*)?\$.*',
+        '(?<![[:alnum:]_."])-?(?:0[xob][0-9a-f_]+|(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:e[+-]?[0-9]+)?)'
+        '(?![[:alnum:]_"])'
     );
-    v_words text := regexp_replace(left(p_query, 4000), v_values, '?', 'g');
+    v_words text := regexp_replace(left(p_query, 4000), v_values, '?', 'gi');
 begin
     v_words := regexp_replace(v_words, '(?:\?[\s,]*)+\?', '?', 'g');
     return left(btrim(regexp_replace(v_words, '\s+', ' ', 'g')), 300);
