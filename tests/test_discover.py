@@ -216,6 +216,21 @@ def test_the_command_ends_with_3_while_direct_writes_are_left_and_needs_no_datab
     assert project.run("discover", "--source", str(sources), "--no-database").exit_code == 0
 
 
+def test_what_nobody_looked_at_is_not_called_clean(project: Project, sources: Path) -> None:
+    words = ("discover", "--source", str(sources), "--no-database")
+    said = project.run(*words)
+    assert said.exit_code == 2
+    assert "no file was read under" in said.stderr
+    (sources / "app.py").write_text("print(1)\n")
+    (sources / "broken.py").write_text("def (")
+    assert project.run(*words).exit_code == 0, "it was read as plain text"
+    (sources / "huge.sql").write_text("-- nothing\n" * (MAX_BYTES // 10))
+    said = project.run(*words)
+    assert said.exit_code == 3
+    assert "1 not read at all" in said.stderr
+    assert project.run(*words, "--exclude", "*.sql").exit_code == 0
+
+
 def test_json_is_one_document_with_every_finding(project: Project, sources: Path) -> None:
     (sources / "app.py").write_text("def pay(user):\n    user.total_coins += 1\n")
     (sources / "bad.py").write_text("def (")

@@ -41,7 +41,7 @@ def discover(
     markdown: Annotated[Path | None, typer.Option(help="Also write a check-list here, in Markdown.")] = None,
     form: Annotated[Form, typer.Option("--format", help="How to print it.")] = Form.TABLE,
 ) -> Answer:
-    """List the code that touches the mapped columns. Exit 3 while direct writes are left."""
+    """List the code that touches the mapped columns. Exit 3 while direct writes are left, or files were not read."""
     window = period(since) if since else None
     if no_database or run.settings.database_url is None:
         found = look_for(run.settings, source, exclude=exclude or ())
@@ -49,11 +49,20 @@ def discover(
         with run.engine.connect() as plain_connection:
             connection = plain_connection.execution_options(postgresql_readonly=True)
             found = look_for(run.settings, source, connection=connection, exclude=exclude or (), window=window)
+    if not found.files and not found.unread:
+        raise UsageError(
+            f"no file was read under {', '.join(map(str, source))}: pass the folder of the application's sources by "
+            "--source, and leave out less by --exclude"
+        )
     if markdown is not None:
         _write(markdown, found)
     lines = tuple(check_list(found) if form is Form.MARKDOWN else _table(found))
     notes = [f"not read: {one.file}: {one.problem}" for one in found.unread] + list(found.notes)
-    return Answer(_document(found), lines, tuple(notes), DIFFERENCE if found.left else OK)
+    if found.unseen:
+        notes.append(
+            f"{len(found.unseen)} not read at all, where a write may stand: mend them, or leave them out by --exclude"
+        )
+    return Answer(_document(found), lines, tuple(notes), DIFFERENCE if found.left or found.unseen else OK)
 
 
 def check_list(found: Catalogue) -> Iterator[str]:

@@ -110,7 +110,7 @@ class _Reading:
             line = getattr(error, "lineno", None)
             what = getattr(error, "msg", None) or str(error) or type(error).__name__
             place = f"line {line}: " if line else ""
-            self.tree.unread.append(Unread(file.path, f"{place}{what}; it was read as plain text"))
+            self.tree.unread.append(Unread(file.path, f"{place}{what}; it was read as plain text", as_text=True))
 
     def _file(self, file: SourceFile, text: str) -> list[Finding]:
         found: list[Finding] = []
@@ -121,7 +121,7 @@ class _Reading:
                     found += read_python(view, file.path, file.module, tree, text.splitlines())
                     continue
             except RecursionError:
-                self.tree.unread.append(Unread(file.path, "nested too deeply; it was read as plain text"))
+                self.tree.unread.append(Unread(file.path, "nested too deeply; it was read as plain text", as_text=True))
             found += read_text_file(file.path, text, view.wanted, {**view.derived, **view.attributes})
         return found
 

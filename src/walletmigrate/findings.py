@@ -62,10 +62,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Unread:
-    """A file that could not be read as what it is, and why."""
+    """A file that could not be read as what it is, and why; ``as_text``: as plain text it was."""
 
     file: str
     problem: str
+    as_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ class Catalogue:
     def left(self) -> tuple[Finding, ...]:
         """The direct writes that are still to be moved, or to be accepted with a reason."""
         return tuple(one for one in self.findings if one.left)
+
+    @property
+    def unseen(self) -> tuple[Unread, ...]:
+        """The files that nobody looked at: a write may stand there."""
+        return tuple(one for one in self.unread if not one.as_text)
 
 
 @dataclass(frozen=True)

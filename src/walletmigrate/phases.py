@@ -229,11 +229,12 @@ def rollback(
             _move(connection, settings, "rollback", state.phase, target, act, dry_run=dry_run)
     # The phase alone sends every read to legacy: it is in force by now, whatever a file or a server does.
     flag, problem = None, None
+    survived: tuple[type[Exception], ...] = (*FLAG_PROBLEMS, DBAPIError)
     try:
         if flags is not None:
             with on_record(engine) as connection:
                 flag = _switch_reads(connection, settings, flags, "rollback", act, cohort, on=False, dry_run=dry_run)
-    except (*FLAG_PROBLEMS, DBAPIError) as error:
+    except survived as error:
         if cohort is not None:
             raise
         problem = said(error) if isinstance(error, DBAPIError) else str(error)
