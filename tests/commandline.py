@@ -212,10 +212,11 @@ def everything(project: Project) -> tuple[Any, ...]:
         engine, "select c.relname from pg_class c where c.relnamespace = 'wallet'::regnamespace and relkind = 'r'"
     )
     names = sorted(f"wallet.{name}" for (name,) in tables)
-    content = [
-        ledger.scalar(engine, f"select md5(coalesce(string_agg(t::text, '|' order by t::text), '')) from {name} t")
+    digests = [
+        f"select '{name}', md5(coalesce(string_agg(t::text, '|' order by t::text), '')) from {name} t"
         for name in (*names, "public.users")
     ]
+    content = ledger.rows(engine, f"{' union all '.join(digests)} order by 1")
     line = ledger.scalar(engine, "select last_value from wallet.line")
     triggers = ledger.rows(engine, "select tgname, xmin::text from pg_trigger where not tgisinternal order by 1")
     return names, content, line, triggers, project.flag_path.read_bytes()

@@ -14,7 +14,7 @@ Test = TypeVar("Test")
 LONG: Final = (
     *("test_mutants", "test_runbooks", "test_rehearsal_metrics", "test_example", "test_monitoring", "test_rehearse"),
     *("test_verify_faults", "test_recipe_worker", "test_standby", "test_alerts", "test_multiprocess"),
-    *("test_job_workers", "test_site", "test_deploys", "test_torture"),
+    *("test_job_workers", "test_site", "test_deploys", "test_promises", "test_torture"),
 )
 """The files with tests of more than ten seconds, the longest first."""
 
