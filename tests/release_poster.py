@@ -1,4 +1,4 @@
-"""A process of an application: postings of every kind, one after another, until standard input ends."""
+"""A process of an application: postings of every kind, and reads, one after another, until standard input ends."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def post(adapter: LegacyBalanceAdapter, engine: object, kind: str, key: int, nam
         if kind == "target":
             done = adapter.set_balance(connection, key, 100, actor=name, reason="a test")
             return done.mode, done.legacy_change or Decimal(0)
+        adapter.balance(connection, key)
         credit = adapter.credit(connection, key, amount, type=name, description="x" if kind == "described" else None)
         if kind == "reversal" and credit.transaction_id is not None:
             adapter.reverse(connection, credit.transaction_id, actor=name, reason="a test")

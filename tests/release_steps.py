@@ -9,11 +9,12 @@ from typing import Any
 from sqlalchemy.pool import NullPool
 
 import ledger
-from walletmigrate import connect, doctor, fences, functions
+from walletmigrate import StaticSource, connect, doctor, fences, functions
 from walletmigrate.audit import Act
 from walletmigrate.backfill import backfill
 from walletmigrate.errors import WalletMigrateError
 from walletmigrate.install import install
+from walletmigrate.report import status
 from walletmigrate.verify import verify
 
 ACT = Act("tests", "a deploy")
@@ -37,6 +38,8 @@ def step(url: str, name: str) -> Any:
             case "doctor":
                 with engine.connect() as connection:
                     return [one.what for one in doctor.examine(connection, settings)]
+            case "status":
+                return status(engine, settings, StaticSource({})).phase
     except WalletMigrateError as error:
         return [type(error).__name__, error.exit_code, str(error)]
     raise AssertionError(name)

@@ -84,8 +84,10 @@ def test_what_an_operator_does_works_with_either_release_on_either_schema(
 ) -> None:
     engine, settings = place
     execute(engine, "delete from public.users where id > 6")
-    opened, clean, before, _, after = newer.run(url, "backfill", "verify", "doctor", "install", "doctor")
-    assert (opened, clean, after) == (6, True, [])
+    opened, clean, phase, before, _, after = newer.run(
+        url, "backfill", "verify", "status", "doctor", "install", "doctor"
+    )
+    assert (opened, clean, phase, after) == (6, True, "dual_write", [])
     assert [one.partition(",")[2] for one in before] == [
         " this release makes 2",
         " this release has 0002: it was not installed yet",
@@ -93,6 +95,7 @@ def test_what_an_operator_does_works_with_either_release_on_either_schema(
     execute(engine, "insert into public.users (id, tenant, role, total_coins) values (20, 'acme', 'member', 7)")
     assert step(url, "backfill") == 1
     assert step(url, "verify") is True
+    assert step(url, "status") == "dual_write"
     found = step(url, "doctor")
     assert [("a newer release was installed" in one) for one in found] == [True] * 2, found
     adapting.check_invariants(engine, settings)

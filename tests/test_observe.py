@@ -27,11 +27,13 @@ from walletmigrate.observe import (
     Event,
     FlagsSeen,
     LogObserver,
+    LostUpdate,
     Mismatch,
     Observers,
     Posted,
     PrometheusObserver,
     Read,
+    Unrouted,
 )
 
 POSTED = Posted(
@@ -50,6 +52,11 @@ POSTED = Posted(
 )
 READ = Read("ledger", "mismatch", 0.001, "users", "cash", "EUR", "c-1", 4711, Decimal("12.50"))
 MISMATCH = Mismatch("read", "users", "cash", "EUR", "c-1", None, 4711, Decimal("12.50"), Decimal("13.50"))
+
+LOST = LostUpdate(
+    *("users", "cash", "EUR", "User.total_coins", "c-1", 7, 4711), Decimal("12.50"), Decimal("13.50"), Decimal("12.50")
+)
+UNROUTED = Unrouted("flush", "users", "User.total_coins", "a SQL expression", 4711)
 
 
 def posted(**changes: object) -> Posted:
@@ -345,16 +352,16 @@ def test_the_log_says_what_is_known_and_warns_of_what_is_wrong(
     assert (line["event"], line["level"], line["correlation_id"]) == (name, level, "c-1")
 
 
-@pytest.mark.parametrize("event", [POSTED, READ, MISMATCH])
+@pytest.mark.parametrize("event", [POSTED, READ, MISMATCH, LOST, UNROUTED])
 def test_keys_amounts_and_balances_are_logged_only_if_asked_for(caplog: pytest.LogCaptureFixture, event: Event) -> None:
     silent = logged(caplog, LogObserver(), event)
     caplog.clear()
     open_line = logged(caplog, LogObserver(log_values=True), event)
-    values = {"key", "amount", "balance", "legacy", "ledger"}
+    values = {"key", "amount", "balance", "legacy", "ledger", "expected", "found", "assigned"}
     assert values.isdisjoint(silent)
     assert not any("4711" in str(value) or "12.50" in str(value) for value in silent.values())
     assert open_line["key"] == 4711
-    assert "12.50" in open_line.values()
+    assert set(open_line) - set(silent) == values & set(event.__slots__)
 
 
 def test_the_log_takes_a_logger_of_the_applications_own() -> None:
