@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from typing import Any
 
 import pytest
@@ -104,6 +104,19 @@ def test_types_and_units_are_written_as_they_are(
         assert at.adapter.credit(connection, 1, amount, type="deposit").legacy_balance == before + amount
         assert at.adapter.balance(connection, 1).amount == before + amount
     assert at.coins(1) == after
+
+
+def test_no_amount_is_rounded_by_the_decimal_context_of_the_application(database_url: str) -> None:
+    at = bare(database_url, type="numeric(38, 2)", coins="10000000.01")
+    with localcontext() as context, at.engine.begin() as connection:
+        context.prec = 3
+        at.adapter.debit(connection, 1, D("1234567.89"), type="booking")
+        at.adapter.transfer(connection, 2, 3, D("1234567.89"), type="gift")
+    assert rows(at.engine, "select total_coins from users order by id") == [
+        (D("8765432.12"),),
+        (D("8765432.12"),),
+        (D("11234567.90"),),
+    ]
 
 
 def test_a_float_column_does_not_gather_noise(database_url: str) -> None:

@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from sqlalchemy import ForeignKey, select
+from sqlalchemy import BigInteger, Column, ForeignKey, Numeric, Table, TypeDecorator, create_engine, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, Session, mapped_column, registry, scoped_session, sessionmaker
 
@@ -182,6 +182,61 @@ def test_a_balance_that_only_a_class_below_has_is_expired(at: Place, session: Se
     at.adapter.transfer(session, 1, 2, 5, type="gift")
     assert vip.total_coins == 95
     assert guest.role == "guest"
+
+
+def test_a_balance_whose_column_has_another_name_in_the_program_is_expired(at: Place, session: Session) -> None:
+    own = registry()
+    table = Table(
+        "users",
+        own.metadata,
+        Column("id", BigInteger, key="number", primary_key=True),
+        Column("total_coins", Numeric(20, 2), key="money"),
+    )
+
+    class Person:
+        pass
+
+    own.map_imperatively(Person, table)
+    person: Any = session.get_one(Person, 1)
+    assert person.money == 100
+    at.adapter.credit(session, 1, 10, type="deposit")
+    person.money += 5
+    session.commit()
+    assert at.coins(1) == 115
+
+
+def test_a_balance_is_expired_whatever_the_program_takes_for_a_key(at: Place, session: Session) -> None:
+    class Named(TypeDecorator[str]):
+        impl = BigInteger
+        cache_ok = True
+
+        def process_bind_param(self, value: str | None, _dialect: Any) -> int | None:
+            return int(value.removeprefix("u")) if value else None
+
+        def process_result_value(self, value: int | None, _dialect: Any) -> str | None:
+            return f"u{value}"
+
+    own = registry()
+
+    @own.mapped
+    class Person:
+        __tablename__ = "users"
+        id: Mapped[str] = mapped_column(Named, primary_key=True)
+        total_coins: Mapped[Decimal]
+
+    person = session.get_one(Person, "u1")
+    assert person.total_coins == 100
+    at.adapter.credit(session, 1, 10, type="deposit")
+    assert person.total_coins == 110
+
+
+def test_a_session_of_several_databases_posts_where_the_class_of_the_balance_is(at: Place) -> None:
+    elsewhere = create_engine("postgresql+psycopg://nobody@127.0.0.1:1/elsewhere")
+    with Session(elsewhere, binds={User: at.engine}) as session, session.begin():
+        assert at.adapter.credit(session, 1, 10, type="deposit").legacy_balance == 110
+    with Session() as session, pytest.raises(UsageError, match=r"no engine for public\.users"):
+        at.adapter.credit(session, 1, 10, type="deposit")
+    assert at.coins(1) == 110
 
 
 @pytest.mark.parametrize("key", ["--5", "²", "9" * 5000, "-", ""])

@@ -25,7 +25,7 @@ from ledger import (
     set_phase,
     until_blocked,
 )
-from walletmigrate import job_batches, jobs
+from walletmigrate import job_batches, jobs, phases
 from walletmigrate.backfill import backfill
 from walletmigrate.config import Settings
 from walletmigrate.errors import PreconditionRefused
@@ -228,6 +228,40 @@ def test_it_waits_for_a_posting_in_flight_and_freezes_what_that_made(made: Ledge
         "where u.id = 2 and a.key = '2'"
     )  # fmt: skip
     assert found == [("frozen", Decimal(105), Decimal(105))]
+
+
+def test_the_phase_is_not_left_before_what_was_opened_in_it_is_there_to_be_unfrozen(
+    made: Ledger, database_url: str
+) -> None:
+    """Until its transaction commits nobody else sees the account, and an unfreeze would pass it over."""
+    engine, settings = made
+    run_freeze(made)
+    impatient = engine_named(database_url, lock_timeout_ms=100)
+    with engine_named(database_url).begin() as opener:
+        opener.exec_driver_sql("insert into users (id, tenant, role, total_coins) values (99, 'acme', 'member', 0)")
+        post(opener, settings, "open_account", 99, 0)
+        post(opener, settings, "credit", 99, 5)
+        with pytest.raises(DBAPIError, match="lock timeout"):
+            phases.leave_frozen(impatient, settings, ACT)
+    assert phases.leave_frozen(impatient, settings, ACT).after == "wallet_only"
+    run_unfreeze(made)
+    assert states(engine) == {"mirrored": ROWS + 1}
+    assert scalar(engine, "select total_coins from users where id = 99") == 5
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_who_still_sees_the_frozen_phase_opens_nothing_frozen_behind_the_unfreeze(
+    made: Ledger, database_url: str, level: str
+) -> None:
+    engine, settings = made
+    add_users(engine, 99, 99)
+    with engine_named(database_url).connect().execution_options(isolation_level=level) as old:
+        old.exec_driver_sql("select phase from wallet.control")
+        phases.leave_frozen(engine, settings, ACT)
+        run_unfreeze(made)
+        with pytest.raises(DBAPIError, match="could not serialize access"):
+            post(old, settings, "open_account", 99, 0)
+    assert states(engine) == {"mirrored": ROWS}
 
 
 @pytest.mark.parametrize(("run", "phase"), [(run_freeze, "wallet_only"), (run_unfreeze, "frozen")])

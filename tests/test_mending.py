@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 import commandline
 from adapting import READ, placed
 from ledger import ACT, engine_named, execute, install_users, rows, scalar, set_phase, until_blocked, users_settings
-from walletmigrate import StaticSource, phases
+from walletmigrate import StaticSource, capture, phases
 from walletmigrate.backfill import backfill
 from walletmigrate.config import Settings
 from walletmigrate.install import InstallResult, install
@@ -148,6 +149,26 @@ def test_between_two_tries_the_traffic_passes(made: Ledger, database_url: str, m
         with pytest.raises(DBAPIError, match="lock timeout"):
             install(engine, settings, ACT)
     assert passed == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(("sqlstate", "tries"), [("40P01", 2), ("55P03", 2), ("42501", 1)])
+def test_what_waits_for_each_other_is_tried_again_and_nothing_else(
+    made: Ledger, monkeypatch: pytest.MonkeyPatch, sqlstate: str, tries: int
+) -> None:
+    """A transaction that has read the table and then writes it may meet an install in a deadlock."""
+    engine, _ = made
+    monkeypatch.setattr("walletmigrate.capture.time.sleep", lambda _: None)
+    tried: list[int] = []
+
+    def work(connection: Connection) -> int:
+        tried.append(1)
+        if len(tried) == 1:
+            connection.exec_driver_sql(f"do $$ begin raise exception 'no' using errcode = '{sqlstate}'; end $$")
+        return 7
+
+    with nullcontext() if tries == 2 else pytest.raises(DBAPIError):
+        assert capture.with_short_locks(engine, work) == 7
+    assert len(tried) == tries
 
 
 def install_once(engine: Engine, settings: Settings) -> None:

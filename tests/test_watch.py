@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from typing import Any, cast
 
 import pytest
@@ -212,6 +212,17 @@ def test_column_plus_amount_is_a_credit_and_loses_no_update(at: Place, session: 
     assert [kind for kind, *_ in movements(at)] == ["posting", "posting", "posting"]
     assert (lost(at), unrouted(at)) == ([], [])
     at.check()
+
+
+def test_no_amount_is_rounded_by_the_decimal_context_of_the_application(at: Place, session: Session) -> None:
+    user = session.get_one(User, 1)
+    with localcontext() as context:
+        context.prec = 3
+        user.total_coins = User.total_coins + D("1234567.89")
+        session.flush()
+        user.total_coins = User.total_coins - D("1000000.78")
+        session.commit()
+    assert (at.coins(1), at.account(1)) == (D("234667.11"), ("mirrored", D("234667.11")))
 
 
 def test_column_minus_amount_is_a_debit_that_the_floor_binds(at: Place, session: Session) -> None:

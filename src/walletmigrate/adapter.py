@@ -151,7 +151,7 @@ class LegacyBalanceAdapter:
         batch = _batch(movements)
         if not batch:
             return ()
-        prepared, postings, tell = self._carry_out(connection_of(target), batch)
+        prepared, postings, tell = self._carry_out(connection_of(target, self.mapping), batch)
         expire(target, self.mapping, {key for each in prepared for key in each.keys}, reload=self._reload)
         tell_when_committed(target, tell)
         return postings
@@ -186,7 +186,7 @@ class LegacyBalanceAdapter:
         Legacy and ledger are read in one statement and compared; a difference is counted, never raised.
         Raises UnknownAccount, UnknownBucket, UnknownCurrency, and LegacyValueInvalid where the column is NULL.
         """
-        connection = connection_of(target)
+        connection = connection_of(target, self.mapping)
         started = time.perf_counter()
         column = self.mapping.column(bucket, currency)
         compared = random.random() < self.settings.compare_share
@@ -206,7 +206,7 @@ class LegacyBalanceAdapter:
         In the order of ``keys``; an account that is unknown is left out. Hand a long list over in parts of a few
         thousand. Raises UnknownBucket, UnknownCurrency, and LegacyValueInvalid where a column is NULL.
         """
-        connection = connection_of(target)
+        connection = connection_of(target, self.mapping)
         started = time.perf_counter()
         column = self.mapping.column(bucket, currency)
         compared = random.random() < self.settings.compare_share
@@ -236,7 +236,7 @@ class LegacyBalanceAdapter:
         before: int | None = None,
     ) -> tuple[Entry, ...]:
         """The account's ledger entries, newest first. ``before`` is the transaction id to go on from."""
-        connection = connection_of(target)
+        connection = connection_of(target, self.mapping)
         column = self.mapping.column(bucket, currency)
         schema, name = self.settings.ledger_schema, self.mapping.name
         with self._typed(connection):
@@ -250,7 +250,7 @@ class LegacyBalanceAdapter:
         self, target: Target, key: Key, at: datetime, *, bucket: str | None = None, currency: str | None = None
     ) -> Decimal | None:
         """The ledger's balance at a past time, which has a time zone; None before the first transaction."""
-        connection = connection_of(target)
+        connection = connection_of(target, self.mapping)
         column = self.mapping.column(bucket, currency)
         with self._typed(connection):
             site = self._sites.at(connection)
@@ -265,7 +265,7 @@ class LegacyBalanceAdapter:
         One snapshot answers all three flags. While the line is stopped, dual-write and the features of the
         wallet alone are off. Raises LedgerNotInstalled where the ledger is gone since the last call.
         """
-        connection = connection_of(target)
+        connection = connection_of(target, self.mapping)
         with self._typed(connection):
             site = self._sites.at(connection)
             text = key_text(key, site.key_type, self.mapping.name)

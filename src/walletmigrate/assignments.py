@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Context, Decimal
+from decimal import Decimal
 from typing import Any, Protocol, cast
 
 from sqlalchemy import BinaryExpression, Connection, Dialect, Table
@@ -16,15 +16,13 @@ from sqlalchemy.sql.elements import BindParameter, ClauseElement, Grouping
 from sqlalchemy.types import TypeEngine
 
 from walletmigrate import observe
-from walletmigrate.config import Column, Mapping
+from walletmigrate.config import WIDE, Column, Mapping
 from walletmigrate.movements import Key, Movement
 from walletmigrate.postings import Posting
-from walletmigrate.sessions import Tell
+from walletmigrate.sessions import Tell, column_named
 
 ORM = "orm"
 """Type and actor of a watched movement, unless `watch` was told otherwise."""
-
-_WIDE = Context(prec=200)
 
 
 class Door(Protocol):
@@ -60,12 +58,12 @@ class Rule:
     @property
     def balance(self) -> SQLColumn[Any]:
         """The mapped balance column."""
-        return self.table.c[self.column.column]
+        return column_named(self.table, self.column.column)
 
     @property
     def key(self) -> SQLColumn[Any]:
         """The mapped key column."""
-        return self.table.c[self.mapping.key]
+        return column_named(self.table, self.mapping.key)
 
     def set_to(self, session: Session, key: Key, balance: Any, of: object = None) -> Movement:
         """The movement of an assigned value; ``of`` is the object, where there is one."""
@@ -73,7 +71,7 @@ class Rule:
 
     def change_by(self, session: Session, key: Key, change: Decimal | int, of: object = None) -> Movement:
         """The movement of column ± amount."""
-        return self._movement("credit" if change > 0 else "debit", session, key, abs(change), of)
+        return self._movement("credit" if change > 0 else "debit", session, key, Decimal(change).copy_abs(), of)
 
     def _movement(self, operation: Any, session: Session, key: Key, amount: Any, of: object) -> Movement:
         return Movement(
@@ -109,7 +107,7 @@ def literal(value: Any, rule: Rule, dialect: Dialect, type_: TypeEngine[Any] | N
     process = (type_ or rule.balance.type).dialect_impl(dialect).bind_processor(dialect)
     sent = process(value) if process and value is not None else value
     if rule.column.unit == "minor" and isinstance(sent, int | Decimal) and not isinstance(sent, bool):
-        return _WIDE.scaleb(Decimal(sent), -rule.column.scale)
+        return WIDE.scaleb(Decimal(sent), -rule.column.scale)
     return sent
 
 
@@ -121,8 +119,12 @@ def change(value: Any, rule: Rule, dialect: Dialect) -> Decimal | int | None:
     amounts = [literal(bind.value, rule, dialect, bind.type) for _, bind in found]
     if not all(isinstance(each, int | Decimal) and not isinstance(each, bool) for each in amounts):
         return None
-    signed = (sign * Decimal(each) for (sign, _), each in zip(found, amounts, strict=True))
-    return functools.reduce(_WIDE.add, signed, Decimal(0))
+    # Nothing is left to the application's own decimal context, which may round.
+    signed = (
+        Decimal(each) if sign > 0 else Decimal(each).copy_negate()
+        for (sign, _), each in zip(found, amounts, strict=True)
+    )
+    return functools.reduce(WIDE.add, signed, Decimal(0))
 
 
 def _terms(element: Any, rule: Rule) -> list[tuple[int, BindParameter[Any]]] | None:

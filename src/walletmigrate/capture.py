@@ -164,7 +164,8 @@ def with_short_locks(engine: Engine, work: Callable[[Connection], T]) -> T:
                 connection.exec_driver_sql("set local lock_timeout = '500ms'")
                 return work(connection)
         except OperationalError as error:
-            locked = getattr(error.orig, "sqlstate", "") == "55P03"
+            # Or a transaction that has read the table and now would write it, and waits for this one.
+            locked = getattr(error.orig, "sqlstate", "") in ("55P03", "40P01")
             if not locked or attempt == FENCE_ATTEMPTS - 1:
                 raise
         time.sleep(FENCE_PAUSE_SECONDS)

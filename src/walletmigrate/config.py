@@ -87,6 +87,9 @@ _KEYS: dict[KeyType, str] = {
 
 _QUANTA = tuple(Decimal(1).scaleb(-scale) for scale in range(MAX_SCALE + 1))
 _EXACT = Context(prec=MAX_INTEGER_DIGITS + MAX_SCALE, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[Inexact, InvalidOperation])
+WIDE = Context(prec=200)
+"""For sums and differences of amounts and balances: the application's own context may round."""
+
 _SHORT = Context(prec=6, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[])
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")

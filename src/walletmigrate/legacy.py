@@ -45,10 +45,11 @@ def post_legacy(connection: Connection, site: Site, movements: Sequence[Prepared
 def _post(connection: Connection, site: Site, prepared: Prepared) -> Posting:
     movement, column = prepared.movement, prepared.column
     amount = Decimal(str(prepared.request["amount"]))
+    less = amount.copy_negate()  # a minus would round it to the precision of the application's decimal context
     changes: dict[str, list[Decimal | None]] = {
         "credit": [amount],
-        "debit": [-amount],
-        "transfer": [-amount, amount],
+        "debit": [less],
+        "transfer": [less, amount],
         "open_account": [Decimal(0)],
         "set_balance": [None],
     }

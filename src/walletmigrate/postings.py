@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from walletmigrate import observe
-from walletmigrate.config import Column, Mapping
+from walletmigrate.config import WIDE, Column, Mapping
 from walletmigrate.errors import (
     AmountOverflow,
     IdempotencyKeyReused,
@@ -256,11 +256,11 @@ def _payer_refused(legacy: LegacyTable, prepared: Prepared, row: Row) -> bool:
     if row.refusal == "legacy_value":
         return not _is_exact(row.debtor_legacy, prepared.column)
     amount, limits = Decimal(str(prepared.request["amount"])), legacy.column(prepared.column.column)
-    return row.refusal != "overflow" or (row.debtor_legacy or 0) - amount < limits.minimum
+    return row.refusal != "overflow" or WIDE.subtract(row.debtor_legacy or 0, amount) < limits.minimum
 
 
 def _is_exact(balance: Decimal | None, column: Column) -> bool:
-    return balance is not None and balance.is_finite() and balance % column.quantum == 0
+    return balance is not None and balance.is_finite() and WIDE.remainder(balance, column.quantum) == 0
 
 
 def typed(mapping: str, error: DBAPIError) -> WalletMigrateError | None:

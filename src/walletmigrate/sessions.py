@@ -8,7 +8,8 @@ from contextlib import suppress
 from typing import Any
 
 import psycopg
-from sqlalchemy import Connection, event, inspect
+from sqlalchemy import Column, Connection, Table, TypeDecorator, event, inspect
+from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Mapper, Session, SessionTransaction, scoped_session
 from sqlalchemy.orm.exc import UnmappedColumnError
 from sqlalchemy.orm.util import identity_key
@@ -23,8 +24,9 @@ Tell = Callable[[bool], None]
 _PENDING = "walletmigrate_pending"
 
 
-def connection_of(target: Target) -> Connection:
-    """The connection to post on. Pending ORM changes are flushed first, as before any statement of a session.
+def connection_of(target: Target, mapping: Mapping) -> Connection:
+    """The connection to post on, of the database that the session has for the legacy table. Pending ORM changes are
+    flushed first, as before any statement of a session.
 
     Raises UsageError for what is none of them.
     """
@@ -41,7 +43,21 @@ def connection_of(target: Target) -> Connection:
         )
     if session.new or session.dirty or session.deleted:
         session.flush()
-    return session.connection()
+    return _connection(session, mapping)
+
+
+def _connection(session: Session, mapping: Mapping) -> Connection:
+    # To ask the session (`get_bind`) takes the mapped class, which only the application knows. SQLAlchemy 2.0 has them
+    # under the other name.
+    binds = getattr(session, "binds", None) or getattr(session, "_Session__binds", {})
+    ours = next((table for table in binds if isinstance(table, Table) and _is_of(table, mapping)), None)
+    try:
+        return session.connection(bind_arguments={} if ours is None else {"clause": ours})
+    except UnboundExecutionError as error:
+        raise UsageError(
+            f"the session has no engine for {mapping.table}: bind it, or pass "
+            "session.connection(bind_arguments={'mapper': …}) with your class"
+        ) from error
 
 
 def _session_of(target: object) -> Session | None:
@@ -76,15 +92,28 @@ def attributes_of(mapper: Mapper[Any], mapping: Mapping, *columns: str) -> list[
     """The attributes that hold these columns of the legacy table; none of a class that is mapped elsewhere."""
     names = []
     for table in mapper.tables:
-        schema = getattr(table, "schema", None) or mapping.schema_name
-        if (schema, getattr(table, "name", None)) == (mapping.schema_name, mapping.table_name):
-            for column in columns:
-                with suppress(KeyError, UnmappedColumnError):  # the class may leave a column out
-                    names.append(mapper.get_property_by_column(table.c[column]).key)
+        if _is_of(table, mapping):
+            # By its name in the database; in the program it may have another (`Column.key`).
+            for column in (each for each in table.columns if each.name in columns):
+                with suppress(UnmappedColumnError):  # the class may leave a column out
+                    names.append(mapper.get_property_by_column(column).key)
     return names
 
 
+def column_named(table: Table, name: str) -> Column[Any]:
+    """The column of this name in the database; in the program it may have another (`Column.key`)."""
+    return next(each for each in table.columns if each.name == name)
+
+
+def _is_of(table: object, mapping: Mapping) -> bool:
+    schema = getattr(table, "schema", None) or mapping.schema_name
+    return (schema, getattr(table, "name", None)) == (mapping.schema_name, mapping.table_name)
+
+
 def _loaded(session: Session, mapper: Mapper[Any], mapping: Mapping, keys: set[str]) -> list[Any]:
+    if any(isinstance(c.type, TypeDecorator) for c in mapper.primary_key):
+        # The program's keys may be of any kind: all that is loaded.
+        return [each for each in session.identity_map.values() if isinstance(each, mapper.class_)]
     if [c.name for c in mapper.primary_key] == [mapping.key]:
         found = [
             session.identity_map.get(identity_key(mapper.class_, identity))

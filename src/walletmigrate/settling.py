@@ -61,7 +61,7 @@ class Tally:
             self.items.append(one)
         if one.outcome == "reported":
             self.counts[f"reported {one.currency}"] += 1
-            self.counts[f"amount {one.currency}"] += int(abs(one.difference or Decimal(0)).scaleb(DIGITS, WIDE))
+            self.counts[f"amount {one.currency}"] += int((one.difference or Decimal(0)).copy_abs().scaleb(DIGITS, WIDE))
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,11 @@ class Settling:
         else:
             wanted = row.legacy if truth.kind == "legacy" else row.ledger
         held = (row.legacy, row.ledger) if row.state == "mirrored" else (row.ledger,) if row.state == "frozen" else ()
-        if not held or wanted is None or any(one is None or abs(one - wanted) > self.limits.tolerance for one in held):
+        if (
+            not held
+            or wanted is None
+            or any(one is None or WIDE.subtract(one, wanted).copy_abs() > self.limits.tolerance for one in held)
+        ):
             return None
         return Correction("in_order", *place)
 

@@ -20,7 +20,7 @@ from sqlalchemy.orm import InstanceState, Mapper, Session, UOWTransaction, objec
 
 from walletmigrate import observe
 from walletmigrate.assignments import Door, Rule, change, is_expression, literal, obstacle
-from walletmigrate.config import Column, Mapping
+from walletmigrate.config import WIDE, Column, Mapping
 from walletmigrate.errors import AssignmentRefused, LegacyValueInvalid, PostingRefused
 from walletmigrate.movements import Key, Movement
 from walletmigrate.postings import Posting
@@ -225,7 +225,7 @@ class FlushHooks:
     def _look_for_a_lost_update(self, session: Session, write: Write, posting: Posting) -> None:
         if write.expected is None or write.to is None or posting.replayed:
             return
-        found = Decimal(write.to) - (posting.legacy_change or 0)
+        found = WIDE.subtract(Decimal(write.to), posting.legacy_change or 0)
         if found == write.expected:
             return
         event = observe.LostUpdate(

@@ -37,7 +37,7 @@ from walletmigrate.assignments import (
 from walletmigrate.config import Mapping
 from walletmigrate.errors import AssignmentRefused, LegacyValueInvalid, UnknownAccount
 from walletmigrate.movements import Key, Movement
-from walletmigrate.sessions import Tell, attributes_of, expire, tell_when_committed
+from walletmigrate.sessions import Tell, attributes_of, column_named, expire, tell_when_committed
 
 ROUTED_ROWS = 1000
 """More rows in one UPDATE are left to the fence and to the backfill: each would be a posting of its own."""
@@ -219,7 +219,7 @@ def _attribute(state: ORMExecuteState, rule: Rule, column: str) -> Any:
     """The column as the statement's entity has it: only so can the ORM evaluate it for loaded objects."""
     mapper = state.bind_mapper
     names = attributes_of(mapper, rule.mapping, column) if mapper is not None else []
-    return getattr(mapper.class_, names[0]) if mapper is not None and names else rule.table.c[column]
+    return getattr(mapper.class_, names[0]) if mapper is not None and names else column_named(rule.table, column)
 
 
 def _refuse_shapes(statement: Update, written: list[Written]) -> None:

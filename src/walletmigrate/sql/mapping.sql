@@ -42,7 +42,10 @@ begin
         if s.mode = 'legacy' then
             perform probe_account('{{ mapping }}', p_key, p_bucket, p_currency);
         elsif v_frozen then
-            s.mode := 'ledger';
+            -- Who leaves the phase waits for what is opened in it, as nobody else sees that account yet: an unfreeze would
+            -- pass it over. With a snapshot of before the step this fails, and is tried again.
+            perform 1 from control where phase in ('frozen', 'retired') for share;
+            s.mode := case when found then 'ledger' else s.mode end;
         end if;
     end if;
     return s;

@@ -20,6 +20,11 @@ begin
         select from accounts as a
         where a.mapping = '{{ mapping }}' and a.key = p_key and a.bucket = p_bucket and a.currency = p_currency
     ) then
+        -- Who leaves the phase waits for what is opened in it: see mapping.sql.
+        perform 1 from control where phase = 'retired' for share;
+        if not found then
+            raise exception 'the phase is no longer retired' using errcode = '40001';
+        end if;
         -- All of the key's at once. Whoever comes second waits here for the first, and finds them below.
         insert into accounts (mapping, key, bucket, currency, state, balance)
         values
