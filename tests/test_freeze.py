@@ -240,13 +240,31 @@ def test_the_phase_is_not_left_before_what_was_opened_in_it_is_there_to_be_unfro
     with engine_named(database_url).begin() as opener:
         opener.exec_driver_sql("insert into users (id, tenant, role, total_coins) values (99, 'acme', 'member', 0)")
         post(opener, settings, "open_account", 99, 0)
-        post(opener, settings, "credit", 99, 5)
+        assert post(opener, settings, "credit", 99, 5)["mode"] == "ledger"
         with pytest.raises(DBAPIError, match="lock timeout"):
             phases.leave_frozen(impatient, settings, ACT)
     assert phases.leave_frozen(impatient, settings, ACT).after == "wallet_only"
     run_unfreeze(made)
     assert states(engine) == {"mirrored": ROWS + 1}
     assert scalar(engine, "select total_coins from users where id = 99") == 5
+
+
+def test_who_waited_for_the_step_out_of_the_phase_opens_a_mirrored_account(made: Ledger, database_url: str) -> None:
+    engine, settings = made
+    add_users(engine, 99, 99)
+    other = engine_named(database_url, "walletmigrate-other")
+
+    def opened() -> str:
+        with other.begin() as connection:
+            return str(post(connection, settings, "open_account", 99, 0)["mode"])
+
+    with engine.begin() as step, ThreadPoolExecutor(1) as pool:
+        step.exec_driver_sql("update wallet.control set phase = 'wallet_only'")
+        running = pool.submit(opened)
+        until_blocked(engine, "walletmigrate-other")
+        step.commit()
+        assert running.result(timeout=60) == "dual_write"
+    assert states(engine) == {"mirrored": ROWS + 1}
 
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])

@@ -71,6 +71,23 @@ def test_a_posting_that_waited_for_the_deletion_of_its_row_is_to_be_tried_again(
     assert end.verify()
 
 
+STEP = text("update wallet.control set phase = 'frozen'")
+
+
+def test_the_phase_is_not_left_before_what_was_opened_in_it_is_there(end: End) -> None:
+    """An unfreeze behind it would pass an account over that nobody else sees yet."""
+    adapter = retired(end)
+    ledger.execute(end.engine, "insert into public.users values (50, 'acme', 'member')")
+    assert behind(end, lambda on: adapter.credit(on, 50, 5, type="deposit"), lambda on: on.execute(STEP)) is None
+
+
+def test_nothing_is_opened_in_a_phase_that_was_left_meanwhile(end: End) -> None:
+    adapter = retired(end)
+    ledger.execute(end.engine, "insert into public.users values (50, 'acme', 'member')")
+    said = behind(end, lambda on: on.execute(STEP), lambda on: adapter.credit(on, 50, 5, type="deposit"))
+    assert said == "40001"
+
+
 def test_a_key_changes_after_the_drop_only_where_it_leaves_no_money_behind(end: End) -> None:
     adapter = retired(end)
     move = "update public.users set id = 60 where id = 3"
