@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,21 @@ def shown_commands(path: Path) -> list[str]:
     return [
         match[1] for line in found if (match := re.match(r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?walletmigrate (.+)", line))
     ]
+
+
+WITHOUT_A_CALL = {"init", "sandbox", "rehearse", "watch", "exporter", "version"}
+"""Commands that are a program of their own, and no step of somebody else's."""
+
+
+def test_every_command_has_its_call_from_python_beside_it() -> None:
+    sections = re.split(r"\n### `walletmigrate ", COMMANDS.read_text(encoding="utf-8"))[1:]
+    calls = {each.partition("`")[0]: re.findall(r"\bPython:\s([^\n]*(?:\n[^\n]+)*)", each) for each in sections}
+    assert {name for name, found in calls.items() if not found} <= WITHOUT_A_CALL
+    said = "\n".join(text for found in calls.values() for text in found)
+    names = re.findall(r"`(?:walletmigrate\.)?((?!walletmigrate)\w+)\.(\w+)[`(]", said)
+    assert len(names) > 40
+    for module, name in names:
+        assert callable(getattr(import_module(f"walletmigrate.{module}"), name)), f"{module}.{name}"
 
 
 def test_every_command_has_a_section_with_an_example_and_its_end() -> None:
