@@ -17,7 +17,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test torture check format bench model mutants dashboards docs clean
+.PHONY: help setup demo test oldest torture check format bench model mutants dashboards docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1@/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -44,6 +44,13 @@ demo: $(READY) ## rehearse a whole migration in a scratch database, and back
 
 test: $(READY) ## run all tests on real PostgreSQL
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+oldest: $(READY) ## the adapter's tests with the oldest SQLAlchemy that is promised, in an environment of their own
+	'$(PYTHON)' -m venv .venv/oldest
+	sed 's/^SQLAlchemy==.*/SQLAlchemy==2.0.40/' constraints.txt >.venv/oldest/constraints.txt
+	.venv/oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv/oldest/constraints.txt -e '.[dev]'
+	.venv/oldest/bin/python -m pytest --postgres 18 $(sort $(wildcard tests/test_adapter*.py tests/test_watch*.py)) \
+	  tests/test_connect.py $(ARGS)
 
 torture: $(READY) ## play every interleaving of the protocol, for some hours; SHARE=10: one of ten; SHARE=3/40: the third of forty
 	$(BIN)/python -m pytest -n $(JOBS) --timeout 0 --torture $(SHARE) tests/test_torture.py \
