@@ -105,6 +105,29 @@ def test_a_time_limit_leaves_nothing_on_the_server_connection(url: str) -> None:
     engine.dispose()
 
 
+def test_an_engine_in_autocommit_has_its_name_and_the_limits_on_its_sessions(url: str) -> None:
+    """So are those that make and drop databases and roles, outside of any transaction."""
+    engine = connect.engine(
+        url, application_name="x", lock_timeout_ms=1_234, isolation_level="AUTOCOMMIT", poolclass=NullPool
+    )
+    names = ("application_name", "lock_timeout", "statement_timeout")
+    with engine.connect() as connection:
+        found = [connection.exec_driver_sql(f"show {name}").scalar_one() for name in names]
+    assert found == ["x", "1234ms", "5min"]
+
+
+def test_a_scratch_database_is_not_waited_for_longer_than_its_limit(
+    server: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = connect.engine
+    monkeypatch.setattr(connect, "engine", lambda *given, **options: make(*given, lock_timeout_ms=50, **options))
+    with psycopg.connect(server.url) as holder:
+        holder.execute("lock table pg_database in share mode")
+        with pytest.raises(DBAPIError) as caught, connect.scratch_database(server.url):
+            pytest.fail("the block ran")
+    assert isinstance(caught.value.orig, psycopg.errors.LockNotAvailable)
+
+
 def test_a_statement_that_takes_too_long_is_cancelled(url: str) -> None:
     engine = connect.engine(url, application_name="x", statement_timeout_ms=50)
     with pytest.raises(DBAPIError) as caught:

@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import pty
-import select
 import signal
-import struct
-import subprocess
-import termios
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +13,7 @@ from sqlalchemy.pool import NullPool
 
 from commandline import Project, Said, project_at
 from ledger import execute, scalar
+from terminals import Screen, on_terminal
 from walletmigrate import connect
 
 INTERRUPTED = 130
@@ -59,36 +52,11 @@ def test_status_says_progress_rate_and_time_left_of_a_job_that_runs(project: Pro
     assert (job["eta_seconds"] is None) == (job["rate"] is None) == (state == "paused")
 
 
-class Screen:
-    """A process on a pseudo-terminal of 120 columns, and everything that it has shown."""
-
-    def __init__(self, process: subprocess.Popen[str], main: int) -> None:
-        self.process = process
-        self._main = main
-        self.shown = ""
-
-    def until(self, words: str, seconds: float = 60) -> None:
-        """Read until it has shown the words anew."""
-        seen = len(self.shown)
-        deadline = time.monotonic() + seconds
-        while words not in self.shown[seen:]:
-            assert time.monotonic() < deadline, f"{words!r} was not shown: {self.shown[-2000:]}"
-            if select.select([self._main], [], [], 0.2)[0]:
-                self.shown += os.read(self._main, 65536).decode()
-
-
 @contextmanager
 def watching(project: Project, *words: str, rows: int = 50) -> Iterator[Screen]:
-    main, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 120, 0, 0))
-    process = project.start("watch", "--interval", "0.5", *words, stdin=terminal, stdout=terminal)
-    os.close(terminal)
-    try:
-        yield Screen(process, main)
-    finally:
-        process.kill()
-        process.communicate()
-        os.close(main)
+    command = ("watch", "--interval", "0.5", *words)
+    with on_terminal(project, *command, streams=("stdin", "stdout"), rows=rows) as screen:
+        yield screen
 
 
 def test_watch_follows_what_changes_and_ends_with_130(project: Project) -> None:

@@ -73,6 +73,16 @@ def backend(connection: Connection) -> int:
     return int(connection.exec_driver_sql("select pg_backend_pid()").scalar_one())
 
 
+def test_an_engine_in_autocommit_leaves_no_time_limit_for_the_next_client(pooled: Pooled) -> None:
+    admin = connect.engine(pooled.url, application_name="test", isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    with admin.connect() as connection:
+        before = backend(connection)
+    with pooled.client().connect() as connection:
+        assert backend(connection) == before
+        assert connection.exec_driver_sql("show lock_timeout").scalar_one() == "0"
+        assert connection.exec_driver_sql("show statement_timeout").scalar_one() == "0"
+
+
 @pytest.mark.parametrize("flags", [DUAL, OFF], ids=["on", "off"])
 def test_every_kind_of_posting_goes_through_a_pooler(pooled: Pooled, flags: dict[str, bool]) -> None:
     at, adapter = pooled.at, pooled.at.adapter

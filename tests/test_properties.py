@@ -1,7 +1,7 @@
 """The whole protocol against a model of it: whatever happens in whatever order, the database agrees with the model.
 
-The model keeps, for each user, the legacy balance and the state and balance of the ledger account, as the
-protocol's table gives them. After every step the database must hold exactly that, and be sound.
+The model keeps, for each user, the legacy balance, the state and balance of the ledger account, and the entries of its
+history, as the protocol's table gives them. After every step the database must hold exactly that, and be sound.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from walletmigrate.adapter import LegacyBalanceAdapter
 from walletmigrate.config import Settings
 from walletmigrate.errors import IdempotencyKeyReused, InsufficientFunds, NotReversible, UnknownAccount
 from walletmigrate.flags import DUAL_WRITE, StaticSource
+from walletmigrate.ledger import Entry
 from walletmigrate.postings import Posting
 
 USERS = (1, 2, 3)
@@ -42,6 +43,8 @@ counts = st.integers(1, len(USERS))
 """How far a job gets before it is interrupted."""
 keys = st.none() | st.sampled_from(["k1", "k2", "k3"])
 
+Kind = tuple[str, str]
+"""An entry's kind and type."""
 Refusal = type[Exception]
 Call = Callable[[Connection], Posting]
 
@@ -54,6 +57,22 @@ class Account:
     balance: Decimal
 
 
+@dataclass(frozen=True)
+class Line:
+    """An entry of an account's history, as the model knows it. ``amount`` is signed."""
+
+    kind: Kind
+    amount: Decimal
+    balance: Decimal
+
+    @classmethod
+    def read(cls, entry: Entry) -> Line:
+        """The same of an entry that the ledger gives, whose other figures must go with these."""
+        assert entry.direction == ("credit" if entry.amount > 0 else "debit")
+        assert entry.balance_before + entry.amount == entry.balance_after
+        return cls((entry.kind, entry.type), entry.amount, entry.balance_after)
+
+
 @dataclass
 class Moved:
     """A transaction of the model that can be reversed: who paid and who was paid, None for the outside world."""
@@ -61,16 +80,23 @@ class Moved:
     payer: int | None
     payee: int | None
     amount: Decimal
+    type: str
     half: bool
     reversal: Posting | None = None
 
 
 @dataclass
 class Model:
-    """What must be true. ``legacy`` has the rows that exist, ``accounts`` the accounts that are not absent."""
+    """What must be true. ``legacy`` has the rows that exist, ``accounts`` the accounts that are not absent.
+
+    ``lines`` are the entries of each user's account in the order of posting, ``stirred`` the users who got one since
+    the database was last held against them.
+    """
 
     legacy: dict[int, Decimal]
     accounts: dict[int, Account] = field(default_factory=dict)
+    lines: dict[int, list[Line]] = field(default_factory=lambda: {user: [] for user in USERS})
+    stirred: set[int] = field(default_factory=set)
     phase: str = "dual_write"
     flag: bool = True
     running: bool = True
@@ -88,7 +114,7 @@ class Model:
         account = self.accounts.get(user)
         return account.balance if account and account.state == "frozen" else self.legacy[user]
 
-    def move(self, user: int, change: Decimal) -> None:
+    def move(self, user: int, change: Decimal, kind: Kind) -> None:
         mode = self.mode(user)
         account = self.accounts.get(user)
         if mode == "legacy":
@@ -97,11 +123,25 @@ class Model:
                 account.state = "stale"
             return
         if account is None or account.state == "stale":
-            state = "frozen" if mode == "ledger" else "mirrored"
-            account = self.accounts[user] = Account(state, self.legacy[user])
+            account = self.bring_up(user, "frozen" if mode == "ledger" else "mirrored")
         account.balance += change
+        self._enter(user, kind, change)
         if mode == "dual_write":
             self.legacy[user] += change
+
+    def bring_up(self, user: int, state: str) -> Account:
+        """An account that is absent or stale gets the legacy balance: an opening, or a resync."""
+        before = self.accounts.get(user)
+        account = self.accounts[user] = Account(state, self.legacy[user])
+        kind = "opening" if before is None else "resync"
+        self._enter(user, (kind, kind), account.balance - (before.balance if before else 0))
+        return account
+
+    def _enter(self, user: int, kind: Kind, change: Decimal) -> None:
+        """An entry, with the balance that the account has now; what changes nothing is none."""
+        if change:
+            self.lines[user].append(Line(kind, change, self.accounts[user].balance))
+            self.stirred.add(user)
 
     def written(self, user: int) -> None:
         """A raw write of the row, which now is as ``legacy`` has it."""
@@ -162,7 +202,8 @@ class Protocol(RuleBasedStateMachine):
             return
         change = balance - self.model.balance(user)
         posted = self._run(call, level)
-        self._moved(posted, None if change > 0 else user, user if change > 0 else None, abs(change))
+        payer, payee = (None, user) if change > 0 else (user, None)
+        self._moved(posted, payer, payee, abs(change), ("correction", "set_balance"))
 
     @precondition(lambda self: self.moved)
     @rule(data=st.data(), level=levels)
@@ -184,7 +225,7 @@ class Protocol(RuleBasedStateMachine):
             self._refused(call, level, InsufficientFunds)
         else:
             original.reversal = self._run(call, level)
-            self._moved(original.reversal, payer, payee, original.amount, reversible=False)
+            self._moved(original.reversal, payer, payee, original.amount, ("reversal", original.type))
 
     @rule(user=users, amount=amounts, level=levels)
     def credit_and_roll_back(self, user: int, amount: Decimal, level: IsolationLevel) -> None:
@@ -248,12 +289,11 @@ class Protocol(RuleBasedStateMachine):
         self._job(f"select * from wallet.backfill_users(null, {_last(count)}, null)")
         for user in self._first_users(count):
             account = self.model.accounts.get(user)
-            balance = self.model.legacy[user]
             if account is None:
                 state = "frozen" if self.model.phase == "frozen" else "mirrored"
-                self.model.accounts[user] = Account(state, balance)
+                self.model.bring_up(user, state)
             elif account.state == "stale":
-                self.model.accounts[user] = Account("mirrored", balance)
+                self.model.bring_up(user, "mirrored")
 
     @precondition(lambda self: self.model.phase != "legacy")
     @rule(count=counts)
@@ -280,6 +320,15 @@ class Protocol(RuleBasedStateMachine):
     def fold(self) -> None:
         self._job("select wallet.fold_system_accounts()")
 
+    @rule(user=users, limit=st.integers(1, 5))
+    def read_the_newest(self, user: int, limit: int) -> None:
+        with self._transaction("READ COMMITTED") as connection:
+            page = self.adapter.history(connection, user, limit=limit)
+            assert [Line.read(entry) for entry in page] == self.model.lines[user][::-1][:limit]
+            if page:
+                older = self.adapter.history(connection, user, before=page[-1].transaction_id)
+                assert [Line.read(entry) for entry in older] == self.model.lines[user][::-1][limit:][:50]
+
     # What must hold after each of them
 
     @invariant()
@@ -291,6 +340,12 @@ class Protocol(RuleBasedStateMachine):
             found = {int(row[0]): Account(row[1], row[2]) for row in accounts}
             assert found == self.model.accounts
             assert violations(connection, self.settings) == []
+            for user in self.model.stirred:
+                entries = self.adapter.history(connection, user, limit=1000)[::-1]
+                assert [Line.read(entry) for entry in entries] == self.model.lines[user]
+                numbers = [entry.transaction_id for entry in entries]
+                assert numbers == sorted(set(numbers))
+        self.model.stirred.clear()
 
     # Means
 
@@ -329,27 +384,25 @@ class Protocol(RuleBasedStateMachine):
             self._refused(call, level, InsufficientFunds)
         else:
             posted = self._run(call, level)
-            self._moved(posted, payer, payee, amount)
+            self._moved(posted, payer, payee, amount, ("posting", "test"))
             if key is not None:
                 self.first[key] = (request, posted)
 
-    def _moved(
-        self, posted: Posting, payer: int | None, payee: int | None, amount: Decimal, *, reversible: bool = True
-    ) -> None:
+    def _moved(self, posted: Posting, payer: int | None, payee: int | None, amount: Decimal, kind: Kind) -> None:
         """Move the model's money, and compare the result with it."""
         sides = [user for user in (payer, payee) if user is not None]
         modes = {self.model.mode(user) for user in sides}
         for user, change in ((payer, -amount), (payee, amount)):
             if user is not None:
-                self.model.move(user, change)
+                self.model.move(user, change, kind)
         expected = next((mode for mode in ("dual_write", "ledger") if mode in modes), "legacy")
         assert (posted.mode, posted.replayed, posted.mismatch) == (expected, False, False)
         assert (posted.transaction_id is None) == (expected == "legacy" or amount == 0)
         if sides[0] == (payer or payee):
             for balance in (posted.legacy_balance, posted.ledger_balance):
                 assert balance is None or balance == self.model.balance(sides[0])
-        if reversible and posted.transaction_id is not None:
-            self.moved[posted.transaction_id] = Moved(payer, payee, amount, half="legacy" in modes)
+        if kind[0] != "reversal" and posted.transaction_id is not None:
+            self.moved[posted.transaction_id] = Moved(payer, payee, amount, kind[1], half="legacy" in modes)
 
     def _replays(self, call: Call, level: IsolationLevel, first: Posting) -> None:
         again = self._run(call, level)

@@ -169,8 +169,11 @@ def test_the_files_say_what_the_report_says(server: Postgres, tmp_path: Path) ->
 
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("nothing_is_left")
-def test_real_bank_transactions_migrate_and_go_back(server: Postgres, shared_data: Path) -> None:
-    report = rehearse(shared_data, workers=4, database_url=server.url, progress=False, flag_lag=1)
+@pytest.mark.parametrize(("workers", "seed"), [(4, 1), (2, 7)])
+def test_real_bank_transactions_migrate_and_go_back(
+    server: Postgres, shared_data: Path, workers: int, seed: int
+) -> None:
+    report = rehearse(shared_data, workers=workers, seed=seed, database_url=server.url, progress=False, flag_lag=1)
     assert report.errors == ()
     assert report.verdict == "pass"
     assert (report.accounts, report.transactions, report.applied) == (591, 23_932, 23_932)

@@ -162,6 +162,16 @@ ORPHANS = {
         "wallet.snapshot_balances (account_id, snapshot_id, transaction_id, balance, transactions) "
         "select 9999, id, 4, 0, 1 from s"
     ),
+    "snapshot balance of a transaction that does not exist": (
+        "with s as (insert into wallet.snapshots (state, horizon, next_xid, in_flight, last_id, restored_id, cursor, "
+        "actor, reason) values ('complete', 1, 1, '{}', 4, 0, 4, 'x', 'x') returning id) insert into "
+        "wallet.snapshot_balances (account_id, snapshot_id, transaction_id, balance, transactions) "
+        "select a.id, s.id, 9999, 0, 1 from s, wallet.accounts as a where a.key = '4'"
+    ),
+    "snapshot that counts from one that does not exist": (
+        "insert into wallet.snapshots (state, previous, horizon, next_xid, in_flight, last_id, restored_id, cursor, "
+        "actor, reason) values ('complete', 77, 1, 1, '{}', 4, 0, 4, 'x', 'x')"
+    ),
     "balance in a snapshot that does not exist": (
         "insert into wallet.snapshot_balances (account_id, snapshot_id, transaction_id, balance, transactions) "
         "select id, 77, 4, 0, 1 from wallet.accounts where key = '4'"
@@ -186,6 +196,59 @@ def test_what_points_at_nothing_is_named(made: Ledger, problem: str) -> None:
     assert (result.clean, result.reference_count) == (False, 1)
     assert [one.problem for one in result.references] == [problem]
     assert result.journal == ()
+
+
+@dataclass(frozen=True)
+class Twice:
+    """How a unique index goes, of which table and columns it was, and how something then comes to stand twice."""
+
+    index: str
+    drop: str
+    seed: str
+
+
+TWICE = {
+    "several accounts with one id": Twice(
+        "accounts (id)",
+        "alter table wallet.accounts drop constraint accounts_pkey",
+        "insert into wallet.accounts (id, mapping, key, bucket, currency, state, balance) overriding system value "
+        "select id, mapping, '44', bucket, currency, state, balance from wallet.accounts where key = '4'",
+    ),
+    "several system accounts of one name": Twice(
+        "system_accounts (currency, name)",
+        "alter table wallet.system_accounts drop constraint system_accounts_name_currency_key",
+        "insert into wallet.system_accounts (id, name, currency) "
+        "select -77, name, currency from wallet.system_accounts where name = 'external'",
+    ),
+    "several transactions with one id": Twice(
+        "transactions (id)",
+        "alter table wallet.transactions drop constraint transactions_pkey",
+        "insert into wallet.transactions select * from wallet.transactions where id = 4",
+    ),
+    "several reversals of one transaction": Twice(
+        "transactions (reverses)",
+        "drop index wallet.transactions_reversed_once",
+        "update wallet.transactions set reverses = 1 where id in (3, 4)",
+    ),
+    "one idempotency key several times": Twice(
+        "idempotency_keys (key)",
+        "alter table wallet.idempotency_keys drop constraint idempotency_keys_pkey",
+        "insert into wallet.idempotency_keys (key, transaction_id, request) "
+        "select 'k', g, gen_random_uuid() from generate_series(3, 4) as g",
+    ),
+}
+
+
+@pytest.mark.parametrize("problem", TWICE)
+def test_what_stands_twice_is_named_with_the_index_that_is_gone(made: Ledger, problem: str) -> None:
+    fault = TWICE[problem]
+    with unguarded(made[0], "wallet.transactions") as superuser:
+        superuser.exec_driver_sql(fault.drop)
+        superuser.exec_driver_sql(fault.seed)
+    result = run(made)
+    assert not result.clean
+    assert [one.problem for one in result.references] == [problem]
+    assert FenceProblem(f"unique index on wallet.{fault.index}", "is missing") in result.guards
 
 
 def test_references_are_counted_in_full_and_listed_up_to_the_limit(made: Ledger) -> None:

@@ -6,7 +6,8 @@ Time limits are set inside each transaction with ``SET LOCAL``, not on the conne
 pools transactions, the start-up parameter ``options=-c …`` is refused unless it is configured to be ignored,
 and a plain ``SET`` would stay on a server connection that the next client gets. ``SET LOCAL`` costs one round
 trip per transaction and, unlike ``select set_config(…)``, takes no snapshot, so that ``SET TRANSACTION`` and
-the first real statement of a REPEATABLE READ transaction behave as if it were not there.
+the first real statement of a REPEATABLE READ transaction behave as if it were not there. What makes and drops databases
+runs in no transaction: see `_limit_session`.
 
 In the same breath each transaction gets the settings that reading values depends on (`_READABLE`), and no limit on its
 own length or on its pauses (`_UNHURRIED`), whatever server, database or role say; and BEGIN names its isolation level.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
 
 import psycopg
@@ -129,7 +131,8 @@ def engine(
 
     It has no other, and what is read does not depend on the settings of server, database or role.
     ``application_name`` is what ``pg_stat_activity`` shows. ``options`` go to ``sqlalchemy.create_engine``.
-    Connections in autocommit have no transaction to hold the limits: they run with the server's.
+    An engine in AUTOCOMMIT has the limits on its sessions instead, and behind a pooler, where sessions are not its own,
+    the server's; so has a connection that alone is put in autocommit.
 
     Raises ConfigError for a URL that cannot be read; connects to nothing yet.
     """
@@ -153,7 +156,19 @@ def engine(
         if not _in_autocommit(connection):
             connection.exec_driver_sql(f"{settings}; {unhurried(connection)}")
 
+    if isolation_level == "AUTOCOMMIT":
+        event.listen(made, "connect", partial(_limit_session, limits))
     return made
+
+
+def _limit_session(limits: tuple[tuple[str, int], ...], driver: psycopg.Connection[Any], _record: object) -> None:
+    """Set the limits for as long as this connection lasts: statements outside of transactions have no other place.
+
+    A pooler gives the session to its next client, with all that was set. It is known by the process that it names at
+    the start, which is not the server's.
+    """
+    if driver.execute("select pg_backend_pid()").fetchone() == (driver.info.backend_pid,):
+        driver.execute("; ".join(f"set {name} = {value}" for name, value in limits).encode())
 
 
 def unhurried(connection: Connection) -> str:
