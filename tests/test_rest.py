@@ -14,7 +14,7 @@ from adapting import Place, place
 from ledger import ACT, engine_named, execute, journal, rows, scalar, until_blocked
 from test_reconcile import World, world
 from walletmigrate import backfill as backfill_module
-from walletmigrate import job_batches, job_claims, job_control, job_rows, job_work, jobs, reconciliations
+from walletmigrate import job_batches, job_claims, job_control, job_rows, jobs, reconciliations
 from walletmigrate.errors import PreconditionRefused
 from walletmigrate.job_batches import Claim
 from walletmigrate.truths import Truth, asked
@@ -201,7 +201,7 @@ def test_a_worker_gives_back_what_it_may_not_begin_and_counts_no_lost_claim(
             act(made.engine, made.settings, job.id, ACT)
         honest(connection, settings, claimed)
 
-    monkeypatch.setattr(job_work.job_claims, "hold", later)
+    monkeypatch.setattr(job_claims, "hold", later)
     main, _ = backfill_module.steps(made.settings, made.mapping, job.id)
     ended = jobs.run_batches(made.engine, made.settings, job, main)
     assert (ended.state, ended.claims_lost, ended.items_done) == (state, 0, 0)
