@@ -133,6 +133,13 @@ def test_an_undo_that_waits_for_a_batch_takes_back_what_the_batch_corrected_mean
     assert total == 4, "counted when nothing more came"
 
 
+def test_an_undo_of_a_run_at_work_is_refused_for_that_before_it_waits_for_anything(world: World) -> None:
+    said: list[str] = []
+    made = world.reconcile(acting(lambda run: said.append(refused_at_work(world, run)), world))
+    assert [f"run {made.run} is at work" in one and "a batch of" not in one for one in said] == [True]
+    assert (made.state, made.counts["corrected"]) == ("done", 10)
+
+
 def test_a_dry_run_of_an_undo_waits_for_no_batch_and_takes_no_claim(world: World) -> None:
     planned: list[reconciliations.Undo] = []
 
