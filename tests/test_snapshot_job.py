@@ -14,7 +14,7 @@ from ledger import ACT, execute, rows, scalar
 from test_snapshots import credit, ends_after, proof, take
 from walletmigrate import job_control, job_outages, job_turns, snapshots, throttle
 from walletmigrate.config import ThrottleSettings
-from walletmigrate.errors import Retryable
+from walletmigrate.errors import PreconditionRefused, Retryable
 from walletmigrate.job_rows import Batch
 from walletmigrate.snapshots import Snapshot
 
@@ -92,6 +92,25 @@ def test_its_command_says_whether_it_was_paused_or_taken_out_of_work(
     said = project.run("snapshot", "take", *REASON)
     assert said.exit_code == code
     assert ("taken out of work elsewhere" in said.stderr) == (code == 1)
+
+
+def test_one_that_was_begun_long_ago_is_finished_and_one_of_other_functions_is_given_up_first(at: Place) -> None:
+    begun = take(at, batch_size=2, stop=ends_after(2))
+    credit(at, 1, 100)  # after the point: outside
+    ((number, state, *_),) = jobs(at)
+    assert state == "paused"
+    execute(at.engine, "update wallet.jobs set functions_version = 0, updated_at = now() - interval '30 days'")
+    with pytest.raises(PreconditionRefused, match=f"job {number} was begun with functions 0") as refused:
+        take(at)
+    assert [f"walletmigrate jobs cancel {number} " in mend for _, mend in refused.value.reasons] == [True]
+    assert [one[:2] for one in jobs(at)] == [(number, "paused")]
+    job_control.cancel(at.engine, at.settings, number, ACT)
+    beyond = take(at, batch_size=2, stop=ends_after(2))
+    assert (beyond.id, [one[1] for one in jobs(at)]) == (begun.id, ["cancelled", "paused"])
+    execute(at.engine, "update wallet.jobs set updated_at = now() - interval '30 days'")
+    made = take(at)
+    assert (made.id, [one[1] for one in jobs(at)]) == (begun.id, ["cancelled", "done"])
+    whole(at, made)
 
 
 def test_a_throttle_holds_it_with_a_reason_and_lets_it_go_on(at: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, text
+from sqlalchemy import Connection, Engine, Row, text
+from sqlalchemy.exc import DBAPIError
 
 from walletmigrate.config import Settings
-from walletmigrate.job_rows import Job, change, get, table
+from walletmigrate.errors import PreconditionRefused
+from walletmigrate.job_rows import Job, begin, change, get, sqlstate, table
 from walletmigrate.schema import quoted
 
 FIRST_FAILURES: Final = 10
 """How many batches may fail alike before the first one succeeds: then it is not the rows, and the job fails."""
+
+_LOCKED: Final = "55P03"
+"""SQLSTATE of a lock that was not had in time."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,32 @@ def revive(connection: Connection, settings: Settings, job: Job, *, aside: bool)
     failed = sum(row.failed for row in again)
     changes = "proven = false, alike = 0, last_error = null, items_failed = greatest(items_failed - :failed, 0)"
     change(connection, settings, job.id, changes, failed=failed)
+
+
+def rest(engine: Engine, settings: Settings, job_id: int, step: str) -> None:
+    """Once this returns, nothing more is done for a job that does not run: for what takes its work back.
+
+    Claims whose work has not begun are taken from their workers; batches at work are waited for, as long as the
+    engine's sessions wait for a lock. PreconditionRefused, for ``step``, if one lasts longer.
+    """
+    batches = table(settings, "job_batches")
+    claimed = text(f"select number from {batches} where job_id = :id and state = 'claimed' order by number")
+    with begin(engine) as connection:
+        numbers = list(connection.execute(claimed, {"id": job_id}).scalars())
+    taken = text(
+        f"update {batches} set state = 'pending', lease_until = null "
+        "where job_id = :id and number = :number and state = 'claimed'"
+    )
+    # Each in a transaction of its own: who waits for the lock of one keeps none that a worker could wait for.
+    for number in numbers:
+        try:
+            with begin(engine) as connection:
+                connection.execute(taken, {"id": job_id, "number": number})
+        except DBAPIError as error:
+            if sqlstate(error) != _LOCKED:
+                raise
+            reason = (f"a batch of job {job_id} is still at work", f"walletmigrate jobs show {job_id}")
+            raise PreconditionRefused(step, [reason]) from error
 
 
 def set_aside(connection: Connection, settings: Settings, job_id: int) -> list[Row[Any]]:

@@ -32,6 +32,10 @@ class ClaimLost(Exception):
     """Another worker has the batch, or the job was cancelled: what was done under the old token is rolled back."""
 
 
+class AtRest(ClaimLost):
+    """The job was taken out of work between the claim and its work, which does not begin then."""
+
+
 @dataclass(frozen=True)
 class NoClaim:
     """Nothing to be claimed: the job does not run, or is held, or has ``ended``, or others are at its last batches, or
@@ -70,7 +74,11 @@ def claim(connection: Connection, settings: Settings, job_id: int, worker: str, 
 
 
 def hold(connection: Connection, settings: Settings, claimed: Claim) -> None:
-    """Lock the claimed batch for the rest of the transaction. Raises ClaimLost."""
+    """Lock the claimed batch for the rest of the transaction. Raises ClaimLost, or AtRest where the job does not run.
+
+    Who takes a claim back (`job_batches.rest`) has to change the row of the batch: what waited here for its lock looks
+    at that row anew, and at no other.
+    """
     # A worker that was cut off from the server must not hold its rows for hours. And no batch waits for the disk: one
     # that a crash of the server takes back takes its mark with it, and what others wrote on top of it came after it in
     # the log. Without it each batch would make the application's commits wait for its own flush.
@@ -81,12 +89,14 @@ def hold(connection: Connection, settings: Settings, claimed: Claim) -> None:
             f"from {table(settings, 'job_batches')} "
             "where job_id = :job and number = :number and token = :token and state = 'claimed' "
             # A crash that takes a claim back gives its number and its token to the next one.
-            "and after_key is not distinct from :after and upto_key = :upto for no key update"
+            "and after_key is not distinct from :after and upto_key = :upto "
+            # It may have slept for its rate meanwhile.
+            f"and exists (select from {table(settings)} where id = :job and state = 'running') for no key update"
         ),
         {**claimed.identity, "after": claimed.after, "upto": claimed.upto},
     ).one_or_none()
     if found is None:
-        raise ClaimLost
+        raise ClaimLost if get(connection, settings, claimed.job.id).state == "running" else AtRest
 
 
 def complete(connection: Connection, settings: Settings, claimed: Claim, batch: Batch, seconds: float) -> Job:

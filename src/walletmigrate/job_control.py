@@ -88,7 +88,8 @@ def pause(engine: Engine, settings: Settings, job_id: int, act: Act, *, dry_run:
 
 def cancel(engine: Engine, settings: Settings, job_id: int, act: Act, *, dry_run: bool = False) -> Job:
     """Give a job up: batches in flight are rolled back, the next start begins a new one; a statement that reads a
-    snapshot is ended within seconds. Raises PreconditionRefused.
+    snapshot is ended within seconds. Of a reconciliation the account at hand is still corrected, and none after it;
+    what was corrected stays. Raises PreconditionRefused.
     """
     with begin(engine) as connection:
         job = _in(connection, settings, job_id, "cancel", RESUMABLE)

@@ -233,7 +233,9 @@ def left(connection: Connection, settings: Settings, job: Job, state: str, act: 
 
 
 def cancelled(connection: Connection, settings: Settings, job: Job, act: Act) -> Job:
-    """Give a job up, in the caller's transaction, which has locked its row. Batches in flight are rolled back."""
+    """Give a job up, in the caller's transaction, which has locked its row. Batches in flight are rolled back; accounts
+    that have a transaction of their own (`settling`) stay.
+    """
     changes = (
         "state = 'cancelled', held = null, held_at = null, finished_at = clock_timestamp(), "
         "updated_at = clock_timestamp()"

@@ -18,7 +18,7 @@ from walletmigrate import job_batches, job_claims, job_rows
 from walletmigrate.config import Settings
 from walletmigrate.errors import DatabaseUnreachable, JobFailed, LedgerNotInstalled, WalletMigrateError
 from walletmigrate.job_batches import Claim
-from walletmigrate.job_claims import ClaimLost, NoClaim
+from walletmigrate.job_claims import AtRest, ClaimLost, NoClaim
 from walletmigrate.job_outages import Patience, never
 from walletmigrate.job_rows import Batch, Job, begin, leave, said, sqlstate
 from walletmigrate.throttle import Throttle
@@ -79,8 +79,8 @@ class Work:
                         continue
                     job = replace(self._carry_out(found), resumed=job.resumed)
                     tries = 0
-                except ClaimLost:
-                    self._lose(found if isinstance(found, Claim) else None)
+                except ClaimLost as error:
+                    self._lose(found if isinstance(found, Claim) else None, error)
                     continue
                 except Exception as error:  # noqa: BLE001 - each is sorted: try again, split, or stop
                     tries += 1
@@ -128,8 +128,10 @@ class Work:
                 self._give_back(claimed)
             raise
 
-    def _lose(self, claimed: Claim | None) -> None:
-        if claimed is not None:
+    def _lose(self, claimed: Claim | None, error: ClaimLost) -> None:
+        if isinstance(error, AtRest) and claimed is not None:
+            self._give_back(claimed)
+        elif claimed is not None:
             with suppress(DBAPIError), begin(self.engine) as connection:
                 job_claims.lose(connection, self.settings, claimed)
 

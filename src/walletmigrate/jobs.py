@@ -112,10 +112,12 @@ def started(
     details: dict[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     force: bool = False,
+    ageless: bool = False,
     wanted: Callable[[Job], bool] | None = None,
 ) -> Job:
     """`start_or_resume` in the caller's transaction, which is at READ COMMITTED.
 
+    ``ageless``: it is resumed however long ago it was worked on, but not with other functions.
     ``wanted`` is asked of an unfinished job, under its lock, before it is resumed, also of one that another process has
     made in this moment. One that is not wanted is cancelled, and a new one made; or it raises, and all stays as it is.
     """
@@ -129,7 +131,7 @@ def started(
             resumed = False
         if found is not None and resumed:
             if not force:
-                _refuse_old(connection, found)
+                _refuse_old(connection, found, ageless=ageless)
             job_batches.revive(connection, settings, found, aside=found.state != "running")
             row = connection.execute(text(_resume(settings)), {**values, "id": found.id}).one()
         else:
@@ -253,7 +255,8 @@ def persist(engine: Engine, job: Job, call: Callable[[], _T]) -> _T:
 def cancel(connection: Connection, settings: Settings, kind: str, mapping_name: str, act: Act) -> int | None:
     """Give up the unfinished job of this kind, so that a later one begins at the first key; its id or None.
 
-    Batches in flight are rolled back: once this commits, nothing more is done for the job.
+    A batch in flight is rolled back. Of a reconciliation the account at hand is still corrected, none after it, and
+    what was corrected stays: `reconciliations.undo` takes it back.
     """
     found = newest(connection, settings, kind, mapping_name, lock=True)
     if found is None or found.state not in RESUMABLE:
@@ -307,7 +310,7 @@ def count_items(connection: Connection, mapping: config.Mapping) -> int:
     return int(rows or 0) * len(mapping.columns)
 
 
-def _refuse_old(connection: Connection, job: Job) -> None:
+def _refuse_old(connection: Connection, job: Job, *, ageless: bool) -> None:
     reasons = []
     cancel = f"walletmigrate jobs cancel {job.id} {REASON}"
     ways = f"walletmigrate jobs resume {job.id} --force {REASON}, or: {cancel}"
@@ -317,7 +320,8 @@ def _refuse_old(connection: Connection, job: Job) -> None:
     if job.functions_version != FUNCTIONS_VERSION:
         what = f"job {job.id} was begun with functions {job.functions_version}, these are {FUNCTIONS_VERSION}"
         reasons.append((what, ways))
-    if connection.scalar(text("select clock_timestamp() - :at > :fresh"), {"at": job.updated_at, "fresh": FRESH}):
+    old = text("select clock_timestamp() - :at > :fresh")
+    if not ageless and connection.scalar(old, {"at": job.updated_at, "fresh": FRESH}):
         what = f"job {job.id} was last worked on at {job.updated_at:%Y-%m-%d %H:%M}, more than {FRESH.days} days ago"
         reasons.append((what, ways))
     if reasons:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, Row, text
 
-from walletmigrate import job_rows, job_turns, jobs
+from walletmigrate import config, job_batches, job_rows, job_turns, jobs
 from walletmigrate.audit import Act
 from walletmigrate.config import Settings
 from walletmigrate.corrections import Correction, Corrector, changed_by, recorded, refuse, stopped
@@ -106,18 +106,16 @@ def undo(
     the correction moved one side alone, the two differ again as they did before it, and the account turns stale.
     Openings and resyncs stay. A job of turns (`job_turns`), an account each: ``stop``, and an operator's pause or
     cancellation, hold from the next account on, and the next call goes on with what is open. Raises UsageError when
-    there is no such run, PreconditionRefused while the run is at work, in phase `legacy`, while the line is stopped or
-    without the fence.
+    there is no such run, PreconditionRefused while the run, or a batch of it, is at work, in phase `legacy`, while the
+    line is stopped or without the fence.
     """
+    if not dry_run:
+        with jobs.begin(engine) as connection:
+            _undoable(connection, settings, run)
+        # What a batch in flight corrected after the last page was read would stand for good.
+        job_batches.rest(engine, settings, run, UNDO)
     with jobs.begin(engine) as connection:
-        facts = _facts(_row(connection, settings, run))
-        if facts.kind == UNDO:
-            raise UsageError(f"run {run} is itself an undo; what it took back can be reconciled again")
-        mapping = settings.mapping(facts.mapping)
-        reasons = jobs.obstacles(connection, settings, mapping) + stopped(connection, settings)
-        if facts.state == "running":
-            reasons.append((f"run {run} is at work", f"wait for its end, or: walletmigrate jobs cancel {run} {REASON}"))
-        refuse(UNDO, reasons)
+        facts, mapping = _undoable(connection, settings, run)
         job = None if dry_run else _start(connection, settings, facts, act)
     undoing = _Undoing(Corrector(engine, settings, mapping, act), run, job.id if job else None)
     if job is None:
@@ -216,6 +214,19 @@ class _Undoing:
     def _note(self, connection: Connection, settings: Settings) -> None:
         assert self._job is not None
         job_rows.change(connection, settings, self._job, "items_failed = :left", left=len(self.left))
+
+
+def _undoable(connection: Connection, settings: Settings, run: int) -> tuple[RunFacts, config.Mapping]:
+    """The run as it stands now, and its mapping, if it may be undone."""
+    facts = _facts(_row(connection, settings, run))
+    if facts.kind == UNDO:
+        raise UsageError(f"run {run} is itself an undo; what it took back can be reconciled again")
+    mapping = settings.mapping(facts.mapping)
+    reasons = jobs.obstacles(connection, settings, mapping) + stopped(connection, settings)
+    if facts.state == "running":
+        reasons.append((f"run {run} is at work", f"wait for its end, or: walletmigrate jobs cancel {run} {REASON}"))
+    refuse(UNDO, reasons)
+    return facts, mapping
 
 
 def _start(connection: Connection, settings: Settings, facts: RunFacts, act: Act) -> jobs.Job:

@@ -11,12 +11,13 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Row, text
 
-from walletmigrate import config, jobs
+from walletmigrate import config, job_rows, jobs
 from walletmigrate.audit import Act
 from walletmigrate.config import Column, Settings
 from walletmigrate.corrections import Correction, Corrector
 from walletmigrate.errors import UsageError
 from walletmigrate.functions import relation
+from walletmigrate.job_claims import ClaimLost
 from walletmigrate.schema import quoted
 from walletmigrate.truths import Truth
 
@@ -81,17 +82,24 @@ class Settling:
     run: int | None
 
     def __call__(self, connection: Connection, after: str | None, upto: str | None) -> jobs.Batch:
-        """Compare and settle. Raises what concerns all accounts."""
+        """Compare and settle. Raises what concerns all accounts, and ClaimLost once the run was cancelled."""
         keys, rows = self.standing(connection, after, upto)
         tally = Tally()
         # The batch's own session does nothing meanwhile, and would be ended for that (`job_claims.hold`): who is asked
         # for the truth may take his time, and so may locks.
         corrector = Corrector(connection.engine, self.settings, self.mapping, self.act)
-        self.go_through(rows, corrector, tally, alive=lambda: connection.exec_driver_sql("select"))
+        self.go_through(rows, corrector, tally, alive=lambda: self.wanted(connection))
         self.keep(connection, tally)
         failed = tally.counts["failed"]
         counts = {name: int(number) for name, number in tally.counts.items()}
         return jobs.Batch(len(keys), len(rows) - failed, failed, counts)
+
+    def wanted(self, connection: Connection) -> None:
+        """Raise ClaimLost once the run was cancelled: what stands of it may be taken back next. A paused one's batch is
+        brought to its end, as what it counted and listed would be lost.
+        """
+        if self.run is not None and job_rows.get(connection, self.settings, self.run).state == "cancelled":
+            raise ClaimLost
 
     def standing(self, connection: Connection, after: str | None, upto: str | None) -> tuple[list[str], list[Row[Any]]]:
         """The keys of a span, and how their accounts stand. Nothing is locked."""

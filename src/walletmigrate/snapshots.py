@@ -137,8 +137,8 @@ def take(
     A job (`job_turns`), which an operator can pause, hold and cancel. ``batch_size`` is transactions of the journal in
     one database transaction. Killed anywhere, the next call goes on: with the point of the first. ``stop`` pauses the
     job and leaves the snapshot ``running``, and so does an operator. None is given for a dry run that would begin
-    one. Raises LedgerNotInstalled, PreconditionRefused when the journal has a row that no posting writes, or Retryable
-    when a batch ran out of attempts.
+    one. Raises LedgerNotInstalled, PreconditionRefused when the journal has a row that no posting writes or the job
+    was begun with other functions, or Retryable when a batch ran out of attempts.
     """
     with engine.connect() as connection:
         require_installed(connection, settings)
@@ -168,7 +168,7 @@ def _started(engine: Engine, settings: Settings, act: Act) -> tuple[Job, int]:
     name = quoted(settings.ledger_schema)
     with jobs.begin(engine) as connection:
         # A point in time does not grow old: a snapshot that was begun long ago is finished like any other.
-        job = jobs.started(connection, settings, TAKE, EVERYTHING, act, force=True)
+        job = jobs.started(connection, settings, TAKE, EVERYTHING, act, ageless=True)
         begin = text(f"select {name}.begin_snapshot(:actor, :reason)")
         snapshot_id = connection.scalar(begin, {"actor": act.actor, "reason": act.reason})
         note = "details = details || jsonb_build_object('snapshot', cast(:snapshot as bigint))"

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, Row, text
 
-from walletmigrate import job_rows, job_turns, jobs
+from walletmigrate import job_batches, job_rows, job_turns, jobs
 from walletmigrate.audit import Act
 from walletmigrate.config import Settings
 from walletmigrate.errors import PreconditionRefused, UsageError
@@ -76,14 +76,16 @@ def undo(
     A job of turns (`job_turns`), ``batch_size`` accounts each: ``stop``, and an operator's pause or cancellation, hold
     from the next turn on, and the next call goes on behind the last account. The legacy row is true for such an account
     again; the next posting or backfill brings it up. Raises UsageError where there is no backfill of that id,
-    PreconditionRefused while it runs, once the column is retired, while the undo of another backfill of this mapping is
-    not finished, or if the fence fell meanwhile; and what `job_turns.run_turns` raises.
+    PreconditionRefused while it runs or a batch of it is at work, once the column is retired, while the undo of another
+    backfill of this mapping is not finished, or if the fence fell meanwhile; and what `job_turns.run_turns` raises.
     """
     with jobs.begin(engine) as connection:
         mapping = _mapping(connection, settings, job_id)
     undoing = _Undoing(settings, mapping, job_id, act)
     if dry_run:
         return undoing.planned(engine, batch_size)
+    # What a batch in flight opened after the last turn had looked would stand for good.
+    job_batches.rest(engine, settings, job_id, KIND)
     job = undoing.start(engine)
     job = job_turns.run_turns(
         engine,
