@@ -144,8 +144,8 @@ class LegacyBalanceAdapter:
         )
 
     def apply(self, target: Target, movements: Iterable[Movement]) -> tuple[Posting, ...]:
-        """Carry out a batch in one round trip, in the order given: all of it, or, if one is refused, nothing. Each reversal
-        in it takes one more before, to see whose transaction it is.
+        """Carry out a batch in one round trip, in the order given: all of it, or, if one is refused, nothing. Each
+        reversal in it takes one more before, to see whose transaction it is.
 
         Raises UsageError for what is no collection of Movements.
         """
