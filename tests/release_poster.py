@@ -22,6 +22,9 @@ def post(adapter: LegacyBalanceAdapter, engine: object, kind: str, key: int, nam
     """One posting in a transaction of its own; its mode, and by how much it changed the sum of all balances."""
     other = next(one for one in ACCOUNTS if one != key)
     amount = Decimal(random.randint(1, 500)).scaleb(-2)
+    if kind == "described":  # a page that shows the balance, in a transaction of its own
+        with engine.connect() as connection:  # type: ignore[attr-defined]
+            adapter.balance(connection, key)
     with engine.begin() as connection:  # type: ignore[attr-defined]
         if kind == "transfer":
             return adapter.transfer(connection, key, other, amount, type=name).mode, Decimal(0)
@@ -30,7 +33,6 @@ def post(adapter: LegacyBalanceAdapter, engine: object, kind: str, key: int, nam
         if kind == "target":
             done = adapter.set_balance(connection, key, 100, actor=name, reason="a test")
             return done.mode, done.legacy_change or Decimal(0)
-        adapter.balance(connection, key)
         credit = adapter.credit(connection, key, amount, type=name, description="x" if kind == "described" else None)
         if kind == "reversal" and credit.transaction_id is not None:
             adapter.reverse(connection, credit.transaction_id, actor=name, reason="a test")
