@@ -10,10 +10,8 @@ from typing import Any
 
 import typer
 
-import ledger
-from commandline import REASON, Project, app, everything, project_at
-from retiring import FIRST
-from test_rights import SERVICES, UNFINISHED, WALK, carried_out, files
+from commandline import REASON, Project, app, everything
+from walking import SERVICES, begun, carried_out, files, steps
 from walletmigrate.commands import ROLES
 
 CONSENT = ("--confirm", "users")
@@ -34,24 +32,11 @@ def commands_with(option: str) -> set[str]:
 
 
 def test_every_command_that_changes_something_keeps_its_promises(database_url: str, tmp_path: Path) -> None:
-    project, engine = project_at(tmp_path, database_url, "legacy", rows=3)
-    (tmp_path / "versions").mkdir()
-    (tmp_path / "versions" / "0001_first.py").write_text(FIRST, encoding="utf-8")
-    ledger.execute(
-        engine,
-        "insert into wallet.bypasses (at, mapping, relation, operation, treatment, fingerprint) "
-        "values ('2001-01-01', 'users', 'public.users', 'update', 'stale', 'x')",
-    )
+    project, engine = begun(tmp_path, database_url)
     changing, confirmed = commands_with("dry_run"), commands_with("confirm")
     seen: set[str] = set()
     broken: list[tuple[object, ...]] = []
-    for line in WALK.strip().splitlines():
-        words = line.format(folder=project.folder).split()
-        command = next(name for name in (" ".join(words[:2]), words[0]) if name in ROLES)
-        if command in UNFINISHED:
-            ledger.execute(engine, "update wallet.jobs set state = :state where id = 3", state=UNFINISHED[command])
-        if command == "recalculate":  # which writes nothing where nothing differs
-            ledger.execute(engine, "update wallet.accounts set balance = balance + 1 where key = '2'")
+    for line, words, command in steps(engine, project):
         if command in changing:
             seen.add(command)
             asked = [word for word in words if word not in CONSENT] if command in confirmed else words

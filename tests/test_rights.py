@@ -14,96 +14,17 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 import ledger
-from commandline import REASON, Project, Said, project_at
+from commandline import REASON, Project
 from conftest import MakeDatabase
-from retiring import FIRST
+from walking import SERVICES, begun, carried_out, files, steps
 from walletmigrate import connect
 from walletmigrate.commands import ROLES
 from walletmigrate.facts import read_facts
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "roles.md"
 
-WALK = """
-phase advance
-flags set wallet.dualWrite on --everyone
-flags explain 1
-backfill
-backfill undo --job 1
-backfill
-jobs list
-jobs show 1
-jobs pause 3
-jobs set 3 rate=1000
-jobs resume 3
-jobs cancel 3
-adjust --account 1 --amount 5 --notes gift
-erase --account 1
-reconcile --all
-reconcile list
-reconcile show 4
-reconcile undo 4
-recalculate --all
-trace nobody
-snapshot take
-snapshot verify
-snapshot take
-snapshot list
-snapshot prune --keep 1
-balance --account 1
-history --account 1
-overview
-report snapshot:2 --to {folder}/snapshot.csv
-verify
-status
-phase show
-doctor
-discover --source {folder}
-capture report
-capture mode mirror
-capture mode stale
-stop-the-line
-resume
-phase back
-phase advance
-verify
-phase advance
-cutover --everyone --confirm users
-phase advance
-rollback --exercise
-freeze --confirm users
-verify
-verify list
-verify show 1
-archive --to {folder}/users.gz
-archive check {folder}/users.gz
-evidence --to {folder}/evidence
-evidence check {folder}/evidence --with-database
-retire --archive {folder}/users.gz --migrations {folder}/versions --confirm users
-phase back
-unfreeze --confirm users
-rollback
-phase back
-capture prune
-capture remove --confirm users
-capture install
-install
-uninstall --confirm users
-"""
-"""The way of a migration and back. Each line is refused to lesser roles first, with nothing changed."""
-
-SERVICES = {"exporter", "sandbox", "rehearse", "init", "watch"}
-"""Run until they are stopped, in a database of their own, or on no ledger: see the tests below."""
-
-UNFINISHED = {"jobs pause": "running", "jobs set": "paused", "jobs resume": "paused", "jobs cancel": "paused"}
-"""What the third job, the second backfill, is before these commands."""
-
 LESSER = {"auditor": ("app",), "operator": ("auditor", "app"), "installer": ("operator", "auditor", "app")}
 """Who may not do what this role may. Those that act come first, and are the likeliest to be taken for it."""
-
-FOUND_NOTHING = {
-    "trace": "it ends with 1 where nothing carries the id that it was asked for, and of the walk's id nothing does"
-}
-"""The commands of the walk that are carried out and yet end with 1, each with its reason."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +39,7 @@ class Crew:
 @pytest.fixture
 def crew(make_database: MakeDatabase, tmp_path: Path) -> Iterator[Crew]:
     url = make_database()
-    project, engine = project_at(tmp_path, url, "legacy", rows=3)
-    (tmp_path / "versions").mkdir()
-    (tmp_path / "versions" / "0001_first.py").write_text(FIRST, encoding="utf-8")
+    project, engine = begun(tmp_path, url)
     names, urls = {}, {"installer": url}
     for role in ("app", "operator", "auditor", "stranger"):
         names[role], password = f"app_{secrets.token_hex(6)}", secrets.token_hex(8)
@@ -145,21 +64,10 @@ LOOK = (
 
 def test_every_command_runs_with_its_role_and_names_the_grant_that_a_lesser_one_lacks(crew: Crew) -> None:
     admin = connect.engine(crew.urls["installer"], application_name="test", poolclass=NullPool)
-    ledger.execute(
-        admin,
-        "insert into wallet.bypasses (at, mapping, relation, operation, treatment, fingerprint) "
-        "values ('2001-01-01', 'users', 'public.users', 'update', 'stale', 'x')",
-    )
     seen: set[str] = set()
     wrong: list[tuple[object, ...]] = []
-    for line in WALK.strip().splitlines():
-        words = line.format(folder=crew.project.folder).split()
-        command = next(name for name in (" ".join(words[:2]), words[0]) if name in ROLES)
+    for line, words, command in steps(admin, crew.project):
         seen.add(command)
-        if command in UNFINISHED:
-            ledger.execute(admin, "update wallet.jobs set state = :state where id = 3", state=UNFINISHED[command])
-        if command == "recalculate":  # which writes nothing where nothing differs
-            ledger.execute(admin, "update wallet.accounts set balance = balance + 1 where key = '2'")
         # Out of phase retired, the way back makes triggers and functions anew.
         retired = ledger.scalar(admin, "select phase from wallet.control") == "retired"
         needed = "installer" if command == "phase back" and retired else ROLES[command]
@@ -180,16 +88,6 @@ def test_every_command_runs_with_its_role_and_names_the_grant_that_a_lesser_one_
             wrong.append((line, needed, done.exit_code, done.stdout, done.stderr))
     assert wrong == [], "\n" + "\n".join(map(str, wrong))
     assert seen | SERVICES | {name for name, role in ROLES.items() if role == "none"} == set(ROLES)
-
-
-def carried_out(command: str, said: Said) -> bool:
-    """Whether a command did what it was told: it ends with 0, or with 3 where it found a difference."""
-    return said.exit_code in ((1,) if command in FOUND_NOTHING else (0, 3)) and said.document.get("error") is None
-
-
-def files(folder: Path) -> set[Path]:
-    """What stands in the project's folder, evidence begun aside: the folder is made before the database is asked."""
-    return {path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
 
 
 def test_a_command_without_a_ledger_s_rights_runs_for_anybody(crew: Crew) -> None:

@@ -55,12 +55,12 @@ class Rule:
     reason: str
     idempotency_key: Callable[[Any], str | None] | None
 
-    @property
+    @functools.cached_property
     def balance(self) -> SQLColumn[Any]:
         """The mapped balance column."""
         return column_named(self.table, self.column.column)
 
-    @property
+    @functools.cached_property
     def key(self) -> SQLColumn[Any]:
         """The mapped key column."""
         return column_named(self.table, self.mapping.key)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,17 +54,10 @@ def set_flag(
     """
     if engine is None:
         return _told(_edit(flags, flag, enabled, dry_run=dry_run, **who), flag, who, dry_run=dry_run)
-    with on_record(engine) as connection:
+    with engine.connect() as connection:
         if not dry_run:
             require_installed(connection, settings)
         return flip(connection, settings, flags, "flags set", act, flag, enabled, dry_run=dry_run, **who)
-
-
-@contextmanager
-def on_record(engine: Engine) -> Iterator[Connection]:
-    """A connection for `flip`, which commits for itself; what it does not commit is rolled back."""
-    with engine.connect() as connection:
-        yield connection
 
 
 def flip(
@@ -83,7 +75,8 @@ def flip(
     """Switch the flag and leave the audit row. The row is committed first: without a row there is no flip, whenever
     this process, the database or the flag source goes away. A flip that failed has a second row that says so.
 
-    Wants a connection of `on_record`. A dry run counts the accounts that would change.
+    Commits on ``connection``, which has no transaction of the caller's to be kept. A dry run counts the accounts that
+    would change.
     """
     planned = _edit(flags, flag, enabled, dry_run=True, **who)
     change = _told(planned, flag, who, dry_run=dry_run)

@@ -19,7 +19,7 @@ from walletmigrate.dependents import the_step
 from walletmigrate.errors import PreconditionRefused, UsageError
 from walletmigrate.flag_editor import FLAG_PROBLEMS, FlagEditor
 from walletmigrate.flags import READ_FROM_LEDGER, FlagSource
-from walletmigrate.flips import FlagChange, flip, on_record, set_flag
+from walletmigrate.flips import FlagChange, flip, set_flag
 from walletmigrate.gates import reasons
 from walletmigrate.job_rows import said
 from walletmigrate.retire import reinstate
@@ -195,7 +195,7 @@ def cutover(
 
     Raises PreconditionRefused with every reason at once, UsageError for a trait that no mapping has.
     """
-    with on_record(engine) as connection:
+    with engine.connect() as connection:
         found = cohort_reasons(connection, settings, flags, cohort)
         if found:
             raise PreconditionRefused(f"cutover of {_who(cohort)}", found)
@@ -232,7 +232,7 @@ def rollback(
     survived: tuple[type[Exception], ...] = (*FLAG_PROBLEMS, DBAPIError)
     try:
         if flags is not None:
-            with on_record(engine) as connection:
+            with engine.connect() as connection:
                 flag = _switch_reads(connection, settings, flags, "rollback", act, cohort, on=False, dry_run=dry_run)
     except survived as error:
         if cohort is not None:

@@ -19,11 +19,11 @@ from sqlalchemy import Connection, Engine, text
 from walletmigrate import config, job_batches, jobs, survey
 from walletmigrate.audit import Act, record
 from walletmigrate.comparison import snapshot
-from walletmigrate.config import Settings
+from walletmigrate.config import WIDE, Settings
 from walletmigrate.corrections import Correction, Corrector, changed_by, key_of, recorded, refuse, stopped
 from walletmigrate.errors import PreconditionRefused
 from walletmigrate.schema import quoted
-from walletmigrate.settling import CHANGED, DIGITS, LISTED, WIDE, Limits, Settling, Tally
+from walletmigrate.settling import CHANGED, DIGITS, LISTED, Limits, Settling, Tally
 from walletmigrate.standing import REASON
 from walletmigrate.truths import LEGACY, Truth
 

@@ -6,14 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from decimal import Context, Decimal
+from decimal import Decimal
 from typing import Any, Final
 
 from sqlalchemy import Connection, Row, text
 
 from walletmigrate import config, job_rows, jobs
 from walletmigrate.audit import Act
-from walletmigrate.config import Column, Settings
+from walletmigrate.config import WIDE, Column, Settings
 from walletmigrate.corrections import Correction, Corrector
 from walletmigrate.errors import UsageError
 from walletmigrate.functions import relation
@@ -26,7 +26,6 @@ LISTED: Final = 1000
 CHANGED: Final = ("corrected", "opened", "resynced")
 DIGITS: Final = 18
 """A job counts in integers: amounts are in units of ten to the minus this."""
-WIDE: Final = Context(prec=60)
 _ASKED: Final = 3
 
 

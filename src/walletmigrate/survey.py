@@ -8,13 +8,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Context, Decimal
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, text
 
-from walletmigrate.config import MAX_INTEGER_DIGITS, Column, KeyType, Mapping
-from walletmigrate.configfile import MAX_SCALE, raise_first
+from walletmigrate.config import MAX_INTEGER_DIGITS, WIDE, Column, KeyType, Mapping
+from walletmigrate.configfile import raise_first
 from walletmigrate.errors import ConfigError
 
 KEY_TYPES: dict[str, KeyType] = {
@@ -28,8 +28,6 @@ KEY_TYPES: dict[str, KeyType] = {
 INTEGER_BITS = {"int2": 16, "int4": 32, "int8": 64}
 FLOAT_DIGITS = {"float8": 15, "float4": 6}
 """Decimal digits that a float type always keeps, and that PostgreSQL's cast of it to numeric yields."""
-
-_WIDE = Context(prec=MAX_INTEGER_DIGITS + MAX_SCALE)
 
 _RELATION = """
 select
@@ -333,8 +331,8 @@ def _legacy_column(column: Column, row: Row[Any]) -> LegacyColumn:
     return LegacyColumn(
         column.column,
         row.sql_type,
-        Decimal(minimum).scaleb(-column.scale, _WIDE),
-        Decimal(maximum).scaleb(-column.scale, _WIDE),
+        Decimal(minimum).scaleb(-column.scale, WIDE),
+        Decimal(maximum).scaleb(-column.scale, WIDE),
         row.base in FLOAT_DIGITS,
         not row.not_null,
         decimals is None or decimals > _needed(column),
@@ -371,7 +369,7 @@ def _unconvertible_query(connection: Connection, mapping: Mapping, column: Colum
             largest = min(largest, 10 ** FLOAT_DIGITS[base] - 1)
         if base == "float8":
             noise = f"least(1e-{decimals + 3}, 1e-11 * greatest(abs({name}::numeric), 1))"
-        limit = Decimal(largest).scaleb(-decimals, _WIDE)
+        limit = Decimal(largest).scaleb(-decimals, WIDE)
         wrong += (
             f" or {name} in ('NaN', 'Infinity', '-Infinity') or abs({name}::numeric) > {limit:f}"
             f" or abs({name}::numeric - round({name}::numeric, {decimals})) > {noise}"
