@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import make_url
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.pool import NullPool
 
 from adapting import Place, User, place
@@ -58,6 +65,24 @@ def test_the_shell_has_every_public_method_of_the_adapter_with_the_same_paramete
     for name in methods(LegacyBalanceAdapter):
         assert getattr(AsyncLegacyBalanceAdapter, name).__doc__ == getattr(LegacyBalanceAdapter, name).__doc__
         assert getattr(AsyncLegacyBalanceAdapter, name).__name__ == name
+
+
+def test_a_scoped_session_is_the_session_of_its_task(at: Place) -> None:
+    async def main() -> None:
+        engine = async_engine(at)
+        scoped = async_scoped_session(async_sessionmaker(engine), asyncio.current_task)
+        user = await scoped.get_one(User, 1)
+        user.total_coins = D(50)
+        assert (await shell(at).credit(scoped, 1, 5, type="deposit")).ledger_balance == 55
+        assert user.total_coins == 55
+        await scoped.commit()
+        assert (await shell(at).balance(scoped, 1)).amount == 55
+        await scoped.remove()
+        await engine.dispose()
+
+    asyncio.run(main())
+    assert [event.committed for event in at.heard.posted] == [True]
+    at.check()
 
 
 def test_every_operation_works_on_an_async_session(at: Place) -> None:

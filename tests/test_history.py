@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -101,6 +102,24 @@ def test_a_page_has_at_least_one_and_at_most_a_thousand_entries(at: Place, limit
     with at.engine.begin() as connection:
         at.adapter.apply(connection, [Movement.credit(1, 1, type="deposit") for _ in range(1100 if limit > 5 else 3)])
         assert len(at.adapter.history(connection, 1, limit=limit)) == length
+
+
+@pytest.mark.parametrize("asked", [{"limit": True}, {"limit": "50"}, {"limit": 2.0}, {"before": "7"}, {"before": 7.5}])
+def test_a_page_that_is_asked_for_by_no_int_is_refused_before_the_database_is_asked(
+    at: Place, asked: dict[str, Any]
+) -> None:
+    with at.engine.begin() as connection:
+        with pytest.raises(UsageError, match=next(iter(asked))):
+            at.adapter.history(connection, 1, **asked)
+        at.adapter.credit(connection, 1, 1, type="deposit")
+    at.check()
+
+
+@pytest.mark.parametrize(("before", "length"), [(10**30, 2), (-(10**30), 0)])
+def test_a_page_before_what_no_transaction_reaches(at: Place, before: int, length: int) -> None:
+    with at.engine.begin() as connection:
+        at.adapter.credit(connection, 1, 1, type="deposit")
+        assert len(at.adapter.history(connection, 1, before=before)) == length
 
 
 def test_a_bucket_has_a_history_of_its_own(at: Place) -> None:

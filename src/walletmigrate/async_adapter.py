@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 
 from walletmigrate.adapter import LegacyBalanceAdapter
 from walletmigrate.config import Settings
@@ -18,17 +18,18 @@ from walletmigrate.sessions import Target
 P = ParamSpec("P")
 R = TypeVar("R")
 
-AsyncTarget = AsyncSession | AsyncConnection
+AsyncTarget = AsyncSession | async_scoped_session[Any] | AsyncConnection
 
 
 def _shell(
     method: Callable[Concatenate[LegacyBalanceAdapter, Target, P], R],
 ) -> Callable[Concatenate[AsyncLegacyBalanceAdapter, AsyncTarget, P], Awaitable[R]]:
     async def call(self: AsyncLegacyBalanceAdapter, target: AsyncTarget, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        given: object = target
+        # A scoped one stands for the session of the task that asks; it has no run_sync of its own.
+        given: object = target() if isinstance(target, async_scoped_session) else target
         if not isinstance(given, AsyncSession | AsyncConnection):
             raise UsageError(f"pass an AsyncSession or an AsyncConnection, not {type(target).__name__}")
-        return await target.run_sync(lambda sync: method(self.adapter, sync, *args, **kwargs))
+        return await given.run_sync(lambda sync: method(self.adapter, sync, *args, **kwargs))
 
     call.__doc__ = method.__doc__
     call.__name__ = method.__name__

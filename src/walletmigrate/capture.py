@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import OperationalError
 
+from walletmigrate import connect
 from walletmigrate.config import Mapping, Settings
 from walletmigrate.functions import guards, made_guards, relation
 from walletmigrate.retired import is_retired
@@ -165,8 +166,7 @@ def with_short_locks(engine: Engine, work: Callable[[Connection], T]) -> T:
                 return work(connection)
         except OperationalError as error:
             # Or a transaction that has read the table and now would write it, and waits for this one.
-            locked = getattr(error.orig, "sqlstate", "") in ("55P03", "40P01")
-            if not locked or attempt == FENCE_ATTEMPTS - 1:
+            if not connect.conflicted(error) or attempt == FENCE_ATTEMPTS - 1:
                 raise
         time.sleep(FENCE_PAUSE_SECONDS)
     raise AssertionError("unreachable")

@@ -200,9 +200,21 @@ def words(error: DBAPIError, url: URL) -> str:
     return said.rstrip(".")
 
 
+def sqlstate(error: DBAPIError) -> str:
+    """The five characters that PostgreSQL gave, "" where it gave none."""
+    return str(getattr(error.orig, "sqlstate", None) or "")
+
+
+def conflicted(error: DBAPIError) -> bool:
+    """Whether the same transaction may well succeed when it is tried again: a serialization failure or a deadlock
+    (class 40), or a lock that was not had in time (55P03).
+    """
+    return sqlstate(error).startswith(("40", "55P03"))
+
+
 def lost(error: DBAPIError) -> bool:
     """Whether it is the connection's and not the statement's: it was lost, could not be made, or cannot write."""
-    state = getattr(error.orig, "sqlstate", None) or ""
+    state = sqlstate(error)
     without = not state and isinstance(error, OperationalError)
     return error.connection_invalidated or without or state.startswith(_PASSING)
 
@@ -227,7 +239,7 @@ def _silent(engine: Engine, error: DBAPIError) -> bool:
     """Whether a server that could not be connected to is away. A refusal has no SQLSTATE in the driver's error, so the
     driver's library is asked, which knows it: a server that refuses a client is there.
     """
-    if getattr(error.orig, "sqlstate", None) or isinstance(error.orig, psycopg.errors.ConnectionTimeout):
+    if sqlstate(error) or isinstance(error.orig, psycopg.errors.ConnectionTimeout):
         return True
     given = {**engine.dialect.create_connect_args(engine.url)[1], "connect_timeout": _CONNECT_SECONDS}
     given.pop("context", None)  # SQLAlchemy's own
@@ -270,7 +282,7 @@ def _drop_database(admin: Engine, name: str) -> None:
         try:
             connection.exec_driver_sql(f'drop database if exists "{name}" with (force)')
         except DBAPIError as error:
-            if getattr(error.orig, "sqlstate", None) != _INSUFFICIENT_PRIVILEGE:
+            if sqlstate(error) != _INSUFFICIENT_PRIVILEGE:
                 raise
             connection.exec_driver_sql(f'drop database if exists "{name}"')
 

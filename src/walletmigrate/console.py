@@ -16,6 +16,7 @@ from typing import Any, Final
 from pydantic import SecretStr
 from sqlalchemy.exc import DBAPIError
 
+from walletmigrate import connect
 from walletmigrate.errors import (
     DatabaseFailed,
     DatabaseUnreachable,
@@ -169,7 +170,7 @@ def plain(value: Any) -> Any:
 
 def typed(error: DBAPIError, address: str) -> WalletMigrateError:
     """The error of this library for one of the driver's: by SQLSTATE, with the server's sentence alone."""
-    state = str(getattr(error.orig, "sqlstate", None) or "")
+    state = connect.sqlstate(error)
     diagnostic = getattr(error.orig, "diag", None)
     said = str(getattr(diagnostic, "message_primary", None) or type(error.orig).__name__)
     if error.connection_invalidated or not state or state.startswith(_LOST):

@@ -13,7 +13,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from walletmigrate import config, jobs
+from walletmigrate import config, connect, jobs
 from walletmigrate.audit import Act
 from walletmigrate.config import Column, KeyType, Settings, exact, key_text
 from walletmigrate.errors import InvalidAmount, InvalidKey, InvalidMovement, LedgerNotInstalled, PreconditionRefused
@@ -117,12 +117,12 @@ class Corrector:
                     row = connection.execute(query, {"request": given}).one()
                 return Correction(**row._mapping, correlation_id=self.correlation_id)
             except DBAPIError as error:
-                state = str(getattr(error.orig, "sqlstate", None) or "")
+                state = connect.sqlstate(error)
                 if state in _NO_FUNCTIONS:
                     raise LedgerNotInstalled(self.mapping.name) from error
                 if error.connection_invalidated or not state or state.startswith(_LOST) or state == "42501":
                     raise
-                if attempt == ATTEMPTS or not (state.startswith("40") or state == "55P03"):
+                if attempt == ATTEMPTS or not connect.conflicted(error):
                     if self._alone:
                         raise
                     return Correction("failed", key, column.bucket, column.currency, error=_said(error, state))

@@ -9,7 +9,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, CursorResult
 from sqlalchemy.exc import DBAPIError
 
-from walletmigrate import configchecks
+from walletmigrate import configchecks, connect
 from walletmigrate.comparison import Comparison
 from walletmigrate.errors import CrossCheckFailed
 
@@ -138,7 +138,7 @@ def _asked(
         # With a parameter the server takes one statement only, in a transaction that may not write.
         return connection.exec_driver_sql(statement, {"limit": limit})
     except DBAPIError as error:
-        state = str(getattr(error.orig, "sqlstate", None) or "")
+        state = connect.sqlstate(error)
         if not state or state.startswith(_NOT_ITS_FAULT):
             raise
         said = str(getattr(getattr(error.orig, "diag", None), "message_primary", None) or error.orig)

@@ -8,9 +8,10 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError
 
+from walletmigrate import connect
 from walletmigrate.config import Settings
 from walletmigrate.errors import PreconditionRefused
-from walletmigrate.job_rows import Job, begin, change, get, sqlstate, table
+from walletmigrate.job_rows import Job, begin, change, get, table
 from walletmigrate.schema import quoted
 
 FIRST_FAILURES: Final = 10
@@ -116,7 +117,7 @@ def rest(engine: Engine, settings: Settings, job_id: int, step: str) -> None:
             with begin(engine) as connection:
                 connection.execute(taken, {"id": job_id, "number": number})
         except DBAPIError as error:
-            if sqlstate(error) != _LOCKED:
+            if connect.sqlstate(error) != _LOCKED:
                 raise
             reason = (f"a batch of job {job_id} is still at work", f"walletmigrate jobs show {job_id}")
             raise PreconditionRefused(step, [reason]) from error

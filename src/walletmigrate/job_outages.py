@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 
 from walletmigrate import connect
 from walletmigrate.errors import DatabaseUnreachable, Retryable
-from walletmigrate.job_rows import retryable, said, sqlstate
+from walletmigrate.job_rows import retryable, said
 
 ATTEMPTS: Final = 8
 """How often is tried what meets a deadlock or a lock time limit, or loses its connection to a server that answers."""
@@ -115,4 +115,4 @@ class Patience:
 
 def _refused(error: DBAPIError) -> bool:
     """Whether a connection could not be made. The driver tells no SQLSTATE then."""
-    return connect.lost(error) and not sqlstate(error) and not error.connection_invalidated
+    return connect.lost(error) and not connect.sqlstate(error) and not error.connection_invalidated

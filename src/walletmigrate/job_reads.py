@@ -24,12 +24,12 @@ import psycopg
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from walletmigrate import job_rows, throttle
+from walletmigrate import connect, job_rows, throttle
 from walletmigrate.audit import Act, record
 from walletmigrate.config import Settings
 from walletmigrate.errors import JobCancelled, PreconditionRefused, SnapshotTooOld, UsageError
 from walletmigrate.functions import FUNCTIONS_VERSION
-from walletmigrate.job_rows import COLUMNS, Job, begin, job_of, retryable, said, sqlstate, table
+from walletmigrate.job_rows import COLUMNS, Job, begin, job_of, retryable, said, table
 from walletmigrate.observe import kind_of
 from walletmigrate.standing import REASON
 
@@ -279,7 +279,7 @@ def _refuse_beside(connection: Connection, found: Job) -> None:
 
 
 def _was_cut(error: DBAPIError) -> bool:
-    return sqlstate(error) == _QUERY_CANCELED
+    return connect.sqlstate(error) == _QUERY_CANCELED
 
 
 _AGAIN: Final = (

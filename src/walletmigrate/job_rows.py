@@ -267,15 +267,9 @@ def hold(connection: Connection, settings: Settings, job_id: int, reason: str | 
     )
 
 
-def sqlstate(error: DBAPIError) -> str:
-    """The SQLSTATE, "" where the driver gave none."""
-    return str(getattr(error.orig, "sqlstate", None) or "")
-
-
 def retryable(error: DBAPIError) -> bool:
     """Whether the same batch may well succeed when it is tried again."""
-    state = sqlstate(error)
-    return connect.lost(error) or state.startswith("40") or state == "55P03"
+    return connect.lost(error) or connect.conflicted(error)
 
 
 def said(error: BaseException) -> str:
@@ -283,5 +277,5 @@ def said(error: BaseException) -> str:
     if isinstance(error, DBAPIError):
         diagnostic = getattr(error.orig, "diag", None)
         words = getattr(diagnostic, "message_primary", None) or type(error.orig).__name__
-        return f"{words} ({sqlstate(error) or 'no SQLSTATE'})"
+        return f"{words} ({connect.sqlstate(error) or 'no SQLSTATE'})"
     return " ".join(str(error).split()) or type(error).__name__

@@ -14,13 +14,13 @@ from typing import Final
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from walletmigrate import job_batches, job_claims, job_rows
+from walletmigrate import connect, job_batches, job_claims, job_rows
 from walletmigrate.config import Settings
 from walletmigrate.errors import DatabaseUnreachable, JobFailed, LedgerNotInstalled, WalletMigrateError
 from walletmigrate.job_batches import Claim
 from walletmigrate.job_claims import AtRest, ClaimLost, NoClaim
 from walletmigrate.job_outages import Patience, never
-from walletmigrate.job_rows import Batch, Job, begin, leave, said, sqlstate
+from walletmigrate.job_rows import Batch, Job, begin, leave, said
 from walletmigrate.throttle import Throttle
 
 _OTHERS_AT_WORK: Final = 0.05
@@ -149,7 +149,7 @@ class Work:
             if claimed is not None:
                 self._give_back(claimed)
             raise typed(job, error) from error
-        if isinstance(error, DBAPIError) and sqlstate(error) in (*_NO_FUNCTIONS, _NO_GRANT):
+        if isinstance(error, DBAPIError) and connect.sqlstate(error) in (*_NO_FUNCTIONS, _NO_GRANT):
             self._give_back(claimed)
             raise typed(job, error) from error
         why = None
@@ -178,6 +178,6 @@ def typed(job: Job, error: Exception) -> Exception:
     """What a worker raises for an error that no other try would mend."""
     if not isinstance(error, DBAPIError):
         return error
-    if sqlstate(error) in _NO_FUNCTIONS:
+    if connect.sqlstate(error) in _NO_FUNCTIONS:
         return LedgerNotInstalled(job.mapping or "", said(error))
     return JobFailed(job.id, job.kind, said(error))

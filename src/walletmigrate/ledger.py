@@ -15,6 +15,7 @@ from walletmigrate.schema import quoted
 from walletmigrate.sums import less
 
 MAX_ENTRIES = 1000
+_NEWEST = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,12 @@ def history(
 ) -> tuple[Entry, ...]:
     """The newest entries of an account, newest first; ``before`` is a transaction id to go on from.
 
-    Each direction is read by its own index and only as far as ``limit`` goes (1 to 1000).
+    Each direction is read by its own index and only as far as ``limit`` goes (1 to 1000). Raises UsageError for a
+    ``limit`` or ``before`` that is no int.
     """
+    for name, number in (("limit", limit), ("before", before)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+            raise UsageError(f"{name} is an int, not {number!r}; before is the transaction_id of the last entry shown")
     rows = connection.execute(
         text(_HISTORY.format(schema=quoted(schema))),
         {
@@ -75,7 +80,7 @@ def history(
             "key": key,
             "bucket": column.bucket,
             "currency": column.currency,
-            "before": before,
+            "before": None if before is None else max(0, min(before, _NEWEST)),
             "limit": max(1, min(limit, MAX_ENTRIES)),
         },
     )

@@ -12,7 +12,7 @@ from typing import Literal
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from walletmigrate import observe
+from walletmigrate import connect, observe
 from walletmigrate.config import WIDE, Column, Mapping
 from walletmigrate.errors import (
     AmountOverflow,
@@ -267,7 +267,7 @@ def typed(mapping: str, error: DBAPIError) -> WalletMigrateError | None:
     """The library's error for what the database raised; None for an error that is the application's or the
     database's own.
     """
-    state, words = sqlstate(error), str(error.orig).partition("\n")[0]
+    state, words = connect.sqlstate(error), str(error.orig).partition("\n")[0]
     context: str | None = getattr(getattr(error.orig, "diag", None), "context", None)
     # An error from inside a function has a context; without one, it is the call itself that was not understood.
     called = context is None
@@ -288,11 +288,6 @@ def typed(mapping: str, error: DBAPIError) -> WalletMigrateError | None:
         case "WM021":
             return LegacyUpdateSuppressed(words)
     return None
-
-
-def sqlstate(error: DBAPIError) -> str:
-    """The five characters PostgreSQL gave, empty when it gave none."""
-    return str(getattr(error.orig, "sqlstate", None) or "")
 
 
 def posted(mapping: str, result: Posting, seconds: float | None, committed: bool) -> list[observe.Event]:
@@ -356,7 +351,7 @@ def failed(
             correlation_id=correlation_id,
             committed=False,
             key=first.key if alone else None,
-            error=error.code if isinstance(error, WalletMigrateError) else sqlstate(error),
+            error=error.code if isinstance(error, WalletMigrateError) else connect.sqlstate(error),
         )
     ]
     if isinstance(error, LedgerMismatch):
@@ -377,7 +372,7 @@ def _ledger_broke(mapping: str, error: WalletMigrateError | DBAPIError) -> bool:
         # Without a cause the adapter itself said so: a reversal where no ledger was ever installed.
         raised = error.__cause__ is not None
         return raised and isinstance(error, (LedgerMismatch, LedgerNotInstalled, LegacyTableAltered))
-    if sqlstate(error).startswith(_NOT_THE_LEDGERS):
+    if connect.sqlstate(error).startswith(_NOT_THE_LEDGERS):
         return False
     context = str(getattr(getattr(error.orig, "diag", None), "context", None) or "")
     return re.search(rf"\b((leg|settle|fence)_{mapping}|enter_batch)\(", context) is not None

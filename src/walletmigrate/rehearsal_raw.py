@@ -13,10 +13,10 @@ from typing import Final
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
+from walletmigrate import connect
 from walletmigrate.config import KeyType, Mapping
 from walletmigrate.errors import WalletMigrateError
 from walletmigrate.functions import relation
-from walletmigrate.postings import sqlstate
 from walletmigrate.schema import quoted
 from walletmigrate.traffic import Transaction
 
@@ -66,10 +66,9 @@ class RawWriter:
                     self._write(connection, one)
                 return True
             except DBAPIError as error:
-                state = sqlstate(error)
-                if state in REJECTED:
+                if connect.sqlstate(error) in REJECTED:
                     return False
-                if not (state.startswith("40") or state == "55P03"):
+                if not connect.conflicted(error):
                     raise RawWriteFailed(f"raw SQL: {error.orig}") from error
             time.sleep(_PAUSE_SECONDS)
         raise RawWriteFailed(f"raw SQL found no way through in {_ATTEMPTS} attempts")

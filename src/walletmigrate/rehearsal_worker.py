@@ -30,7 +30,7 @@ from walletmigrate.adapter import LegacyBalanceAdapter
 from walletmigrate.errors import LedgerNotInstalled, WalletMigrateError
 from walletmigrate.flag_sources import FileSource
 from walletmigrate.heartbeat import Heartbeat
-from walletmigrate.postings import Posting, sqlstate
+from walletmigrate.postings import Posting
 from walletmigrate.reads import Balance
 from walletmigrate.rehearsal_flags import LateSource
 from walletmigrate.rehearsal_messages import Assignment, Beat, Failed, Message, Order, Quit, Restart, Run, Tally
@@ -294,10 +294,9 @@ def _place(one: Transaction) -> str:
 def _retry(error: LedgerNotInstalled | DBAPIError, tally: Tally) -> None:
     """Count a failure after which trying again may help; raise any other."""
     if isinstance(error, DBAPIError):
-        state = sqlstate(error)
-        if not (state.startswith("40") or state == "55P03"):
+        if not connect.conflicted(error):
             raise error
-        tally.serialization += state == "40001"
+        tally.serialization += connect.sqlstate(error) == "40001"
     tally.retried += 1
 
 

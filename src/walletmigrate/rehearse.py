@@ -29,7 +29,6 @@ from walletmigrate import connect, embedded, schema, traffic
 from walletmigrate.config import Column, Roles, Settings
 from walletmigrate.errors import DatabaseUnreachable, PreconditionRefused, UsageError, WalletMigrateError
 from walletmigrate.functions import relation
-from walletmigrate.postings import sqlstate
 from walletmigrate.rehearsal_crew import Crew, WorkersFailed
 from walletmigrate.rehearsal_display import Display, display
 from walletmigrate.rehearsal_ground import CopyGround, FileGround, Ground, amount_of, prepare, settings_of
@@ -205,7 +204,7 @@ def _rehearse_on(
 
 def _typed(error: SQLAlchemyError | DatabaseUnreachable) -> Exception:
     """A right that the user of the URL lacks, as a refusal; anything else as it is."""
-    if not isinstance(error, DBAPIError) or sqlstate(error) != "42501":
+    if not isinstance(error, DBAPIError) or connect.sqlstate(error) != "42501":
         return error
     said = str(error.orig).partition("\n")[0]
     mend = "let that user create databases and roles, or name no server: an embedded one is started"

@@ -7,6 +7,7 @@ from typing import Final
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
+from walletmigrate import connect
 from walletmigrate.errors import GrantMissing, WalletMigrateError
 from walletmigrate.invocation import Run
 
@@ -19,7 +20,7 @@ def missing(run: Run, role: str, error: DBAPIError) -> GrantMissing | None:
 
     Who was refused is asked on a new connection: the one that failed has an aborted transaction.
     """
-    if getattr(error.orig, "sqlstate", None) != REFUSED:
+    if connect.sqlstate(error) != REFUSED:
         return None
     said = str(getattr(getattr(error.orig, "diag", None), "message_primary", None) or "permission denied")
     try:

@@ -17,7 +17,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import IntegrityError
 
-from walletmigrate import job_rows, job_turns, jobs
+from walletmigrate import connect, job_rows, job_turns, jobs
 from walletmigrate.audit import Act, record
 from walletmigrate.capture import with_short_locks
 from walletmigrate.config import Settings
@@ -183,7 +183,7 @@ def _fold(connection: Connection, settings: Settings, snapshot_id: int, size: in
     try:
         read = int(connection.execute(advance, {"id": snapshot_id, "limit": size}).scalar_one())
     except IntegrityError as error:
-        if job_rows.sqlstate(error) != _NOT_NULL:
+        if connect.sqlstate(error) != _NOT_NULL:
             raise
         # Of all that a batch writes only the balance after a transaction may be missing, and only where it was forged.
         what = "a transaction of the journal has no balance of its account's after it, which no posting writes"
