@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -306,10 +307,22 @@ def test_a_rate_paces_the_batches_of_all_workers_in_the_database(made: Ledger) -
     assert 1 - passed <= second.delay <= 1
 
 
-def test_no_more_than_a_tenth_of_a_seconds_worth_is_done_at_once(made: Ledger) -> None:
-    assert claim(made, start(made, rate=80, batch_size=100), "a").keys == 8
-    assert [Options(rate=80).burst(each) for each in (1, 2, 100)] == [8, 4, 1]
+def test_no_more_than_a_fiftieth_of_a_seconds_worth_is_done_at_once(made: Ledger) -> None:
+    assert claim(made, start(made, rate=150, batch_size=100), "a").keys == 3
+    assert [Options(rate=400).burst(each, 0) for each in (1, 2, 100)] == [8, 4, 1]
+    assert [Options(rate=400).burst(1, behind) for behind in (-1, 0.02, 0.05, 0.1, 9)] == [8, 8, 20, 40, 40]
     assert Options().burst() is None
+
+
+def test_a_job_that_is_behind_its_rate_makes_up_for_a_tenth_of_a_second_and_no_more(made: Ledger) -> None:
+    job = start(made, rate=50, batch_size=100)
+    assert claim(made, job, "a").keys == 1
+    ledger.execute(made[0], "update wallet.jobs set paced_until = clock_timestamp() - interval '1 hour'")
+    began = ledger.scalar(made[0], "select clock_timestamp()")
+    second = claim(made, job, "b")
+    assert (second.keys, second.delay) == (5, 0)
+    # What it had before that is gone: with this batch it is where it should be.
+    assert began <= ledger.scalar(made[0], "select paced_until from wallet.jobs") <= began + timedelta(seconds=60)
 
 
 @pytest.mark.parametrize(

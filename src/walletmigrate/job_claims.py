@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Row, text
 
 from walletmigrate.config import Settings
 from walletmigrate.job_batches import Claim, accounts_per_key, function, insert, span
-from walletmigrate.job_options import FIRST_SIZE, SMOOTHED
+from walletmigrate.job_options import FIRST_SIZE, LONGEST_BURST_SECONDS, SMOOTHED
 from walletmigrate.job_rows import COLUMNS, Batch, Job, change, get, job_of, table
 
 LATE_FACTOR: Final = 10
@@ -59,11 +59,13 @@ def claim(connection: Connection, settings: Settings, job_id: int, worker: str, 
         # Who holds a job says so again and again; one that is stalled is held by a process that is gone.
         if job.state != "running" or (job.held is not None and not job.stalled):
             return NoClaim(job, ended=False)
-        found = _waiting(connection, settings, job) or _cut(connection, settings, job)
+        ahead = _ahead(connection, settings, job)
+        most = job.options.burst(accounts_per_key(settings, job), -ahead)
+        found = _waiting(connection, settings, job, most) or _cut(connection, settings, job, most)
         if found is not None:
             # Asked for again and again, and not slept through with a claim in the hand: a pause, a cancellation and
             # another rate hold within moments, however slow this one is.
-            if job.options.rate is not None and _ahead(connection, settings, job):
+            if ahead > 1:
                 return NoClaim(job, ended=False, paced=True)
             return _taken(connection, settings, job, found, worker)
         if _open(connection, settings, job_id):
@@ -164,7 +166,7 @@ def lose(connection: Connection, settings: Settings, claimed: Claim) -> None:
     change(connection, settings, claimed.job.id, "claims_lost = claims_lost + 1")
 
 
-def _waiting(connection: Connection, settings: Settings, job: Job) -> Row[Any] | None:
+def _waiting(connection: Connection, settings: Settings, job: Job, most: int | None) -> Row[Any] | None:
     """A batch to be taken up again. Small ones first, so that one bad row is soon alone; as long as no batch has
     succeeded yet, in their order, so that good rows are soon met."""
     query = (
@@ -173,7 +175,6 @@ def _waiting(connection: Connection, settings: Settings, job: Job) -> Row[Any] |
         "order by case when :proven then keys end, number limit 1 for no key update skip locked"
     )
     found = connection.execute(text(query), {"id": job.id, "proven": job.proven}).one_or_none()
-    most = _most(settings, job)
     if found is None or most is None:
         return found
     most *= LATE_FACTOR if found.batch_pass > 1 else 1
@@ -208,13 +209,13 @@ class _Cut:
     attempts: int = 0
 
 
-def _cut(connection: Connection, settings: Settings, job: Job) -> _Cut | None:
+def _cut(connection: Connection, settings: Settings, job: Job, most: int | None) -> _Cut | None:
     until = job.until_key
     if until is None:
         until = connection.scalar(text(f"select {function(settings, job, 'last')}()"))
         if until is None:
             return None
-    size = _size(connection, settings, job)
+    size = _size(connection, settings, job, most)
     late = job.job_pass > 1
     found = span(connection, settings, job, job.cursor, until, size * (LATE_FACTOR if late else 1))
     if not found.keys:
@@ -222,7 +223,7 @@ def _cut(connection: Connection, settings: Settings, job: Job) -> _Cut | None:
     return _Cut(job.job_pass, job.cursor, found.upto, found.keys, until, size)
 
 
-def _size(connection: Connection, settings: Settings, job: Job) -> int:
+def _size(connection: Connection, settings: Settings, job: Job, most: int | None) -> int:
     if job.options.batch_size is not None and job.options.rate is None:
         return job.options.batch_size
     # Not of parts and halves of a batch, which say nothing of a whole one: while a bad row is sought, the size would
@@ -235,24 +236,22 @@ def _size(connection: Connection, settings: Settings, job: Job) -> int:
     values = {"id": job.id, "pass": job.job_pass, "whole": whole, "many": SMOOTHED}
     seconds = list(connection.execute(text(query), values).scalars())
     size = job.options.size(job.batch_size, seconds)
-    most = _most(settings, job)
     return size if most is None else min(size, most)
 
 
-def _most(settings: Settings, job: Job) -> int | None:
-    """How many keys a batch may have at most under a rate, which is no burst; None: there is no rate."""
-    return job.options.burst(accounts_per_key(settings, job))
+def _ahead(connection: Connection, settings: Settings, job: Job) -> float:
+    """The seconds from now on that what was claimed takes at the job's rate; below 0 it is behind its rate."""
+    if job.options.rate is None:
+        return 0.0
+    query = f"select extract(epoch from paced_until - clock_timestamp()) from {table(settings)} where id = :id"
+    return float(connection.scalar(text(query), {"id": job.id}) or 0)
 
 
-def _ahead(connection: Connection, settings: Settings, job: Job) -> bool:
-    """Whether what was claimed already has room for more than a second from now on."""
-    query = f"select paced_until > clock_timestamp() + interval '1 second' from {table(settings)} where id = :id"
-    return bool(connection.scalar(text(query), {"id": job.id}))
-
-
+# Who is behind may make up for as much as it may do at once, and for no more: a hold is not made up for.
 _PACED: Final = (
     "claims = claims + 1, paced_until = case when cast(:rate as float8) is not null then "
-    "greatest(paced_until, clock_timestamp()) + make_interval(secs => :accounts / cast(:rate as float8)) end"
+    f"greatest(coalesce(paced_until, clock_timestamp()), clock_timestamp() - interval '{LONGEST_BURST_SECONDS} s') "
+    "+ make_interval(secs => :accounts / cast(:rate as float8)) end"
 )
 _TOKEN: Final = (
     "returning id, batches, claims, coalesce(greatest(0, extract(epoch from paced_until - clock_timestamp()) "

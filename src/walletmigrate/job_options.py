@@ -25,10 +25,13 @@ PACE: Final = 5_000.0
 beside it does not feel (`make bench`).
 """
 
-BURST_SECONDS: Final = 0.1
-"""The time whose share of a rate may be done at once, in one batch: so many small commits, and none that others have to
-wait for.
+BURST_SECONDS: Final = 0.02
+"""The time whose share of a rate is done at once, in one batch: so many small commits, and none that others have to
+wait for. A fiftieth of the pace is a hundred accounts; by five hundred a payment beside it is held up (`make bench`).
 """
+
+LONGEST_BURST_SECONDS: Final = 0.1
+"""As much as that at once, where a job is behind its rate: a server that is far away, or slow, answers less often."""
 
 FIRST_SIZE: Final = 1000
 """Keys of the first batches of a job that tunes itself."""
@@ -63,9 +66,12 @@ class Options:
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in stored.items() if name in known})
 
-    def burst(self, per_key: int = 1) -> int | None:
-        """How many keys, with ``per_key`` accounts each, a batch may have under the rate, None: there is no rate."""
-        return None if self.rate is None else max(1, int(self.rate * BURST_SECONDS / per_key))
+    def burst(self, per_key: int = 1, behind: float = LONGEST_BURST_SECONDS) -> int | None:
+        """How many keys, with ``per_key`` accounts each, a batch may have under the rate, which the job is so many
+        seconds ``behind``. None: there is no rate.
+        """
+        seconds = min(max(behind, BURST_SECONDS), LONGEST_BURST_SECONDS)
+        return None if self.rate is None else max(1, int(self.rate * seconds / per_key))
 
     def shown(self) -> dict[str, str]:
         """The settings as `parsed` reads them."""
