@@ -87,22 +87,24 @@ def read_balances(
 
 
 def _judged(site: Site, column: Column, key: Key, row: Row[Any], *, wanted: bool, compared: bool) -> Balance:
-    if row.phase == "retired":
+    # Once, and by place: by name each would take as long as all of them.
+    legacy, ledger, state, phase = tuple[Any, ...](row)[-4:]
+    if phase == "retired":
         # An account that was never opened, or of a row that came again, holds nothing.
-        amount = row.ledger if row.state == "frozen" else Decimal(0)
-        return Balance(key, column.bucket, column.currency, amount, "ledger", None, amount, row.state, None)
+        amount = ledger if state == "frozen" else Decimal(0)
+        return Balance(key, column.bucket, column.currency, amount, "ledger", None, amount, state, None)
     compare: Literal["match", "mismatch", "stale"] | None = None
-    if compared and row.state == "mirrored":
-        compare = "match" if row.legacy == row.ledger else "mismatch"
-    elif compared and row.state in ("stale", "closed"):
+    if compared and state == "mirrored":
+        compare = "match" if legacy == ledger else "mismatch"
+    elif compared and state in ("stale", "closed"):
         compare = "stale"
     source: Literal["legacy", "ledger", "fallback"] = "legacy"
-    if row.state == "frozen":
+    if state == "frozen":
         source = "ledger"
-    elif wanted and row.phase in READING:
+    elif wanted and phase in READING:
         # Legacy is true until an account is frozen: whatever the ledger cannot vouch for comes from there.
-        source = "ledger" if row.state == "mirrored" and row.legacy == row.ledger else "fallback"
-    amount = row.ledger if source == "ledger" else row.legacy
+        source = "ledger" if state == "mirrored" and legacy == ledger else "fallback"
+    amount = ledger if source == "ledger" else legacy
     if amount is None:
         raise LegacyValueInvalid(site.mapping.name, key, column.column)
     return Balance(
@@ -111,9 +113,9 @@ def _judged(site: Site, column: Column, key: Key, row: Row[Any], *, wanted: bool
         currency=column.currency,
         amount=amount,
         source=source,
-        legacy_balance=row.legacy,
-        ledger_balance=row.ledger,
-        state=row.state,
+        legacy_balance=legacy,
+        ledger_balance=ledger,
+        state=state,
         compare=compare,
     )
 
