@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from decimal import Decimal
 from pathlib import Path
 
@@ -80,6 +81,35 @@ def test_a_report_says_how_many_findings_are_not_on_record(project: Project, kin
     if kind == "csv":
         assert len(table(path, "Findings")) == 100
     assert said in project.run("verify", "show", "1").stdout
+
+
+def states(path: Path) -> list[tuple[str, int]]:
+    """What the chart of states says of the newest run."""
+    chart = re.findall(
+        r"<section><h2>Accounts of users by state.*?</section>", path.read_text(encoding="utf-8"), re.DOTALL
+    )
+    return [(name, int(count)) for name, count in re.findall(r"<title>(\w+): (\d+)</title>", chart[0])]
+
+
+def test_the_chart_of_states_has_each_state_and_what_differs(project: Project) -> None:
+    engine = engine_named(project.url)
+    drift(project, "id in (4, 5)")
+    execute(engine, "insert into users values (999, 'acme', 'member', 7)")
+    execute(engine, "delete from users where id in (1, 2, 3)")
+    execute(engine, "update users set total_coins = 1 where id = 6")
+    execute(engine, "update wallet.accounts set state = 'frozen' where key::bigint > 80")
+    project.run("verify")
+    seen = {"mirrored": 74, "frozen": 40, "stale": 1, "closed": 3, "absent": 1, "drifted": 2}
+    path = written(project, "overview", "html")
+    assert states(path) == list(seen.items())
+    execute(
+        engine,
+        "insert into wallet.verifications (mapping, started_at, clean, form, accounts, missing, drift_accounts, "
+        "drift_amount, currency, actor, details) values "
+        "('users', now(), false, 'full', 100, 5, 3, 1, 'EUR', 'tests', '{\"stale\": 7}')",
+    )
+    before = {"mirrored": 90, "frozen": 0, "stale": 7, "closed": 0, "absent": 5, "drifted": 3}
+    assert states(written(project, "overview", "html")) == list(before.items())
 
 
 def test_a_record_of_before_has_its_sentences_one_a_row(project: Project) -> None:

@@ -9,7 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, Row, text
 
 from walletmigrate import exports, snapshots
 from walletmigrate.comparison import Comparison, snapshot
@@ -33,6 +33,7 @@ from walletmigrate.sums import less
 
 KINDS: Final = ("snapshot", "job", "verification", "overview")
 _BARS: Final = 40
+_SEEN: Final = ("mirrored", "frozen", "stale", "closed", "absent", "drifted")
 _KINDS_OF_MONEY: Final = snapshots.KINDS
 
 
@@ -199,20 +200,28 @@ def _states(connection: Connection, settings: Settings, mapping: Mapping) -> Cha
     rows = connection.execute(
         text(
             "select * from (select started_at, sum(accounts) as accounts, sum(missing) as missing, "
-            "sum(drift_accounts) as drifted, max(coalesce((details ->> 'stale')::bigint, 0)) as stale "
+            "sum(drift_accounts) as drifted, max(coalesce((details ->> 'stale')::bigint, 0)) as stale, "
+            "(array_agg(details -> 'states'))[1] as states "
             f"from {quoted(settings.ledger_schema)}.verifications where mapping = :mapping and full_run "
             f"group by started_at order by started_at desc limit {RUNS}) as x order by started_at"
         ),
         {"mapping": mapping.name},
     ).all()
-    series = (
-        Series("in step", tuple(max(0, int(row.accounts - row.stale - row.drifted)) for row in rows)),
-        Series("stale", tuple(int(row.stale) for row in rows)),
-        Series("absent", tuple(int(row.missing) for row in rows)),
-        Series("drifted", tuple(int(row.drifted) for row in rows)),
-    )
+    seen = [_seen(row) for row in rows]
+    series = tuple(Series(name, tuple(one[name] for one in seen)) for name in _SEEN)
     places = tuple(f"{row.started_at:%Y-%m-%d %H:%M}" for row in rows)
     return Chart(f"Accounts of {mapping.name} by state, as full verifications saw them", places, series, "areas")
+
+
+def _seen(row: Row[Any]) -> dict[str, int]:
+    """The accounts that a run saw in each state, and apart from these what differed. An earlier release wrote down
+    less: what was neither stale nor absent counts as mirrored.
+    """
+    states = row.states or {"mirrored": row.accounts - row.stale, "stale": row.stale, "absent": row.missing}
+    found = {name: int(states.get(name, 0)) for name in _SEEN}
+    found["drifted"] = min(int(row.drifted), found["mirrored"])
+    found["mirrored"] -= found["drifted"]
+    return found
 
 
 def _drift(connection: Connection, settings: Settings, mapping: Mapping) -> Iterator[Chart]:

@@ -223,6 +223,7 @@ def put_on_record(
 def facts(result: Verification) -> dict[str, Any]:
     """The counts of a run that its columns do not have."""
     facts: dict[str, Any] = {
+        "states": result.states,
         "stale": result.stale,
         "drift_accounts": result.drift_accounts,
         "journal_accounts": result.journal_accounts,
