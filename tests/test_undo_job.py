@@ -13,7 +13,7 @@ import ledger
 from adapting import Place, place
 from commandline import Project
 from ledger import ACT, rows, scalar
-from walletmigrate import job_control, job_turns, jobs, throttle
+from walletmigrate import job_batches, job_control, job_turns, jobs, throttle
 from walletmigrate.backfill import backfill
 from walletmigrate.config import ThrottleSettings
 from walletmigrate.errors import PreconditionRefused
@@ -54,6 +54,43 @@ def quiet() -> Any:
     """What a throttle of the user's is asked; its answers in order, the last one for good."""
     answer = ANSWERS.pop(0) if len(ANSWERS) > 1 else ANSWERS[0]
     return answer() if callable(answer) else answer
+
+
+def test_a_backfill_that_is_not_done_is_given_up_as_its_cursor_is_behind_what_is_taken_back(database_url: str) -> None:
+    at = place(database_url, rows=ACCOUNTS)
+    parts = iter([False])
+    part = backfill(at.engine, at.settings, at.mapping, ACT, batch_size=5, stop=lambda: next(parts, True))
+    assert (part.state, part.opened) == ("paused", 5)
+    assert part.job_id is not None
+    assert undo(at.engine, at.settings, part.job_id, ACT, dry_run=True).undone == 5
+    assert scalar(at.engine, "select state from wallet.jobs") == "paused"
+    assert undo(at.engine, at.settings, part.job_id, ACT).undone == 5
+    assert scalar(at.engine, "select count(*) from wallet.audit_log where action = 'backfill cancel'") == 1
+    with pytest.raises(PreconditionRefused, match="is cancelled"):
+        job_control.resumable(at.engine, at.settings, part.job_id)
+    whole = backfill(at.engine, at.settings, at.mapping, ACT)
+    assert (whole.opened, whole.resynced, whole.resumed) == (ACCOUNTS - 5, 5, False)
+    assert rows(at.engine, "select distinct state::text from wallet.accounts") == [("mirrored",)]
+    assert undo(at.engine, at.settings, part.job_id, ACT).undone == 0
+    assert scalar(at.engine, "select count(*) from wallet.audit_log where action = 'backfill cancel'") == 1
+
+
+def test_a_backfill_that_is_resumed_while_its_undo_begins_is_not_given_up(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = place(database_url, rows=ACCOUNTS)
+    part = backfill(at.engine, at.settings, at.mapping, ACT, batch_size=5, stop=lambda: True)
+    assert part.job_id is not None
+    rest = job_batches.rest
+
+    def resumed(*arguments: Any) -> None:
+        rest(*arguments)
+        ledger.execute(at.engine, "update wallet.jobs set state = 'running' where kind = 'backfill'")
+
+    monkeypatch.setattr(job_batches, "rest", resumed)
+    with pytest.raises(PreconditionRefused, match="is running"):
+        undo(at.engine, at.settings, part.job_id, ACT)
+    assert rows(at.engine, "select kind, state from wallet.jobs") == [("backfill", "running")]
 
 
 def test_a_throttle_holds_it_with_a_reason_and_lets_it_go_on(made: Place, monkeypatch: pytest.MonkeyPatch) -> None:

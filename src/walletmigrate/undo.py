@@ -75,7 +75,8 @@ def undo(
 
     A job of turns (`job_turns`), ``batch_size`` accounts each: ``stop``, and an operator's pause or cancellation, hold
     from the next turn on, and the next call goes on behind the last account. The legacy row is true for such an account
-    again; the next posting or backfill brings it up. Raises UsageError where there is no backfill of that id,
+    again; the next posting or backfill brings it up. A backfill that is not done is cancelled by it: one that went on
+    would leave behind it what was taken back. Raises UsageError where there is no backfill of that id,
     PreconditionRefused while it runs or a batch of it is at work, once the column is retired, while the undo of another
     backfill of this mapping is not finished, or if the fence fell meanwhile; and what `job_turns.run_turns` raises.
     """
@@ -86,6 +87,8 @@ def undo(
         return undoing.planned(engine, batch_size)
     # What a batch in flight opened after the last turn had looked would stand for good.
     job_batches.rest(engine, settings, job_id, KIND)
+    with jobs.begin(engine) as connection:
+        _give_up(connection, settings, job_id, act)
     job = undoing.start(engine)
     job = job_turns.run_turns(
         engine,
@@ -111,14 +114,25 @@ def _mapping(connection: Connection, settings: Settings, job_id: int) -> str:
     if row is None or row.kind != "backfill":
         is_what = "no job" if row is None else f"a {row.kind}"
         raise UsageError(f"{job_id} is {is_what}, and only a backfill can be undone; see: walletmigrate status")
-    reasons: list[Reason] = []
-    if row.state == "running":
-        mend = f"wait for its end, or: walletmigrate jobs pause {job_id} {REASON}"
-        reasons.append((f"job {job_id} is running", mend))
-    reasons += _of_phase(connection, settings)
+    reasons = [*_of_state(job_id, row.state), *_of_phase(connection, settings)]
     if reasons:
         raise PreconditionRefused(KIND, reasons)
     return str(settings.mapping(row.mapping).name)
+
+
+def _give_up(connection: Connection, settings: Settings, job_id: int, act: Act) -> None:
+    job = job_rows.get(connection, settings, job_id, lock=True)
+    reasons = _of_state(job_id, job.state)
+    if reasons:
+        raise PreconditionRefused(KIND, reasons)
+    if job.state in job_rows.RESUMABLE:
+        job_rows.cancelled(connection, settings, job, act)
+
+
+def _of_state(job_id: int, state: str) -> list[Reason]:
+    if state != "running":
+        return []
+    return [(f"job {job_id} is running", f"wait for its end, or: walletmigrate jobs pause {job_id} {REASON}")]
 
 
 def _of_phase(connection: Connection, settings: Settings) -> list[Reason]:
