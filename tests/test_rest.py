@@ -133,6 +133,22 @@ def test_an_undo_that_waits_for_a_batch_takes_back_what_the_batch_corrected_mean
     assert total == 4, "counted when nothing more came"
 
 
+def test_an_account_is_not_corrected_when_its_batch_was_lost_while_the_truth_was_asked(world: World) -> None:
+    """As it is after a minute: the batch's session has stood idle, nothing holds its row, and the run is taken back."""
+    done: list[reconciliations.Undo] = []
+
+    def lose_then_undo(run: int) -> None:
+        job_control.pause(world.engine, world.settings, run, ACT)
+        ended = "select pg_terminate_backend(pid, 10000) from pg_stat_activity where state = 'idle in transaction'"
+        assert rows(world.engine, f"{ended} and datname = current_database()") == [(True,)]
+        done.append(reconciliations.undo(named(world, lock_timeout_ms=50), world.settings, run, ACT))
+
+    made = world.reconcile(acting(lose_then_undo, world), batch_size=4)
+    assert [(one.undone, one.state) for one in done] == [(1, "done")]
+    assert (made.state, [one["key"] for one in world.audited()]) == ("paused", ["1"])
+    assert {world.account(key) for key in range(1, 11)} == {("mirrored", D(100), D(100))}
+
+
 def test_an_undo_of_a_run_at_work_is_refused_for_that_before_it_waits_for_anything(world: World) -> None:
     said: list[str] = []
     made = world.reconcile(acting(lambda run: said.append(refused_at_work(world, run)), world))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from typing import Any, Final
@@ -87,7 +87,7 @@ class Settling:
         # The batch's own session does nothing meanwhile, and would be ended for that (`job_claims.hold`): who is asked
         # for the truth may take his time, and so may locks.
         corrector = Corrector(connection.engine, self.settings, self.mapping, self.act)
-        self.go_through(rows, corrector, tally, alive=lambda: self.wanted(connection))
+        self.go_through(rows, corrector, tally, connection)
         self.keep(connection, tally)
         failed = tally.counts["failed"]
         counts = {name: int(number) for name, number in tally.counts.items()}
@@ -121,15 +121,16 @@ class Settling:
         return list(connection.execute(query, {"keys": keys})) if keys else []
 
     def go_through(
-        self, rows: Iterable[Row[Any]], corrector: Corrector, tally: Tally, alive: Callable[[], object] = object
+        self, rows: Iterable[Row[Any]], corrector: Corrector, tally: Tally, batch: Connection | None = None
     ) -> None:
-        """Settle what is not in order at a look; ``alive`` is called after each that took a transaction of its own."""
+        """Settle what is not in order at a look, each in a transaction of its own, while ``batch`` is this worker's."""
         for row in rows:
             column = self.mapping.column(row.bucket, row.currency)
             found = self._judged(row, column)
             if found is None:
-                found = self.settle(row.key, column, corrector)
-                alive()
+                found = self.settle(row.key, column, corrector, batch)
+                if batch is not None:
+                    self.wanted(batch)
             tally.add(found)
 
     def _judged(self, row: Row[Any], column: Column) -> Correction | None:
@@ -155,8 +156,10 @@ class Settling:
             return None
         return Correction("in_order", *place)
 
-    def settle(self, key: str, column: Column, corrector: Corrector) -> Correction:
-        """One account under its locks. A function is asked before, without them, and again if money moved meanwhile."""
+    def settle(self, key: str, column: Column, corrector: Corrector, batch: Connection | None = None) -> Correction:
+        """One account under its locks. A function is asked before, without them, and again if money moved meanwhile.
+        Raises the driver's error if ``batch`` was lost meanwhile: others may have it, or have taken it back.
+        """
         request: dict[str, Any] = {
             "truth": "value" if self.truth.outside else self.truth.kind,
             "tolerance": str(self.limits.tolerance),
@@ -183,6 +186,9 @@ class Settling:
                 if amount is None:
                     return Correction("unlisted", *place)
                 request["amount"] = str(amount)
+            if self.truth.kind == "callable" and batch is not None:
+                # It may have taken longer than the batch's session may stand idle (`job_claims.hold`).
+                batch.exec_driver_sql("select")
             made = corrector.call("correct", key, column, **request)
             if made.outcome != "moved":
                 return made
