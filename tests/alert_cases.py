@@ -116,6 +116,8 @@ def budget() -> tuple[Case, ...]:
     flare = writes("0+1000x170 170840+840x4 175200+1000x10", "0x170 160+160x4 800x10")
     wanted = writes("0+1000x90", "0x90", skipped="0+900x90", refused="0+900x90")
     lone = writes("0x90", "0x59 1x30")
+    # Nothing is known of the hours before: what little there is must not be taken for their rate.
+    young, gap = writes("0+1x3 3x86", "0x3 1x86"), writes("0 _x30 1+1x3 4x56", "0 _x33 1x56")
     none = writes("0x90", "0+100x90", skipped="0+900x90")
     return (
         Case(BURN, "fires", "the ledger breaks every payment", none, {"90m": burning(*WINDOWS, value="100%")}, "1h"),
@@ -125,6 +127,11 @@ def budget() -> tuple[Case, ...]:
         burns("3d", 998, 2, "0.2%", ("3d",)),
         *(Case(BURN, "silent", "postings skipped and refused", wanted, {"90m": ()}, window) for window in WINDOWS),
         *(Case(BURN, "silent", "one failure without traffic", lone, {"62m": ()}, window) for window in WINDOWS),
+        *(
+            Case(BURN, "silent", what, four, {"6m": (), "25m": (), "37m": (), "60m": ()}, window)
+            for what, four in (("four postings of a new series", young), ("four postings behind a gap", gap))
+            for window in WINDOWS
+        ),
         *(
             Case(BURN, "silent", "a flare of five minutes", flare, {"177m": burning("1d", "3d")}, window)
             for window in ("1h", "6h")

@@ -314,15 +314,27 @@ def test_no_more_than_a_fiftieth_of_a_seconds_worth_is_done_at_once(made: Ledger
     assert Options().burst() is None
 
 
-def test_a_job_that_is_behind_its_rate_makes_up_for_a_tenth_of_a_second_and_no_more(made: Ledger) -> None:
-    job = start(made, rate=50, batch_size=100)
-    assert claim(made, job, "a").keys == 1
+@pytest.mark.parametrize(("written", "left"), [(2, timedelta()), (0, timedelta(milliseconds=18))])
+def test_a_batch_that_took_longer_than_its_share_leaves_what_needed_nothing_and_no_more(
+    made: Ledger, written: int, left: timedelta
+) -> None:
+    """A server that is slow is not asked for more at once. Two accounts at 100 a second are 20 ms, in step 2 ms."""
+    first = claim(made, start(made, rate=100, batch_size=100), "a")
+    assert first.keys == 2
     ledger.execute(made[0], "update wallet.jobs set paced_until = clock_timestamp() - interval '1 hour'")
-    began = ledger.scalar(made[0], "select clock_timestamp()")
-    second = claim(made, job, "b")
-    assert (second.keys, second.delay) == (5, 0)
-    # What it had before that is gone: with this batch it is where it should be.
-    assert began <= ledger.scalar(made[0], "select paced_until from wallet.jobs") <= began + timedelta(seconds=60)
+    with jobs.begin(made[0]) as connection:
+        began = connection.scalar(text("select clock_timestamp()"))
+        job_claims.complete(connection, made[1], first, jobs.Batch(2, 2, 0, {}, written), 0.1)
+        [(until, ended)] = connection.execute(text("select paced_until, clock_timestamp() from wallet.jobs"))
+    assert began <= until + left <= ended
+
+
+def test_a_batch_is_larger_where_those_before_left_their_time(made: Ledger) -> None:
+    job = start(made, rate=100, batch_size=100)
+    ledger.execute(made[0], "update wallet.jobs set paced_until = clock_timestamp() - interval '1 hour'")
+    assert claim(made, job, "a").keys == 10
+    ledger.execute(made[0], "update wallet.jobs set paced_until = clock_timestamp() + interval '0.5 s'")
+    assert claim(made, job, "b").keys == 2
 
 
 @pytest.mark.parametrize(

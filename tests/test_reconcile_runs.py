@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
@@ -15,7 +16,7 @@ from findings import assert_told
 from interleaving import PATIENCE_SECONDS
 from ledger import ACT, add_users, engine_named, execute, rows, scalar, set_phase, until_blocked, users_settings
 from test_reconcile import BY, World, told, told_of, world
-from walletmigrate import audit, corrections, doctor, job_control, jobs, reconciliations, truths
+from walletmigrate import audit, corrections, doctor, job_claims, job_control, jobs, reconciliations, settling, truths
 from walletmigrate import reconcile as reconcile_module
 from walletmigrate.adapter import LegacyBalanceAdapter
 from walletmigrate.audit import Act
@@ -206,6 +207,33 @@ def test_a_run_with_other_options_is_not_started_beside_one_that_is_at_work(worl
     with pytest.raises(PreconditionRefused, match="at work with other options"):
         world.reconcile(LEGACY)
     assert world.one(1, told(101)).outcome == "corrected"
+
+
+def test_what_an_operator_sets_of_a_run_stays_when_it_is_gone_on_with(world: World) -> None:
+    paused = world.reconcile(told(101), stop=lambda: True)
+    assert paused.run is not None
+    job_control.configure(world.engine, world.settings, paused.run, {"batch_size": 3}, BY)
+    sizes = "select keys from wallet.job_batches where job_id = :run order by number"
+    seen: list[list[tuple[Any, ...]]] = []
+    done = world.reconcile(told(101), progress=lambda job: seen.append(rows(world.engine, sizes, run=job.id)))
+    assert (done.resumed, done.state) == (True, "done")
+    assert seen[-1] == [(3,), (3,), (3,), (1,)]
+
+
+def test_a_function_may_take_longer_than_a_session_may_stand_idle(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_claims, "_IDLE", "500ms")
+    monkeypatch.setattr(settling, "BEAT_SECONDS", 0.05)
+
+    def source(key: str, _bucket: str, _currency: str) -> Decimal:
+        if key == "2":
+            time.sleep(1.5)  # the session's idle time is what is tested
+        return Decimal(101)
+
+    done = world.reconcile(asked(source, "a function"))
+    assert (done.state, done.counts["corrected"], done.counts["failed"]) == ("done", 10, 0)
+    assert scalar(world.engine, "select claims_lost from wallet.jobs") == 0
 
 
 def test_doctor_tells_of_the_last_run_against_an_outside_truth_until_one_finds_nothing(world: World) -> None:

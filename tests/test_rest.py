@@ -127,7 +127,8 @@ def test_an_undo_that_waits_for_a_batch_takes_back_what_the_batch_corrected_mean
     made = world.reconcile(acting(pause_and_undo_beside, world), batch_size=4)
     threads[0].join()
     (done,) = results
-    assert (made.state, len(world.audited())) == ("paused", 4)
+    assert scalar(world.engine, "select state from wallet.jobs where id = :run", run=made.run) == "cancelled"
+    assert len(world.audited()) == 4
     assert (done.undone, done.open, done.state) == (4, 0, "done")
     total = scalar(world.engine, "select items_total from wallet.jobs where id = :run", run=done.run)
     assert total == 4, "counted when nothing more came"
@@ -145,8 +146,24 @@ def test_an_account_is_not_corrected_when_its_batch_was_lost_while_the_truth_was
 
     made = world.reconcile(acting(lose_then_undo, world), batch_size=4)
     assert [(one.undone, one.state) for one in done] == [(1, "done")]
-    assert (made.state, [one["key"] for one in world.audited()]) == ("paused", ["1"])
+    assert (made.state, [one["key"] for one in world.audited()]) == ("cancelled", ["1"])
     assert {world.account(key) for key in range(1, 11)} == {("mirrored", D(100), D(100))}
+
+
+def test_a_reconciliation_that_was_undone_is_not_gone_on_with(world: World) -> None:
+    stops = iter([False])
+    truth = asked(lambda *_: D(101), "a function")
+    part = world.reconcile(truth, batch_size=4, stop=lambda: next(stops, True))
+    assert part.run is not None
+    assert (part.state, part.counts["corrected"]) == ("paused", 4)
+    planned = reconciliations.undo(world.engine, world.settings, part.run, ACT, dry_run=True)
+    state = "select state from wallet.jobs where id = :run"
+    assert (planned.undone, scalar(world.engine, state, run=part.run)) == (4, "paused")
+    assert reconciliations.undo(world.engine, world.settings, part.run, ACT).undone == 4
+    assert scalar(world.engine, state, run=part.run) == "cancelled"
+    whole = world.reconcile(truth, batch_size=4)
+    assert (whole.resumed, whole.state, whole.counts["corrected"]) == (False, "done", 10)
+    assert {world.account(key) for key in range(1, 11)} == {("mirrored", D(101), D(101))}
 
 
 def test_an_undo_of_a_run_at_work_is_refused_for_that_before_it_waits_for_anything(world: World) -> None:

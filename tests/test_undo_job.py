@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import ledger
 from adapting import Place, place
 from commandline import Project
 from ledger import ACT, rows, scalar
-from walletmigrate import job_batches, job_control, job_turns, jobs, throttle
+from walletmigrate import job_batches, job_control, job_rows, job_turns, jobs, throttle
 from walletmigrate.backfill import backfill
 from walletmigrate.config import ThrottleSettings
 from walletmigrate.errors import PreconditionRefused
@@ -91,6 +93,43 @@ def test_a_backfill_that_is_resumed_while_its_undo_begins_is_not_given_up(
     with pytest.raises(PreconditionRefused, match="is running"):
         undo(at.engine, at.settings, part.job_id, ACT)
     assert rows(at.engine, "select kind, state from wallet.jobs") == [("backfill", "running")]
+
+
+def test_an_undo_that_is_refused_gives_no_backfill_up(database_url: str) -> None:
+    at = place(database_url, rows=ACCOUNTS)
+    first = backfill(at.engine, at.settings, at.mapping, ACT)
+    second = backfill(at.engine, at.settings, at.mapping, ACT, stop=lambda: True)
+    assert first.job_id is not None
+    assert second.job_id is not None
+    assert undo(at.engine, at.settings, first.job_id, ACT, stop=lambda: True).state == "paused"
+    with pytest.raises(PreconditionRefused, match="the undo of backfill"):
+        undo(at.engine, at.settings, second.job_id, ACT)
+    assert scalar(at.engine, "select state from wallet.jobs where id = :id", id=second.job_id) == "paused"
+
+
+def test_another_rate_holds_while_a_turn_waits_for_its_own(made: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, slept = backfilled(made), list[float]()
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            undoing = int(scalar(made.engine, "select max(id) from wallet.jobs"))
+            with jobs.begin(made.engine) as connection:
+                job_rows.configure(connection, made.settings, undoing, {"rate": None})
+
+    begun: list[int] = []
+
+    def slowly(now: jobs.Job) -> None:
+        begun.append(now.items_done)
+        if len(begun) == 1:
+            with jobs.begin(made.engine) as connection:
+                job_rows.configure(connection, made.settings, now.id, {"rate": 0.01})
+
+    monkeypatch.setattr(job_turns, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    assert undo(made.engine, made.settings, job, ACT, batch_size=4, progress=slowly).state == "done"
+    assert begun[:2] == [4, 5], "under the rate one at once"
+    assert len(slept) == 3
+    assert max(slept) <= 0.25
 
 
 def test_a_throttle_holds_it_with_a_reason_and_lets_it_go_on(made: Place, monkeypatch: pytest.MonkeyPatch) -> None:

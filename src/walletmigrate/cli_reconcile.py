@@ -81,7 +81,9 @@ def reconcile(
     create_missing: Annotated[bool, typer.Option("--create-missing", help="Open accounts that are missing.")] = False,
     allow_negative: _NEGATIVE = False,
     mapping: _MAPPING = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, max=100_000, help="Keys looked at at once.")] = 500,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, max=100_000, help="Keys of a batch; else it tunes itself.")
+    ] = None,
     workers: WORKERS = None,
     dask: DASK = None,
 ) -> Answer:

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Row, text
 
 from walletmigrate.config import Settings
 from walletmigrate.job_batches import Claim, accounts_per_key, function, insert, span
-from walletmigrate.job_options import FIRST_SIZE, LONGEST_BURST_SECONDS, SMOOTHED
+from walletmigrate.job_options import FIRST_SIZE, SMOOTHED
 from walletmigrate.job_rows import COLUMNS, Batch, Job, change, get, job_of, table
 
 LATE_FACTOR: Final = 10
@@ -110,7 +110,10 @@ def complete(connection: Connection, settings: Settings, claimed: Claim, batch: 
             "where job_id = :job and number = :number and token = :token and state = 'claimed' returning job_id) "
             f"update {table(settings)} as j set items_done = items_done + :done, "
             "items_failed = items_failed + :failed, last_batch_seconds = :seconds, proven = true, alike = 0, "
-            "paced_until = paced_until - make_interval(secs => :unused), "
+            # What it took longer than its share is gone: a server that is slow is not asked for more at once. What it
+            # has left is the next one's.
+            "paced_until = case when paced_until is not null then "
+            "greatest(paced_until, clock_timestamp()) - make_interval(secs => :unused) end, "
             "updated_at = clock_timestamp(), details = details || jsonb_build_object('counts', ("
             "select coalesce(jsonb_object_agg(n.name, coalesce(cast(details -> 'counts' ->> n.name as numeric), 0) "
             "+ coalesce(cast(cast(:counts as jsonb) ->> n.name as numeric), 0)), '{}') from ("
@@ -240,18 +243,16 @@ def _size(connection: Connection, settings: Settings, job: Job, most: int | None
 
 
 def _ahead(connection: Connection, settings: Settings, job: Job) -> float:
-    """The seconds from now on that what was claimed takes at the job's rate; below 0 it is behind its rate."""
+    """The seconds from now on that what was claimed takes at the job's rate; below 0 what was done has left of it."""
     if job.options.rate is None:
         return 0.0
     query = f"select extract(epoch from paced_until - clock_timestamp()) from {table(settings)} where id = :id"
     return float(connection.scalar(text(query), {"id": job.id}) or 0)
 
 
-# Who is behind may make up for as much as it may do at once, and for no more: a hold is not made up for.
 _PACED: Final = (
     "claims = claims + 1, paced_until = case when cast(:rate as float8) is not null then "
-    f"greatest(coalesce(paced_until, clock_timestamp()), clock_timestamp() - interval '{LONGEST_BURST_SECONDS} s') "
-    "+ make_interval(secs => :accounts / cast(:rate as float8)) end"
+    "greatest(paced_until, clock_timestamp()) + make_interval(secs => :accounts / cast(:rate as float8)) end"
 )
 _TOKEN: Final = (
     "returning id, batches, claims, coalesce(greatest(0, extract(epoch from paced_until - clock_timestamp()) "

@@ -31,7 +31,7 @@ wait for. A fiftieth of the pace is a hundred accounts; by five hundred a paymen
 """
 
 LONGEST_BURST_SECONDS: Final = 0.1
-"""As much as that at once, where a job is behind its rate: a server that is far away, or slow, answers less often."""
+"""As much as that at once, where the batches before found accounts that needed nothing, and so left their time."""
 
 FIRST_SIZE: Final = 1000
 """Keys of the first batches of a job that tunes itself."""
@@ -66,11 +66,11 @@ class Options:
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in stored.items() if name in known})
 
-    def burst(self, per_key: int = 1, behind: float = LONGEST_BURST_SECONDS) -> int | None:
-        """How many keys, with ``per_key`` accounts each, a batch may have under the rate, which the job is so many
-        seconds ``behind``. None: there is no rate.
+    def burst(self, per_key: int = 1, left: float = LONGEST_BURST_SECONDS) -> int | None:
+        """How many keys, with ``per_key`` accounts each, a batch may have under the rate, when the ones before have
+        ``left`` so many seconds of it. None: there is no rate.
         """
-        seconds = min(max(behind, BURST_SECONDS), LONGEST_BURST_SECONDS)
+        seconds = min(max(left, BURST_SECONDS), LONGEST_BURST_SECONDS)
         return None if self.rate is None else max(1, int(self.rate * seconds / per_key))
 
     def shown(self) -> dict[str, str]:

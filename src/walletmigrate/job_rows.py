@@ -245,6 +245,14 @@ def cancelled(connection: Connection, settings: Settings, job: Job, act: Act) ->
     return now
 
 
+def give_up(connection: Connection, settings: Settings, job_id: int, act: Act) -> Job:
+    """Cancel a job that was paused or failed, because its work is taken back: gone on with, it would leave behind its
+    cursor what it did before. As it stands then, with its row locked, in the caller's transaction.
+    """
+    job = get(connection, settings, job_id, lock=True)
+    return cancelled(connection, settings, job, act) if job.state in ("paused", "failed") else job
+
+
 def configure(connection: Connection, settings: Settings, job_id: int, options: Mapping[str, Any]) -> Job:
     """Change settings of a job, from its next batch on; what another rate has used up is forgotten."""
     merged = "settings = settings || cast(:options as jsonb)" + (", paced_until = null" if "rate" in options else "")

@@ -69,14 +69,27 @@ def run_turns(
             elif done:
                 if progress is not None:
                     progress(job)
-                if job.options.rate is not None:
-                    time.sleep(done / job.options.rate)
+                _keep_pace(engine, settings, job, done, work.stop)
     except DatabaseUnreachable:
         raise
     except BaseException as error:
         work.leave_somehow(job, error)
         raise
     return job
+
+
+def _keep_pace(engine: Engine, settings: Settings, job: Job, done: int, stop: Stop) -> None:
+    """Wait for as long as that many items take at the job's rate; not where an operator or ``stop`` says otherwise."""
+    rate = job.options.rate
+    left = done / rate if rate else 0.0
+    while left > 0 and not stop():
+        time.sleep(min(left, _HELD))
+        left -= _HELD
+        if left > 0:
+            with begin(engine) as connection:
+                now = job_rows.get(connection, settings, job.id)
+            if (now.state, now.options.rate) != (job.state, rate):
+                return
 
 
 def _throttle(engine: Engine, settings: Settings, job: Job) -> throttle.Throttle | None:

@@ -31,6 +31,10 @@ __all__ = ["KIND", "ONE", "Limits", "Reconciliation", "reconcile"]
 
 KIND: Final = "reconcile"
 ONE: Final = "reconcile account"
+_LOOKED: Final = 500
+"""How many keys a dry run looks at at once."""
+_ASKED_FOR: Final = {"min_batch_size": 1, "max_batch_size": 100}
+"""A function may take its time, and a pause holds at the end of a batch."""
 _COUNTED: Final = ("in_order", *CHANGED, "reported", "refused", "failed", "unlisted")
 
 
@@ -65,7 +69,7 @@ def reconcile(
     limits: Limits | None = None,
     account: str | None = None,
     dry_run: bool = False,
-    batch_size: int = 500,
+    batch_size: int | None = None,
     workers: int = 1,
     executor: Executor | None = None,
     progress: jobs.Progress | None = None,
@@ -76,7 +80,7 @@ def reconcile(
     Each account is compared and corrected in one SQL function, under the locks of its legacy row and its account, in
     a transaction of its own. One that fails is counted and told; the others go on. A run that was interrupted goes on
     where it stood when it is called again with the same options; what it corrected it does not correct twice.
-    ``workers`` and ``executor`` as in `jobs.run_batches`: the truth then travels to them, pickled.
+    ``batch_size``, ``workers`` and ``executor`` as in `jobs.run_batches`: the truth then travels to them, pickled.
 
     Raises PreconditionRefused in phase `legacy`, while the line is stopped, without the fence as it was made, for
     truth `legacy` in phase `frozen`, and while a run with other options is at work; LedgerNotInstalled; InvalidKey;
@@ -89,7 +93,7 @@ def reconcile(
     if account is not None:
         return run.one(key_of(account, legacy.key_type, mapping))
     if dry_run:
-        return run.planned(batch_size)
+        return run.planned(batch_size or _LOOKED)
     more = {"workers": workers, "executor": executor, "progress": progress, "stop": stop}
     return run.all(total, {"batch_size": batch_size, **more})
 
@@ -234,6 +238,8 @@ class _Run:
             return bool(theirs == options)
 
         more: dict[str, Any] = {"total": total, "details": {"options": options}, "wanted": of_same}
+        if self._truth.kind == "callable":
+            more["options"] = _ASKED_FOR
         return jobs.started(connection, self._settings, KIND, self._mapping.name, self._act, **more)
 
     def _insert_done(self, connection: Connection, key: str) -> int:

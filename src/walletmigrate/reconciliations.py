@@ -105,7 +105,8 @@ def undo(
     Each side goes back by what the correction moved on it, the ledger by a reversal; postings since then stay. Where
     the correction moved one side alone, the two differ again as they did before it, and the account turns stale.
     Openings and resyncs stay. A job of turns (`job_turns`), an account each: ``stop``, and an operator's pause or
-    cancellation, hold from the next account on, and the next call goes on with what is open. Raises UsageError when
+    cancellation, hold from the next account on, and the next call goes on with what is open. A run that is not done is
+    cancelled by it: the next one begins anew. Raises UsageError when
     there is no such run, PreconditionRefused while the run, or a batch of it, is at work, in phase `legacy`, while the
     line is stopped or without the fence.
     """
@@ -115,6 +116,8 @@ def undo(
         # What a batch in flight corrected after the last page was read would stand for good.
         job_batches.rest(engine, settings, run, UNDO)
     with jobs.begin(engine) as connection:
+        if not dry_run:
+            job_rows.give_up(connection, settings, run, act)
         facts, mapping = _undoable(connection, settings, run)
         job = None if dry_run else _start(connection, settings, facts, act)
     undoing = _Undoing(Corrector(engine, settings, mapping, act), run, job.id if job else None)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from typing import Any, Final
 
+import psycopg
 from sqlalchemy import Connection, Row, text
 
 from walletmigrate import config, job_rows, jobs
@@ -26,6 +29,8 @@ LISTED: Final = 1000
 CHANGED: Final = ("corrected", "opened", "resynced")
 DIGITS: Final = 18
 """A job counts in integers: amounts are in units of ten to the minus this."""
+BEAT_SECONDS: Final = 10.0
+"""How often a batch's session says something while somebody is asked for a truth."""
 _ASKED: Final = 3
 
 
@@ -64,6 +69,32 @@ class Tally:
             self.counts[f"amount {one.currency}"] += int((one.difference or Decimal(0)).copy_abs().scaleb(DIGITS, WIDE))
 
 
+@contextmanager
+def awake(batch: Connection | None) -> Iterator[None]:
+    """Let the batch's session say something now and then, while the caller does not use it: one that stands idle is
+    ended (`job_claims.hold`), and who is asked for a truth may take his time.
+    """
+    if batch is None:
+        yield
+        return
+    over, driven = threading.Event(), batch.connection.driver_connection
+    assert driven is not None
+
+    def beat() -> None:
+        # The driver's, which serves several threads; lost, it is found to be lost by the next one who uses it.
+        with suppress(psycopg.Error):
+            while not over.wait(BEAT_SECONDS):
+                driven.execute("select")
+
+    beating = threading.Thread(target=beat, name="walletmigrate-batch", daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        over.set()
+        beating.join()
+
+
 @dataclass(frozen=True)
 class Settling:
     """A batch of a reconciliation: the accounts of a span of keys, each in a transaction of its own.
@@ -84,8 +115,7 @@ class Settling:
         """Compare and settle. Raises what concerns all accounts, and ClaimLost once the run was cancelled."""
         keys, rows = self.standing(connection, after, upto)
         tally = Tally()
-        # The batch's own session does nothing meanwhile, and would be ended for that (`job_claims.hold`): who is asked
-        # for the truth may take his time, and so may locks.
+        # In sessions of their own: locks may take their time, and each account has a transaction.
         corrector = Corrector(connection.engine, self.settings, self.mapping, self.act)
         self.go_through(rows, corrector, tally, connection)
         self.keep(connection, tally)
@@ -180,14 +210,14 @@ class Settling:
                 request["seen"] = str(held)
             if self.truth.outside:
                 try:
-                    amount = self.truth.of(key, column)
+                    with awake(batch if self.truth.kind == "callable" else None):
+                        amount = self.truth.of(key, column)
                 except Exception as error:  # noqa: BLE001 - the user's function: one account of many
                     return Correction("failed", *place, error=f"the truth: {type(error).__name__}: {error}")
                 if amount is None:
                     return Correction("unlisted", *place)
                 request["amount"] = str(amount)
             if self.truth.kind == "callable" and batch is not None:
-                # It may have taken longer than the batch's session may stand idle (`job_claims.hold`).
                 batch.exec_driver_sql("select")
             made = corrector.call("correct", key, column, **request)
             if made.outcome != "moved":

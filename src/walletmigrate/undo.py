@@ -87,8 +87,6 @@ def undo(
         return undoing.planned(engine, batch_size)
     # What a batch in flight opened after the last turn had looked would stand for good.
     job_batches.rest(engine, settings, job_id, KIND)
-    with jobs.begin(engine) as connection:
-        _give_up(connection, settings, job_id, act)
     job = undoing.start(engine)
     job = job_turns.run_turns(
         engine,
@@ -118,15 +116,6 @@ def _mapping(connection: Connection, settings: Settings, job_id: int) -> str:
     if reasons:
         raise PreconditionRefused(KIND, reasons)
     return str(settings.mapping(row.mapping).name)
-
-
-def _give_up(connection: Connection, settings: Settings, job_id: int, act: Act) -> None:
-    job = job_rows.get(connection, settings, job_id, lock=True)
-    reasons = _of_state(job_id, job.state)
-    if reasons:
-        raise PreconditionRefused(KIND, reasons)
-    if job.state in job_rows.RESUMABLE:
-        job_rows.cancelled(connection, settings, job, act)
 
 
 def _of_state(job_id: int, state: str) -> list[Reason]:
@@ -161,6 +150,10 @@ class _Undoing:
 
         count = text(f"select count(*) from {self._schema}.accounts where mapping = :mapping and job_id = :of")
         with jobs.begin(engine) as connection:
+            # In one transaction with the start: an undo that is refused leaves the backfill as it was.
+            reasons = _of_state(self._of, job_rows.give_up(connection, self._settings, self._of, self._act).state)
+            if reasons:
+                raise PreconditionRefused(KIND, reasons)
             total = connection.scalar(count, {"mapping": self._mapping, "of": self._of})
             more: dict[str, Any] = {"total": total, "details": {"of": self._of}, "wanted": of_this}
             return jobs.started(connection, self._settings, KIND, self._mapping, self._act, **more)
