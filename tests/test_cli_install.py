@@ -55,6 +55,27 @@ def test_init_without_a_database_says_which_variable_to_set(bare: Project) -> No
     assert "WALLETMIGRATE_DATABASE_URL" in said.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("backfill --reason x", "verify", "reconcile --all --reason x", "overview", "jobs list", "snapshot list"),
+        *("recalculate --all --reason x", "adjust --account 1 --amount 5 --reason x", "report overview --to made.csv"),
+        *("history --account 1", "snapshot take --reason x", "stop-the-line --reason x"),
+    ],
+)
+def test_a_command_that_needs_the_ledger_says_how_an_operator_puts_it_there(
+    database_url: str, tmp_path: Path, words: str
+) -> None:
+    ledger.execute(
+        ledger.engine_named(database_url),
+        "create table users (id bigint primary key, tenant text, role text, total_coins numeric(12, 2) not null)",
+    )
+    said = Project(tmp_path, database_url).run(*words.split())
+    assert said.exit_code == 4, said
+    assert "as the owner of the tables: walletmigrate install --reason '…'" in said.stderr
+    assert "Retry the transaction" not in said.stderr
+
+
 def test_install_reports_what_it_made_and_does_nothing_the_second_time(database_url: str, tmp_path: Path) -> None:
     ledger.install_users(database_url)
     project = Project(tmp_path, database_url)

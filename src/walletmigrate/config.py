@@ -458,7 +458,7 @@ def exact(amount: Decimal | int, column: Column, *, allow_negative: bool = False
         # Shortened: an int of thousands of digits has no repr at all.
         raise InvalidAmount(_SHORT.plus(value), f"pass at most {MAX_INTEGER_DIGITS} digits before the point")
     if not value and not allow_zero:
-        raise InvalidAmount(amount, "pass more than zero")
+        raise InvalidAmount(amount, "pass another than zero" if allow_negative else "pass more than zero")
     if value < 0 and not allow_negative:
         raise InvalidAmount(amount, "pass a positive amount; the operation gives the direction")
     try:

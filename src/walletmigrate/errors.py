@@ -402,7 +402,7 @@ class LedgerNotInstalled(WalletMigrateError):
 
     mapping: str
     detail: str = "its functions are not in the database"
-    mend: str = "Retry the transaction; if it is refused again, run `walletmigrate install`."
+    mend: str = "Retry the transaction; if it is refused again, run `walletmigrate install --reason '…'`."
 
     code = "not_installed"
     exit_code = 4

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, Engine, text
 
-from walletmigrate import config, job_batches
+from walletmigrate import config, job_batches, standing
 from walletmigrate.audit import Act, record
 from walletmigrate.capture import fence_problems
 from walletmigrate.config import Settings
@@ -43,8 +43,8 @@ from walletmigrate.job_rows import (
 from walletmigrate.job_work import Progress, Step, Stop, Work
 from walletmigrate.job_workers import Crew
 from walletmigrate.retired import legacy_table
-from walletmigrate.schema import installed, quoted
-from walletmigrate.standing import REASON
+from walletmigrate.schema import quoted
+from walletmigrate.standing import INSTALLING, REASON
 from walletmigrate.throttle import Throttle, of_settings
 
 __all__ = [
@@ -267,11 +267,10 @@ def cancel(connection: Connection, settings: Settings, kind: str, mapping_name: 
 
 def require_installed(connection: Connection, settings: Settings, mapping: config.Mapping) -> Installed:
     """What the database knows of the mapping. Raises LedgerNotInstalled when that is nothing."""
-    known = None
-    if installed(connection, settings.ledger_schema):
-        known = installed_mapping(connection, settings.ledger_schema, mapping.name)
+    standing.require_installed(connection, settings)
+    known = installed_mapping(connection, settings.ledger_schema, mapping.name)
     if known is None:
-        raise LedgerNotInstalled(mapping.name)
+        raise LedgerNotInstalled(mapping.name, "the ledger does not know this mapping", f"Do, {INSTALLING}")
     return known
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Final
 
 from sqlalchemy import Connection, text
 
@@ -23,6 +24,9 @@ Reason = tuple[str, str]
 
 REASON = "--reason '…'"
 """How the commands that are proposed to the operator ask for a reason."""
+
+INSTALLING: Final = f"as the owner of the tables: walletmigrate install {REASON}"
+"""What an operator does where the mapping's functions are not in the database."""
 
 FENCE_MENDED = "fence mended"
 """The action of the audit row that says: until now writes may have gone past the fence of a mapping."""
@@ -73,7 +77,7 @@ def require_installed(connection: Connection, settings: Settings) -> None:
     """Raises LedgerNotInstalled before an install."""
     if not schema.installed(connection, settings.ledger_schema):
         names = ", ".join(mapping.name for mapping in settings.mappings)
-        mend = f"Is it the right database? Then, as the owner of the tables: walletmigrate install {REASON}"
+        mend = f"Is it the right database? Then, {INSTALLING}"
         raise LedgerNotInstalled(names, "the ledger is not installed in this database", mend)
 
 
