@@ -110,8 +110,8 @@ def test_a_backfill_begins_at_the_rate_that_its_command_names(made: tuple[Projec
     def told(job: jobs.Job) -> None:
         batches.append(job.counts["keys"])
 
-    backfill(engine, settings, settings.mapping(), ACT, rate=30, progress=told, stop=lambda: bool(batches))
-    assert batches == [3]  # a tenth of a second's worth, from the first batch on
+    backfill(engine, settings, settings.mapping(), ACT, rate=150, progress=told, stop=lambda: bool(batches))
+    assert batches == [3]  # a fiftieth of a second's worth, from the first batch on
     assert project.change("backfill", "--rate", "1000000").exit_code == 0
     found = project.run("jobs", "list", "--json").document["jobs"][0]
     assert (found["state"], found["options"]["rate"], found["options"]["batch-size"]) == ("done", "1000000", "auto")
