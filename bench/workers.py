@@ -36,6 +36,7 @@ LOOK = 1.5
 """Seconds in which the throttle, which looks once a second, has seen that the gate was opened or closed."""
 
 _DONE = "select items_done from wallet.jobs"
+_SIZE = "select coalesce(sum(done) / nullif(count(*), 0), 0) from wallet.job_batches where state = 'done'"
 
 _TEMPLATE = "bench_workers"
 _COPY = "bench_workers_copy"
@@ -152,6 +153,7 @@ def _alongside(server: Server, scale: Scale, rate: float | None, fastest: int, t
                 )
             with engine.begin() as connection:
                 connection.exec_driver_sql("update wallet.jobs set state = 'paused' where state = 'running'")
+            size = stage.count(engine, _SIZE)
             running.result()
         engine.dispose()
     return Figure(
@@ -160,7 +162,7 @@ def _alongside(server: Server, scale: Scale, rate: float | None, fastest: int, t
         tuple(samples),
         "× without",
         target,
-        ratio_note(*notes, f"ms; {median(rates):,.0f} accounts a second"),
+        ratio_note(*notes, f"ms; {median(rates):,.0f} accounts a second, {size:,} in a batch"),
     )
 
 
