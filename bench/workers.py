@@ -117,7 +117,7 @@ def _alongside(server: Server, scale: Scale, rate: float | None, fastest: int, t
 
     ``fastest``: accounts a second that it does not pass on any machine, so that there are always some left.
     """
-    rounds, seconds = scale.rounds(full=8, quick=4), 2.0
+    rounds, seconds = scale.rounds(full=16, quick=4), 2.0
     samples: list[float] = []
     notes: tuple[list[float], list[float]] = ([], [])
     rates: list[float] = []

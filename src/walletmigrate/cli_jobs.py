@@ -60,7 +60,7 @@ def backfill(
             "--rate",
             parser=_rate,
             metavar="N|none",
-            help="Accounts a second over all workers; none: no bound. Default: 5000 for each worker.",
+            help="Accounts a second over all workers; none: no bound. Default: 3000 for each worker.",
         ),
     ] = None,
     workers: WORKERS = None,

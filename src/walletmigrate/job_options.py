@@ -20,14 +20,14 @@ EVERYTHING: Final = "(all)"
 STALLED_SECONDS: Final = 60
 """After how long without a batch, and without a word that it is held, a job that counts as running is stalled."""
 
-PACE: Final = 5_000.0
+PACE: Final = 3_000.0
 """Accounts a second, for each worker, of a backfill to which nobody said another rate: what an application that writes
 beside it does not feel (`make bench`).
 """
 
 BURST_SECONDS: Final = 0.02
 """The time whose share of a rate is done at once, in one batch: so many small commits, and none that others have to
-wait for. A fiftieth of the pace is a hundred accounts; by five hundred a payment beside it is held up (`make bench`).
+wait for. A fiftieth of the pace is sixty accounts; by five hundred a payment beside it is held up (`make bench`).
 """
 
 LONGEST_BURST_SECONDS: Final = 0.1
