@@ -123,7 +123,7 @@ def test_a_backfill_begins_at_the_rate_that_its_command_names(made: tuple[Projec
     assert newest(engine) == (found["id"], "done")
 
 
-@pytest.mark.parametrize(("words", "rate"), [((), "5000"), (("--workers", "2"), "10000"), (("--rate", "none"), "none")])
+@pytest.mark.parametrize(("words", "rate"), [((), "3000"), (("--workers", "2"), "6000"), (("--rate", "none"), "none")])
 def test_a_backfill_is_paced_unless_its_command_says_otherwise(
     made: tuple[Project, Engine], words: tuple[str, ...], rate: str
 ) -> None:
