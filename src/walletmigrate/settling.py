@@ -218,6 +218,7 @@ class Settling:
                     return Correction("unlisted", *place)
                 request["amount"] = str(amount)
             if self.truth.kind == "callable" and batch is not None:
+                # Lost meanwhile, it is found here: a correction behind an undo of the run would stand for good.
                 batch.exec_driver_sql("select")
             made = corrector.call("correct", key, column, **request)
             if made.outcome != "moved":
