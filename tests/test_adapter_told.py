@@ -180,9 +180,25 @@ def test_the_age_of_the_flags_that_a_call_decided_by_is_told(at: Place, session:
     for gauge in ("wallet.dualWrite", "wallet.readFromLedger", "wallet.enableWithdrawals"):
         assert at.metric("flag_age_seconds", flag=gauge) == 0
     at.adapter.transfer(session, 1, 2, 1, type="gift")
-    at.adapter.balance(session, 1)
     seen = [each for each in at.heard.events if isinstance(each, FlagsSeen)]
-    assert [(each.source, each.document_id) for each in seen] == [("static", "static")] * 2
+    assert [(each.source, each.document_id) for each in seen] == [("static", "static")]
+
+
+def test_flags_that_are_in_force_still_are_told_once_a_second(
+    at: Place, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("walletmigrate.adapter.time.monotonic", lambda: now[0])
+
+    def told_after(seconds: float) -> int:
+        now[0] += seconds
+        at.heard.events.clear()
+        at.adapter.balance(session, 1)
+        return sum(isinstance(each, FlagsSeen) for each in at.heard.events)
+
+    assert [told_after(0), told_after(0.5), told_after(0.6), told_after(0.5)] == [1, 0, 1, 0]
+    at.flags({})
+    assert told_after(0) == 1, "another document is told at once"
 
 
 def test_one_snapshot_answers_all_questions_of_a_call(at: Place, session: Session) -> None:

@@ -62,6 +62,8 @@ class LegacyBalanceAdapter:
         self._reload = reload
         self._calls = Calls(settings.ledger_schema, self.mapping)
         self._watches = Watches(self.mapping, _Door(self))
+        self._seen: Snapshot | None = None
+        self._seen_until = 0.0
         listen()
 
     @classmethod
@@ -196,7 +198,8 @@ class LegacyBalanceAdapter:
             text = key_text(key, site.key_type, self.mapping.name)
             wanted = site.installed and self._decide(connection, site, self._snapshot(), text, traits).read_from_ledger
             found = read_balance(connection, self.settings.ledger_schema, site, column, key, text, wanted, compared)
-        self._tell(told(self.mapping.name, found, time.perf_counter() - started))
+        if len(self._observers):
+            self._tell(told(self.mapping.name, found, time.perf_counter() - started))
         return found
 
     def balances(
@@ -303,9 +306,11 @@ class LegacyBalanceAdapter:
 
     def _snapshot(self) -> Snapshot:
         """The flags of one call: all its questions are answered by one document."""
-        snapshot = self.source.snapshot()
-        if len(self._observers):
-            self._observers.tell(observe.FlagsSeen(snapshot.age_seconds(), snapshot.source, snapshot.document_id))
+        snapshot, now = self.source.snapshot(), time.monotonic()
+        if snapshot is not self._seen or now >= self._seen_until:
+            self._seen, self._seen_until = snapshot, now + observe.FLAGS_SECONDS
+            if len(self._observers):
+                self._observers.tell(observe.FlagsSeen(snapshot.age_seconds(), snapshot.source, snapshot.document_id))
         return snapshot
 
     def _decide(

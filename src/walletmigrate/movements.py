@@ -24,6 +24,7 @@ TEXT_LIMIT = 500
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 _OWN_KEYS = "walletmigrate:"
 """Idempotency keys that begin so are the library's: a caller's key cannot stand in the way of a reversal."""
+_OPERATIONS = get_args(Operation)
 _PAYS = frozenset({"debit", "transfer"})
 
 
@@ -156,11 +157,8 @@ def prepare(
 
 def digest(*parts: object) -> str:
     """The first 16 bytes of SHA-256 over the parts, as hex; None differs from every text."""
-    hashed = hashlib.sha256()
-    for part in parts:
-        text = b"\x00" if part is None else str(part).encode()
-        hashed.update(b"%d:" % len(text) + text)
-    return hashed.hexdigest()[:32]
+    texts = [b"\x00" if part is None else str(part).encode() for part in parts]
+    return hashlib.sha256(b"".join([b"%d:%b" % (len(text), text) for text in texts])).hexdigest()[:32]
 
 
 def transaction_number(movement: Movement) -> int:
@@ -200,8 +198,8 @@ def _common(movement: Movement, correlation_id: str) -> Request:
 
 
 def _check(movement: Movement, correlation_id: str) -> None:
-    if movement.operation not in get_args(Operation):
-        raise InvalidMovement("operation", f"{movement.operation!r} is none of {', '.join(get_args(Operation))}")
+    if movement.operation not in _OPERATIONS:
+        raise InvalidMovement("operation", f"{movement.operation!r} is none of {', '.join(_OPERATIONS)}")
     reference: object = movement.reference
     if reference is not None and not (isinstance(reference, tuple) and len(reference) == 2):
         raise InvalidMovement("reference", "pass (kind, id), for example ('deposit', 17)")

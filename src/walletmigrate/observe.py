@@ -11,10 +11,10 @@ Importing this module registers no metric and configures no log. It loads neithe
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import traceback
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -47,6 +47,9 @@ WATCHED: Final = ("lost_update", "unrouted")
 FLAGS: Final = ("wallet.dualWrite", "wallet.readFromLedger", "wallet.enableWithdrawals")
 
 # 0.5 ms to 5 s: one round trip to a near database is below the first bounds, a lock wait above the last ones.
+FLAGS_SECONDS: Final = 1.0
+"""How old at most what calls told of the flags is; a scrape looks no more often."""
+
 BUCKETS: Final = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 
 
@@ -125,8 +128,9 @@ class Adjusted:
 
 @dataclass(frozen=True, slots=True)
 class FlagsSeen:
-    """The flag document in force, and its age then. Told by each call that decides by it, and by each beat of a
-    `Heartbeat` that has observers, so that the age goes on in a process without work.
+    """The flag document in force, and its age then. Told by a call that decides by another one than the adapter's last
+    call, or a second after it was last told; and by each beat of a `Heartbeat` that has observers, so that the age
+    goes on in a process without work.
     """
 
     age_seconds: float
@@ -349,7 +353,7 @@ def correlation_id() -> str:
     import structlog
 
     bound = structlog.contextvars.get_contextvars().get("correlation_id")
-    return str(bound) if bound else _trace_id() or uuid.uuid4().hex
+    return str(bound) if bound else _trace_id() or os.urandom(16).hex()
 
 
 def _trace_id() -> str | None:

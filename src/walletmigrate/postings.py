@@ -159,11 +159,8 @@ class Calls:
 
 def _record(values: Iterable[object]) -> str:
     """The values as PostgreSQL writes a row."""
-    return "(" + ",".join("" if v is None else '"' + _escaped(str(v)) + '"' for v in values) + ")"
-
-
-def _escaped(value: str) -> str:
-    return value.replace("\\", "\\\\").replace('"', '""')
+    texts = [None if v is None else str(v).replace("\\", "\\\\").replace('"', '""') for v in values]
+    return "(" + ",".join(["" if text is None else f'"{text}"' for text in texts]) + ")"
 
 
 def _plain_row(answer: str, request: Request) -> Row:

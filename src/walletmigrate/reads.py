@@ -56,7 +56,7 @@ def read_balance(
 
     Raises UnknownAccount when neither side has the account, LegacyValueInvalid when the column holds NULL.
     """
-    statement = _statement(schema, site, column)
+    statement = _statement(schema, site, column.bucket, column.currency)
     arguments = (key_text, key_text) if site.installed else (key_text,)
     row = connection.exec_driver_sql(statement, arguments).one_or_none()
     if row is None or (row.key is None and row.state != "frozen"):
@@ -77,7 +77,7 @@ def read_balances(
 
     Raises LegacyValueInvalid for the first column that holds NULL.
     """
-    rows = connection.exec_driver_sql(_statement_of_many(schema, site, column), (list(keys),))
+    rows = connection.exec_driver_sql(_statement_of_many(schema, site, column.bucket, column.currency), (list(keys),))
     found = {
         row.asked: _judged(site, column, keys[row.asked], row, wanted=wanted(row.asked), compared=compared)
         for row in rows
@@ -88,7 +88,7 @@ def read_balances(
 
 def _judged(site: Site, column: Column, key: Key, row: Row[Any], *, wanted: bool, compared: bool) -> Balance:
     # Once, and by place: by name each would take as long as all of them.
-    legacy, ledger, state, phase = tuple[Any, ...](row)[-4:]
+    legacy, ledger, state, phase = row[-4:]
     if phase == "retired":
         # An account that was never opened, or of a row that came again, holds nothing.
         amount = ledger if state == "frozen" else Decimal(0)
@@ -138,8 +138,8 @@ def told(mapping: str, found: Balance, seconds: float) -> list[observe.Event]:
 
 
 @lru_cache(maxsize=256)
-def _statement_of_many(schema: str, site: Site, column: Column) -> str:
-    mapping = site.mapping
+def _statement_of_many(schema: str, site: Site, bucket: str, currency: str) -> str:
+    mapping, column = site.mapping, site.mapping.column(bucket, currency)
     # As in `_statement`: a column that is dropped while processes run is null.
     name, value = f"l.{quoted(mapping.key)}", site.value(column, alias=None)
     asked = (
@@ -160,8 +160,9 @@ def _statement_of_many(schema: str, site: Site, column: Column) -> str:
 
 
 @lru_cache(maxsize=256)
-def _statement(schema: str, site: Site, column: Column) -> str:
-    mapping, name = site.mapping, quoted(site.mapping.key)
+def _statement(schema: str, site: Site, bucket: str, currency: str) -> str:
+    # By the column's name, not the column: to hash that takes as long as the rest of a call's own work.
+    mapping, column, name = site.mapping, site.mapping.column(bucket, currency), quoted(site.mapping.key)
     row = f"{relation(mapping)} as l on l.{name} = cast(%s as {site.key_sql_type})"
     # A column that is dropped while processes run must fail no read. Its name without a table's before it is the
     # legacy table's while that has it, and then the outer one's: null.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from sqlalchemy import Connection, Engine, text
 
@@ -25,15 +25,15 @@ INSTALLED = """exists (
 )"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Site:
-    """One mapping in one database."""
+    """One mapping in one database, as it was found by one look. Statements are remembered by it: two looks are two."""
 
     mapping: Mapping
     schema: str
     installed: bool
     legacy: LegacyTable
-    seen_at: float = field(compare=False)
+    seen_at: float
 
     @property
     def key_type(self) -> KeyType:
