@@ -88,7 +88,8 @@ def read_balances(
 
 def _judged(site: Site, column: Column, key: Key, row: Row[Any], *, wanted: bool, compared: bool) -> Balance:
     # Once, and by place: by name each would take as long as all of them.
-    legacy, ledger, state, phase = row[-4:]
+    values: tuple[Any, ...] = row[-4:]
+    legacy, ledger, state, phase = values
     if phase == "retired":
         # An account that was never opened, or of a row that came again, holds nothing.
         amount = ledger if state == "frozen" else Decimal(0)
