@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from typing import Annotated, Final
 
 import typer
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from walletmigrate.cli_flags import flag_text
@@ -122,7 +123,10 @@ def exporter(
     from walletmigrate.exporter import serve  # not above: the other commands of this room serve nothing
 
     source = run.source
-    counted = lambda connection: rollout(connection, run.settings, source.snapshot())  # noqa: E731
+
+    def counted(connection: Connection) -> dict[str, float]:
+        return rollout(connection, run.settings, source.snapshot())
+
     served = serve(run.settings, port, address, rollout=counted)
     try:
         url = f"http://{address}:{served.port}/metrics"

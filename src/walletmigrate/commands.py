@@ -267,6 +267,7 @@ def _disguise(invoke: Callable[..., int], handler: Callable[..., Answer], option
         *(one.replace(kind=kind) for one in own),
         *(inspect.Parameter(n, kind, default=d, annotation=a) for n, (a, d) in options.items()),
     ]
+    # `inspect.signature` reads it where it is set; the type of functions has no word of it.
     invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     invoke.__annotations__ = {one.name: one.annotation for one in parameters}
     invoke.__doc__ = handler.__doc__

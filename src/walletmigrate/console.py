@@ -27,7 +27,7 @@ from walletmigrate.errors import (
     WalletMigrateError,
 )
 from walletmigrate.jobs import Job
-from walletmigrate.standing import INSTALLING
+from walletmigrate.standing import INSTALL
 
 SCHEMA_VERSION: Final = 1
 
@@ -177,7 +177,7 @@ def typed(error: DBAPIError, address: str) -> WalletMigrateError:
     if error.connection_invalidated or not state or state.startswith(_LOST):
         return DatabaseUnreachable(address, "the connection failed" if not state else said)
     if state in _MISSING:
-        return LedgerNotInstalled("(all)", said, f"Do, {INSTALLING}")
+        return LedgerNotInstalled("(all)", said, INSTALL)
     if state.startswith(_RETRYABLE):
         return Retryable(f"{said} (SQLSTATE {state})")
     return DatabaseFailed(state, said)

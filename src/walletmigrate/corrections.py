@@ -21,7 +21,7 @@ from walletmigrate.functions import fingerprint
 from walletmigrate.observe import Adjusted, Observer, Observers
 from walletmigrate.retired import legacy_table
 from walletmigrate.schema import quoted
-from walletmigrate.standing import INSTALLING, REASON, show
+from walletmigrate.standing import INSTALL, REASON, show
 
 ATTEMPTS: Final = 3
 """How often an account is tried that meets a deadlock, a lock time limit or a serialization failure."""
@@ -119,7 +119,7 @@ class Corrector:
             except DBAPIError as error:
                 state = connect.sqlstate(error)
                 if state in _NO_FUNCTIONS:
-                    mend = f"Do, {INSTALLING}"
+                    mend = INSTALL
                     raise LedgerNotInstalled(self.mapping.name, "its functions are gone", mend) from error
                 if error.connection_invalidated or not state or state.startswith(_LOST) or state == "42501":
                     raise

@@ -21,7 +21,7 @@ from walletmigrate.job_batches import Claim
 from walletmigrate.job_claims import AtRest, ClaimLost, NoClaim
 from walletmigrate.job_outages import Patience, never
 from walletmigrate.job_rows import Batch, Job, begin, leave, said
-from walletmigrate.standing import INSTALLING
+from walletmigrate.standing import INSTALL
 from walletmigrate.throttle import Throttle
 
 _OTHERS_AT_WORK: Final = 0.05
@@ -180,5 +180,5 @@ def typed(job: Job, error: Exception) -> Exception:
     if not isinstance(error, DBAPIError):
         return error
     if connect.sqlstate(error) in _NO_FUNCTIONS:
-        return LedgerNotInstalled(job.mapping or "", said(error), f"Do, {INSTALLING}")
+        return LedgerNotInstalled(job.mapping or "", said(error), INSTALL)
     return JobFailed(job.id, job.kind, said(error))

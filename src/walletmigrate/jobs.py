@@ -44,7 +44,7 @@ from walletmigrate.job_work import Progress, Step, Stop, Work
 from walletmigrate.job_workers import Crew
 from walletmigrate.retired import legacy_table
 from walletmigrate.schema import quoted
-from walletmigrate.standing import INSTALLING, REASON
+from walletmigrate.standing import INSTALL, REASON
 from walletmigrate.throttle import Throttle, of_settings
 
 __all__ = [
@@ -270,7 +270,7 @@ def require_installed(connection: Connection, settings: Settings, mapping: confi
     standing.require_installed(connection, settings)
     known = installed_mapping(connection, settings.ledger_schema, mapping.name)
     if known is None:
-        raise LedgerNotInstalled(mapping.name, "the ledger does not know this mapping", f"Do, {INSTALLING}")
+        raise LedgerNotInstalled(mapping.name, "the ledger does not know this mapping", INSTALL)
     return known
 
 

@@ -25,7 +25,9 @@ Reason = tuple[str, str]
 REASON = "--reason '…'"
 """How the commands that are proposed to the operator ask for a reason."""
 
-INSTALLING: Final = f"as the owner of the tables: walletmigrate install {REASON}"
+_INSTALLING: Final = f"as the owner of the tables: walletmigrate install {REASON}"
+
+INSTALL: Final = f"Do, {_INSTALLING}"
 """What an operator does where the mapping's functions are not in the database."""
 
 FENCE_MENDED = "fence mended"
@@ -77,7 +79,7 @@ def require_installed(connection: Connection, settings: Settings) -> None:
     """Raises LedgerNotInstalled before an install."""
     if not schema.installed(connection, settings.ledger_schema):
         names = ", ".join(mapping.name for mapping in settings.mappings)
-        mend = f"Is it the right database? Then, {INSTALLING}"
+        mend = f"Is it the right database? Then, {_INSTALLING}"
         raise LedgerNotInstalled(names, "the ledger is not installed in this database", mend)
 
 
