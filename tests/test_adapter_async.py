@@ -10,6 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from sqlalchemy import inspect as state_of
 from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
@@ -116,6 +117,20 @@ def test_a_loaded_balance_is_anew_at_once(at: Place) -> None:
         number = (await adapter.transfer(session, 1, 2, 30, type="gift")).transaction_id
         await adapter.reverse(session, number or 0, reason="refund")
         assert [user.total_coins, user.promo] == [55, 5]
+
+    run(at, scenario)
+
+
+def test_a_balance_read_in_a_savepoint_that_is_rolled_back_is_forgotten(at: Place) -> None:
+    async def scenario(adapter: AsyncLegacyBalanceAdapter, session: AsyncSession) -> None:
+        user = await session.get_one(User, 1)
+        async with session.begin_nested() as savepoint:
+            await adapter.debit(session, 1, 30, type="booking")
+            assert user.total_coins == 70
+            await savepoint.rollback()
+        assert "total_coins" in state_of(user).unloaded
+        await session.refresh(user)
+        assert user.total_coins == 100
 
     run(at, scenario)
 

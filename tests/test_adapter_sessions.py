@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from decimal import Decimal
 from typing import Any
 
 import pytest
 from sqlalchemy import BigInteger, Column, ForeignKey, Numeric, Table, TypeDecorator, create_engine
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Mapped, Session, mapped_column, registry, scoped_session, sessionmaker
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    column_property,
+    mapped_column,
+    registry,
+    scoped_session,
+    sessionmaker,
+)
 
 from adapting import Place, User, custom, place
 from ledger import execute, rows
@@ -300,6 +311,53 @@ def test_a_posting_in_a_savepoint_that_is_rolled_back_did_not_happen(at: Place, 
     session.commit()
     assert at.account(1) == ("mirrored", D(101))
     at.check()
+
+
+@pytest.mark.parametrize("loaded", ["before", "within"])
+@pytest.mark.parametrize("released", [False, True])
+def test_a_balance_seen_in_a_savepoint_that_is_rolled_back_is_forgotten(at: Place, released: bool, loaded: str) -> None:
+    with Session(at.engine) as session, session.begin():
+        kept = [session.get_one(User, 1)] if loaded == "before" else []
+        with session.begin_nested() as savepoint:
+            with session.begin_nested() if released else nullcontext():
+                at.adapter.debit(session, 1, 30, type="booking")
+                kept.append(session.get_one(User, 1))
+                assert kept[0].total_coins == 70
+            savepoint.rollback()
+        assert kept[0].total_coins == 100
+        kept[0].total_coins += 5  # a code path that was not moved yet
+    assert at.coins(1) == 105
+
+
+def test_a_balance_seen_in_a_savepoint_that_a_failed_flush_ended_is_forgotten(at: Place, session: Session) -> None:
+    user = session.get_one(User, 1)
+    with pytest.raises(IntegrityError), session.begin_nested():
+        at.adapter.debit(session, 1, 30, type="booking")
+        assert user.total_coins == 70
+        session.add(User(id=2, total_coins=D(0)))
+        session.flush()
+    assert user.total_coins == 100
+
+
+def test_what_the_database_makes_of_balances_is_read_anew(at: Place) -> None:
+    class Wealth(DeclarativeBase):
+        pass
+
+    class Owner(Wealth):
+        __table__ = Table(
+            "users",
+            Wealth.metadata,
+            Column("id", BigInteger, primary_key=True),
+            Column("total_coins", Numeric),
+            Column("promo", Numeric),
+        )
+        total = column_property(__table__.c.total_coins + __table__.c.promo)
+
+    with Session(at.engine) as session, session.begin():
+        owner = session.get_one(Owner, 1)
+        before = owner.total
+        at.adapter.credit(session, 1, 5, type="deposit")
+        assert owner.total == before + 5
 
 
 def test_a_bare_connection_and_its_savepoints_serve_as_well(at: Place) -> None:

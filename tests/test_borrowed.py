@@ -9,6 +9,7 @@ from decimal import Decimal
 import psycopg
 import pytest
 from psycopg.rows import dict_row
+from psycopg.types.numeric import FloatLoader
 
 import adapting
 from walletmigrate.borrowed import borrowed
@@ -96,6 +97,31 @@ def test_a_connection_is_looked_at_once_and_not_kept_alive(place: adapting.Place
     del connection
     gc.collect()
     assert known() is None
+
+
+def test_what_the_owner_registered_for_numbers_and_cursors_is_its_own(place: adapting.Place, database_url: str) -> None:
+    with psycopg.connect(database_url, cursor_factory=psycopg.RawCursor) as connection:
+        connection.adapters.register_loader("numeric", FloatLoader)
+        posted = place.adapter.credit(connection, 1, D("0.10"), type="gift")
+        found = place.adapter.balance(connection, 1)
+        entry = place.adapter.history(connection, 1)[0]
+        assert [(type(one), one) for one in (posted.legacy_balance, found.amount, entry.balance_after)] == [
+            (D, D("100.10"))
+        ] * 3
+        row = connection.execute("select total_coins from users where id = $1", [1]).fetchone()
+        assert row == (100.1,)
+    place.check()
+
+
+def test_a_connection_in_a_pipeline_is_refused_before_anything_is_sent(
+    place: adapting.Place, database_url: str
+) -> None:
+    with psycopg.connect(database_url) as connection:
+        place.adapter.balance(connection, 1)
+        with connection.pipeline(), pytest.raises(UsageError, match="pipeline"):
+            place.adapter.credit(connection, 1, 5, type="gift")
+        place.adapter.credit(connection, 1, 7, type="gift")
+    assert place.coins(1) == 107
 
 
 def test_a_closed_connection_is_refused(place: adapting.Place, database_url: str) -> None:

@@ -155,8 +155,10 @@ class LegacyBalanceAdapter:
         if not batch:
             return ()
         prepared, postings, tell = self._carry_out(connection_of(target, self.mapping), batch)
-        expire(target, self.mapping, {key for each in prepared for key in each.keys}, reload=self._reload)
-        tell_when_committed(target, tell)
+        keys = {key for each in prepared for key in each.keys}
+        expire(target, self.mapping, keys, reload=self._reload)
+        # A savepoint that is rolled back takes with it what a look at the balance found in between.
+        tell_when_committed(target, tell, undo=lambda session: expire(session, self.mapping, keys))
         return postings
 
     def watch(self, attribute: Any, **details: Unpack[WatchDetails]) -> Watch:

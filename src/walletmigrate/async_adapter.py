@@ -53,7 +53,8 @@ class AsyncLegacyBalanceAdapter:
     """`LegacyBalanceAdapter` with ``await``: the same methods, arguments, results and errors.
 
     A balance that a loaded object holds is read anew at once, because an async session cannot do it behind
-    an attribute.
+    an attribute. Behind a savepoint that is rolled back it is not loaded, as what SQLAlchemy itself had written:
+    refresh the object.
     """
 
     def __init__(

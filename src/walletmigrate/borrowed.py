@@ -12,7 +12,9 @@ from typing import Any
 
 import psycopg
 import sqlalchemy
+from psycopg.pq import PipelineStatus
 from psycopg.rows import tuple_row
+from psycopg.types.numeric import NumericBinaryLoader, NumericLoader
 from sqlalchemy import Connection
 from sqlalchemy.pool import StaticPool
 
@@ -35,9 +37,13 @@ class _View:
         return getattr(owned, name)
 
     def cursor(self, *arguments: Any, **options: Any) -> Any:
-        """A cursor of tuples, whatever rows the owner wants for itself."""
+        """A cursor of tuples and Decimals that takes %s, whatever the owner wants for itself."""
         made = self.__getattr__("cursor")(*arguments, **options)
+        if isinstance(made, psycopg.RawCursor):
+            made = psycopg.Cursor(made.connection)
         made.row_factory = tuple_row
+        for loader in (NumericLoader, NumericBinaryLoader):
+            made.adapters.register_loader("numeric", loader)
         return made
 
     def commit(self) -> None:
@@ -51,9 +57,13 @@ class _View:
 
 
 def borrowed(owned: psycopg.Connection[Any]) -> Connection:
-    """The connection for SQLAlchemy, the same each time. Raises UsageError for one that is closed."""
+    """The connection for SQLAlchemy, the same each time. Raises UsageError for one that is closed or in a pipeline."""
     if owned.closed:
         raise UsageError("the psycopg connection is closed: pass one that is open, inside its transaction.")
+    if owned.pgconn.pipeline_status != PipelineStatus.OFF:
+        raise UsageError(
+            "the psycopg connection is in a pipeline, which answers later: call the adapter outside of it."
+        )
     with _lock:
         found = _lent.get(owned)
         if found is None or found.closed or found.invalidated:

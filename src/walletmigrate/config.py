@@ -468,6 +468,11 @@ def exact(amount: Decimal | int, column: Column, *, allow_negative: bool = False
         raise InvalidAmount(amount, problem) from None
 
 
+def key_value(text: str, key_type: KeyType) -> int | uuid.UUID | str:
+    """The key of this canonical text, as an application has it."""
+    return int(text) if key_type == "integer" else uuid.UUID(text) if key_type == "uuid" else text
+
+
 def key_text(value: object, key_type: KeyType, mapping: str = "") -> str:
     """The canonical text of an account key, the same for equal keys. ``mapping`` names it in the error.
 

@@ -47,10 +47,10 @@ WATCHED: Final = ("lost_update", "unrouted")
 FLAGS: Final = ("wallet.dualWrite", "wallet.readFromLedger", "wallet.enableWithdrawals")
 
 # 0.5 ms to 5 s: one round trip to a near database is below the first bounds, a lock wait above the last ones.
-FLAGS_SECONDS: Final = 1.0
-"""How old at most what calls told of the flags is; a scrape looks no more often."""
-
 BUCKETS: Final = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+
+FLAGS_SECONDS: Final = 1.0
+"""How often calls tell of flags that are still the same; a scrape looks no more often."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from walletmigrate import connect, observe
-from walletmigrate.config import WIDE, Column, Mapping
+from walletmigrate.config import WIDE, Column, Mapping, key_value
 from walletmigrate.errors import (
     AmountOverflow,
     IdempotencyKeyReused,
@@ -174,7 +174,9 @@ def _plain_row(answer: str, request: Request) -> Row:
     if request["debtor"] is None:
         row.creditor_legacy, row.creditor_ledger, row.creditor_change = now, ledger, Decimal(str(request["amount"]))
     else:
-        row.debtor_legacy, row.debtor_ledger, row.debtor_change = now, ledger, -Decimal(str(request["amount"]))
+        # Not by a minus, here and below: that rounds to the precision of the application's decimal context.
+        less = Decimal(str(request["amount"])).copy_negate()
+        row.debtor_legacy, row.debtor_ledger, row.debtor_change = now, ledger, less
     return row
 
 
@@ -227,11 +229,14 @@ def refused(mapping: str, legacy: LegacyTable, prepared: Sequence[Prepared], row
     movement, column, number = asked.movement, asked.column, asked.movement.transaction_id or 0
     paying = _payer_refused(legacy, asked, row)
     balance = row.debtor_legacy if paying else row.creditor_legacy
-    key: object = row.debtor if paying else row.creditor
+    text = row.debtor if paying else row.creditor
+    # The transaction alone knows the accounts of a reversal, as texts.
+    key: object = None if text is None else key_value(text, legacy.key_type)
     if movement.key is not None:
         key = movement.key if paying or movement.payee is None else movement.payee
-    amount = Decimal(str(asked.request["amount"]))
-    after = amount if movement.operation == "set_balance" else (balance or 0) + (-amount if paying else amount)
+    amount = after = Decimal(str(asked.request["amount"]))
+    if row.refusal == "overflow" and movement.operation != "set_balance":
+        after = WIDE.add(balance or 0, amount.copy_negate() if paying else amount)
     errors: dict[str | None, PostingRefused] = {
         "unknown_account": UnknownAccount(mapping, key),
         "insufficient_funds": InsufficientFunds(

@@ -1,10 +1,13 @@
-"""Sessions and connections of the caller: what is flushed before, expired after, and told after the commit."""
+"""Sessions and connections of the caller: what is flushed before, expired after (and after a rollback), and told after
+the commit.
+"""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psycopg
@@ -20,8 +23,18 @@ from walletmigrate.errors import UsageError
 
 Target = Session | scoped_session[Any] | Connection | psycopg.Connection[Any]
 Tell = Callable[[bool], None]
+Undo = Callable[[Session], None]
 
 _PENDING = "walletmigrate_pending"
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """What a session's transaction (or savepoint) still has to tell when it is committed, or undo when not."""
+
+    at: SessionTransaction | None
+    tell: Tell
+    undo: Undo
 
 
 def connection_of(target: Target, mapping: Mapping) -> Connection:
@@ -66,8 +79,9 @@ def _session_of(target: object) -> Session | None:
     return found if isinstance(found, Session) else None
 
 
-def expire(target: Target, mapping: Mapping, keys: Iterable[str], *, reload: bool) -> None:
-    """Forget the balances that loaded objects of these keys hold; the next look reads them anew.
+def expire(target: Target, mapping: Mapping, keys: Iterable[str], *, reload: bool = False) -> None:
+    """Forget the balances that loaded objects of these keys hold, and what the mapper makes of columns; the next look
+    reads them anew.
 
     ``reload`` reads them now, for async sessions, where an attribute cannot be read behind the scenes.
     """
@@ -79,6 +93,7 @@ def expire(target: Target, mapping: Mapping, keys: Iterable[str], *, reload: boo
     classes = {type(each) for each in session.identity_map.values()}
     for mapper in map(inspect, classes):
         names = attributes_of(mapper, mapping, *(column.column for column in mapping.columns))
+        names += _made_of_columns(mapper) if names else []
         for found in _loaded(session, mapper, mapping, wanted) if names else ():
             # A change that is not flushed yet (a session without autoflush) is the program's to keep.
             known = [name for name in names if not inspect(found).attrs[name].history.has_changes()]
@@ -98,6 +113,13 @@ def attributes_of(mapper: Mapper[Any], mapping: Mapping, *columns: str) -> list[
                 with suppress(UnmappedColumnError):  # the class may leave a column out
                     names.append(mapper.get_property_by_column(column).key)
     return names
+
+
+def _made_of_columns(mapper: Mapper[Any]) -> list[str]:
+    """The attributes that the database works out of columns, as SQLAlchemy itself expires them behind an UPDATE."""
+    return [
+        each.key for each in mapper.column_attrs if not isinstance(each.expression, Column) and each.expire_on_flush
+    ]
 
 
 def column_named(table: Table, name: str) -> Column[Any]:
@@ -141,17 +163,22 @@ def _identities(key: str) -> list[Any]:
     return forms
 
 
-def tell_when_committed(target: Target, tell: Tell) -> None:
+def _nothing(_: Session) -> None:
+    pass
+
+
+def tell_when_committed(target: Target, tell: Tell, undo: Undo = _nothing) -> None:
     """Call ``tell(True)`` after the outermost commit of a Session; on a bare Connection ``tell(False)`` now.
 
-    What a savepoint or the transaction rolls back is not told: it did not happen.
+    What a savepoint rolls back is not told, for it did not happen; ``undo`` is called with the session instead, and may not
+    use the database.
     """
     session = _session_of(target)
     if session is None:
         tell(False)
         return
     transaction = session.get_nested_transaction() or session.get_transaction()
-    session.info.setdefault(_PENDING, []).append((transaction, tell))
+    session.info.setdefault(_PENDING, []).append(_Pending(transaction, tell, undo))
 
 
 def listen() -> None:
@@ -169,17 +196,20 @@ def _after_commit(session: Session) -> None:
     nested = session.get_nested_transaction()
     if nested is None:
         session.info[_PENDING] = []
-        for _, tell in pending:
-            tell(True)
+        for each in pending:
+            each.tell(True)
         return
     # A savepoint was released: what it held now belongs to the transaction around it.
-    session.info[_PENDING] = [(nested.parent if at is nested else at, tell) for at, tell in pending]
+    session.info[_PENDING] = [replace(each, at=nested.parent) if each.at is nested else each for each in pending]
 
 
 def _after_rollback(session: Session, previous: SessionTransaction) -> None:
     pending = session.info.get(_PENDING)
     if pending:
-        session.info[_PENDING] = [(at, tell) for at, tell in pending if not _within(at, previous)]
+        session.info[_PENDING] = [each for each in pending if not _within(each.at, previous)]
+        for each in pending if previous.parent is not None else ():  # behind the outermost all is expired
+            if _within(each.at, previous):
+                each.undo(session)
 
 
 def _after_end(session: Session, transaction: SessionTransaction) -> None:

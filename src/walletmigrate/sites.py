@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 import weakref
 from dataclasses import dataclass
+from decimal import Decimal
 
 from sqlalchemy import Connection, Engine, text
 
 from walletmigrate.config import Column, KeyType, Mapping
+from walletmigrate.errors import UsageError
 from walletmigrate.functions import value_of
 from walletmigrate.retired import legacy_table
 from walletmigrate.survey import LegacyColumn, LegacyTable, inspect_mapping
@@ -63,7 +65,9 @@ class Sites:
         self._known: weakref.WeakKeyDictionary[Engine, Site] = weakref.WeakKeyDictionary()
 
     def at(self, connection: Connection) -> Site:
-        """The site of this connection's database. Raises ConfigError if the ledger could not work on the table."""
+        """The site of this connection's database. Raises ConfigError if the ledger could not work on the table, and
+        UsageError where the driver does not read numeric as Decimal.
+        """
         site = self._known.get(connection.engine)
         if site is not None and (site.installed or time.monotonic() - site.seen_at < ABSENT_SECONDS):
             return site
@@ -77,7 +81,12 @@ class Sites:
 
     def _look(self, connection: Connection) -> Site:
         names = {"schema": self._schema, "function": f"post_{self._mapping.name}"}
-        installed = bool(connection.scalar(text(f"select {INSTALLED}"), names))
+        installed, sample = connection.execute(text(f"select {INSTALLED}, 0.1::numeric"), names).one()
+        if not isinstance(sample, Decimal):
+            raise UsageError(
+                f"the driver reads numeric as {type(sample).__name__}, which would round balances: a loader for numeric "
+                "is registered in psycopg's adapters; post on connections without it"
+            )
         # Without a ledger its schema is not looked into: a role may have no right to.
         legacy = (
             legacy_table(connection, self._schema, self._mapping)

@@ -148,8 +148,9 @@ class UpdateHooks:
             if count != len(keys):
                 savepoint.rollback()
                 raise Unroutable("the statement has criteria of its own for the rows it meets")
-        tell_when_committed(state.session, tell)
-        expire(state.session, self._mapping, map(str, keys), reload=connection.dialect.is_async)
+        texts = [str(key) for key in keys]
+        tell_when_committed(state.session, tell, undo=lambda session: expire(session, self._mapping, texts))
+        expire(state.session, self._mapping, texts, reload=connection.dialect.is_async)
         return result
 
     def _movements(
