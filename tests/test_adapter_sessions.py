@@ -331,11 +331,16 @@ def test_a_balance_seen_in_a_savepoint_that_is_rolled_back_is_forgotten(at: Plac
 
 def test_a_balance_seen_in_a_savepoint_that_a_failed_flush_ended_is_forgotten(at: Place, session: Session) -> None:
     user = session.get_one(User, 1)
-    with pytest.raises(IntegrityError), session.begin_nested():
-        at.adapter.debit(session, 1, 30, type="booking")
-        assert user.total_coins == 70
-        session.add(User(id=2, total_coins=D(0)))
-        session.flush()
+
+    def failing() -> None:
+        with session.begin_nested():
+            at.adapter.debit(session, 1, 30, type="booking")
+            assert user.total_coins == 70
+            session.add(User(id=2, total_coins=D(0)))
+            session.flush()
+
+    with pytest.raises(IntegrityError):
+        failing()
     assert user.total_coins == 100
 
 

@@ -170,8 +170,8 @@ def _nothing(_: Session) -> None:
 def tell_when_committed(target: Target, tell: Tell, undo: Undo = _nothing) -> None:
     """Call ``tell(True)`` after the outermost commit of a Session; on a bare Connection ``tell(False)`` now.
 
-    What a savepoint rolls back is not told, for it did not happen; ``undo`` is called with the session instead, and may not
-    use the database.
+    What a savepoint rolls back is not told, for it did not happen; ``undo`` is called with the session instead. It may
+    not use the database.
     """
     session = _session_of(target)
     if session is None:

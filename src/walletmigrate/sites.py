@@ -84,8 +84,8 @@ class Sites:
         installed, sample = connection.execute(text(f"select {INSTALLED}, 0.1::numeric"), names).one()
         if not isinstance(sample, Decimal):
             raise UsageError(
-                f"the driver reads numeric as {type(sample).__name__}, which would round balances: a loader for numeric "
-                "is registered in psycopg's adapters; post on connections without it"
+                f"the driver reads numeric as {type(sample).__name__}, which would round balances: a loader for "
+                "numeric is registered in psycopg's adapters; post on connections without it"
             )
         # Without a ledger its schema is not looked into: a role may have no right to.
         legacy = (
