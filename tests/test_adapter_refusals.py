@@ -239,7 +239,7 @@ def test_a_reversal_that_would_go_below_the_floor_is_refused_with_its_figures(da
     assert gift.transaction_id is not None
     with refusal(at, InsufficientFunds) as got:
         at.adapter.reverse(got[0], gift.transaction_id, reason="mistake")
-    assert (got[1].key, got[1].balance, got[1].amount, got[1].floor) == ("1", D(3), D(8), D(0))
+    assert (got[1].key, got[1].balance, got[1].amount, got[1].floor) == (1, D(3), D(8), D(0))
 
 
 def test_without_a_floor_a_balance_may_go_below_zero(database_url: str) -> None:

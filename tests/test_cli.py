@@ -150,8 +150,11 @@ def test_wrong_usage_ends_with_2_and_changes_nothing(project: Project) -> None:
     assert everything(project) == before
 
 
-def test_an_unknown_mapping_is_named_with_those_there_are(project: Project) -> None:
-    said = project.run("verify", "--mapping", "nobody", "--json")
+@pytest.mark.parametrize(
+    "words", ["verify", "capture mode stale --reason r", "capture mode stale --reason r --dry-run"]
+)
+def test_an_unknown_mapping_is_named_with_those_there_are(project: Project, words: str) -> None:
+    said = project.run(*words.split(), "--mapping", "nobody", "--json")
     assert said.exit_code == 2
     assert said.document["error"]["message"] == "no mapping 'nobody'; the configuration has users"
 

@@ -115,6 +115,19 @@ def test_the_scale_of_an_undeclared_column_comes_from_its_rows(connection: Conne
     assert columns["credits"].notes == ()
 
 
+def test_whole_numbers_of_a_currency_with_decimals_are_a_question(connection: Connection, tmp_path: Path) -> None:
+    run(
+        connection,
+        "create table wallets (id int primary key, balance_eur bigint, balance_jpy bigint, cents_usd int, coins int)",
+    )
+    (found,) = survey(connection)
+    asked = [one for one in questions([found]) if "whole numbers" in one]
+    fix = 'set unit = "minor" and scale = 2'
+    said = f"A column of whole numbers, taken as whole EUR. If it counts the smallest coin, {fix}."
+    assert asked == [f"public.wallets.balance_eur: {said}"]
+    assert loaded(tmp_path, render([found], facts(connection))).mapping().columns[0].scale == 0
+
+
 def test_columns_that_would_share_a_bucket_get_one_of_their_own(connection: Connection, tmp_path: Path) -> None:
     run(
         connection,

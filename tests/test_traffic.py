@@ -114,6 +114,13 @@ def test_every_field_must_have_a_value(tmp_path: Path, column: str) -> None:
     assert problems_of(path) == {3: f"{column} is empty"}
 
 
+def test_a_row_of_several_lines_is_named_by_its_first(tmp_path: Path) -> None:
+    path = file_of(
+        tmp_path, GOOD, '"2","7","no\n\nrth",2026-01-01,deposit,1.5e3,', "3,7,north,2026-01-01,deposit,1.5e4,"
+    )
+    assert list(problems_of(path)) == [3, 6]
+
+
 def test_all_unreadable_rows_are_listed_at_once_each_with_its_line(tmp_path: Path) -> None:
     path = file_of(
         tmp_path,

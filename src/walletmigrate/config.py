@@ -157,7 +157,10 @@ class Mapping(_Model):
     def _table_is_a_name(cls, table: str) -> str:
         parts = table.split(".")
         if len(parts) > 2 or not all(SQL_NAME.fullmatch(part) and len(part.encode()) <= 63 for part in parts):
-            raise wrong(f"{table!r} is not the name of a table", 'write schema and table, for example "public.users"')
+            raise wrong(
+                f"{table!r} is not the name of a table that can be mapped (letters, digits, _ and $)",
+                'write schema and table, for example "public.users"; a table of another name has to be renamed first',
+            )
         return table
 
     @field_validator("columns")

@@ -237,6 +237,7 @@ class UnknownMapping(PostingRefused, LookupError):
     known: Sequence[str]
 
     code = "unknown_mapping"
+    exit_code = 2
 
     def __str__(self) -> str:
         return f"no mapping {self.mapping!r}; the configuration has {', '.join(self.known) or 'none'}"

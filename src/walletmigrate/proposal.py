@@ -365,10 +365,14 @@ def _column(
     currency = next((word.upper() for word in sorted(words) if word.upper() in _CURRENCIES), PLACEHOLDER_CURRENCY)
     bucket = _bucket(row.column, {one.bucket for one in before if one.currency == currency})
     minor = bool(words & _MINOR)
+    usual = 0 if currency == PLACEHOLDER_CURRENCY else _DECIMALS.get(currency, 2)
     notes = []
     scale = _DECIMALS.get(currency, 2) if minor else _scale(row, currency, decimals)
     if row.base in FLOAT_DIGITS:
         notes.append("A floating-point column: it is read as rounded to the scale. Check the scale.")
+    elif row.base in INTEGER_BITS and usual and not minor:
+        fix = f'set unit = "minor" and scale = {usual}'
+        notes.append(f"A column of whole numbers, taken as whole {currency}. If it counts the smallest coin, {fix}.")
     elif row.base == "numeric" and row.typmod < 4 and not minor:
         notes.append("The column is declared without a scale: this one is from a sample of the rows. Check it.")
     if has_null:

@@ -159,8 +159,10 @@ class _Reader:
             if not self._header(header):
                 return
             places = {name: header.index(name) for name in COLUMNS}
+            begins = self.line + 1
             for row in rows:
-                self.line = rows.line_num
+                # Where it begins: a field in quotes may have lines of its own.
+                self.line, begins = begins, rows.line_num + 1
                 if row:
                     self._row(row, len(header), places)
         except csv.Error as error:

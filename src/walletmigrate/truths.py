@@ -107,9 +107,12 @@ class _Reader:
             self.problems += [(1, problem) for problem in _header_problems(header)]
             if self.problems:
                 return
+            begins = rows.line_num + 1
             for row in rows:
+                # Where it begins: a field in quotes may have lines of its own.
+                at, begins = begins, rows.line_num + 1
                 if row:
-                    self._take(row, header, rows.line_num)
+                    self._take(row, header, at)
         except csv.Error as error:
             self.problems.append((rows.line_num, f"not CSV: {error}"))
 
