@@ -14,25 +14,19 @@ from itertools import islice, product
 
 import psycopg
 import pytest
-from sqlalchemy.engine.interfaces import IsolationLevel
 from sqlalchemy.pool import NullPool
 
-import interleaving
 import servers
 import shares
 from guardless import ACCOUNT_LOCKS, PROBE, Mutant, remove
-from interleaving import LEVELS
 from invariants import assert_sound
-from ledger import ACT, execute, install_users, scalar, set_phase, users_settings
+from ledger import ACT, execute, install_users, set_phase, users_settings
 from shares import Share
 from torture import Arena, OrderFailedError, arena
 from torture_orders import MODES, PAIRED, STATES, pairs, pauses
 from torture_scheduler import Order
-from torture_steps import adapters
 from torture_stories import STORIES, partitions
 from walletmigrate import connect
-from walletmigrate.errors import PreconditionRefused
-from walletmigrate.freeze import freeze
 from walletmigrate.install import install
 
 _ORDERS_PER_DATABASE = 3000
@@ -278,58 +272,6 @@ def test_a_truncate_is_refused_for_its_own_order_s_frozen_accounts_and_found_whe
         remove(made.engine, Mutant(("fence_truncate_users",), r"in \('mirrored', 'stale'\)", "is null"))
         with pytest.raises(OrderFailedError, match="the mirror is not true"):
             made.run(order)
-
-
-# The fence taken down, or replaced by one that looks the same
-
-DOWN = {
-    "disabled": ("alter table users disable trigger {0}", "alter table users enable always trigger {0}"),
-    "removed": ("drop trigger {0} on users", ""),
-    "replaced": ("drop trigger {0} on users", "{1}; alter table users enable always trigger {0}"),
-}
-"""How the trigger {0}, which was made by {1}, goes and comes again."""
-
-
-@pytest.mark.parametrize("isolation", LEVELS, ids=lambda level: level.replace(" ", "_").lower())
-@pytest.mark.parametrize("way", DOWN)
-def test_what_was_written_while_the_fence_was_down_is_not_frozen_and_not_read(
-    database_url: str, isolation: IsolationLevel, way: str
-) -> None:
-    engine, settings = install_users(database_url, rows=4, phase="dual_write")
-    execute(engine, "select * from wallet.backfill_users(null, null, null)")
-    adapter, mapping = adapters(settings)["on"], settings.mapping(None)
-    name = "walletmigrate_users_update"
-    made = scalar(engine, f"select pg_get_triggerdef(oid) from pg_trigger where tgname = '{name}'")
-    down, up = (each.format(name, made) for each in DOWN[way])
-    raw = "update users set total_coins = total_coins + 7 where id = {}"
-    with interleaving.stage(database_url) as stage:
-        writer, undecided, operator = stage.session(isolation), stage.session(isolation), stage.session()
-        late = stage.session(isolation)
-        writer.sql(raw.format(1))
-        undecided.sql(raw.format(4))
-        late.look()
-        waiting = operator.waiting(lambda c: c.exec_driver_sql(down), on=writer)  # writers in flight meet the fence
-        writer.commit()
-        operator.until_blocked(waiting, by=undecided)
-        undecided.rollback()
-        waiting.result(interleaving.PATIENCE_SECONDS)
-        operator.commit()
-        late.sql(raw.format(2))
-        late.commit()
-        if up:
-            operator.do(lambda connection: connection.exec_driver_sql(up))
-            operator.commit()
-    set_phase(engine, "frozen")
-    with pytest.raises(PreconditionRefused, match=name):
-        freeze(engine, settings, mapping, ACT)
-    install(engine, settings, ACT)
-    done = freeze(engine, settings, mapping, ACT)
-    assert (done.changed, done.refused) == (2, 2)
-    with engine.begin() as connection:
-        assert adapters(settings)["read"].balance(connection, 2).amount == 107
-        assert adapter.credit(connection, 2, 10, type="test").legacy_balance == 117
-        found = connection.exec_driver_sql("select key, state::text from wallet.accounts order by key").all()
-    assert [tuple(row) for row in found] == [("1", "stale"), ("2", "stale"), ("3", "frozen"), ("4", "frozen")]
 
 
 @contextmanager

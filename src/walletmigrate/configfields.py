@@ -64,7 +64,8 @@ def _single_key(value: object) -> object:
 def _single_column(value: object) -> object:
     if isinstance(value, str) and not SQL_NAME.fullmatch(value):
         raise wrong(
-            f"{value!r} is an expression or no name (letters, digits, _ and $); a legacy balance must be one writable column",
+            f"{value!r} is an expression or no name of letters, digits, _ and $; a legacy balance must be one writable "
+            "column",
             "name the column itself; several columns are several [[mappings.columns]] with a bucket each",
         )
     return value
