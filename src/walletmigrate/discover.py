@@ -16,6 +16,7 @@ from walletmigrate.errors import UsageError
 from walletmigrate.findings import Catalogue, Finding, Ignores, Unread, Wanted, wanted
 from walletmigrate.source_files import UNPARSED, SourceFile, Tree, why
 from walletmigrate.source_models import Sources
+from walletmigrate.source_notebook import Notebook, read_notebook
 from walletmigrate.source_python import read_python
 from walletmigrate.source_text import read_text_file
 from walletmigrate.source_view import View
@@ -84,9 +85,14 @@ class _Reading:
         again = Tree(self.tree.roots, self.tree.exclude, [])
         worth = _any_of({word for view in self.views for word in view.words()} | self.sources.adapters, re.IGNORECASE)
         for file in again.files():
+            book = read_notebook(file.text()) if file.notebook and file.path not in self.broken else None
             text = "" if file.path.endswith(".pyi") else file.text()  # stubs say what is what, and do nothing
+            text = "\n".join(book.lines) if book else text
             if worth.search(text):
-                found += self._file(file, text)
+                found += self._file(file, text, book)
+            if book is not None:
+                for problem, lines in book.unparsed:
+                    self._unparsed(file.path, problem, lines, book.ignores())
             if file.path in self.broken:
                 lines = text.splitlines()
                 self._unparsed(file.path, self.broken[file.path], lines, Ignores.of(lines))
@@ -106,14 +112,19 @@ class _Reading:
         try:
             if file.python:
                 self.sources.add(file.tree(), file.module)
+            elif file.notebook:
+                self.sources.add(read_notebook(file.text()).tree(), file.module)
         except UNPARSED as error:
             self.broken[file.path] = why(error)
 
-    def _file(self, file: SourceFile, text: str) -> list[Finding]:
+    def _file(self, file: SourceFile, text: str, book: Notebook | None) -> list[Finding]:
         found: list[Finding] = []
         tree = file.tree() if file.python and file.path not in self.broken else None
         for view in self.views:
             try:
+                if book is not None:
+                    found += book.findings(view, file.path, file.module)
+                    continue
                 if tree is not None:
                     found += read_python(view, file.path, file.module, tree, text.splitlines())
                     continue

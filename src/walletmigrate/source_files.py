@@ -33,6 +33,7 @@ SKIPPED_FOLDERS: Final = frozenset(
         ".ruff_cache",
         ".pytest_cache",
         ".eggs",
+        ".ipynb_checkpoints",
         "site-packages",
     }
 )
@@ -78,6 +79,11 @@ class SourceFile:
     module: tuple[str, ...]
     content: bytes
     python: bool
+
+    @property
+    def notebook(self) -> bool:
+        """Whether it should be a Jupyter notebook."""
+        return self.path.lower().endswith(".ipynb")
 
     def text(self) -> str:
         """Its text, by its byte order mark where it has one; bytes that are none are replaced."""
