@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from enum import StrEnum
@@ -41,7 +42,7 @@ def discover(
     markdown: Annotated[Path | None, typer.Option(help="Also write a check-list here, in Markdown.")] = None,
     form: Annotated[Form, typer.Option("--format", help="How to print it.")] = Form.TABLE,
 ) -> Answer:
-    """List the code that touches the mapped columns. Exit 3 while direct writes are left, or files were not read."""
+    """List the code that touches the mapped columns. Exit 3 while direct writes are, or may be, left."""
     window = period(since) if since else None
     if no_database or run.settings.database_url is None:
         found = look_for(run.settings, source, exclude=exclude or ())
@@ -58,9 +59,13 @@ def discover(
         _write(markdown, found)
     lines = tuple(check_list(found) if form is Form.MARKDOWN else _table(found))
     notes = [f"not read: {one.file}: {one.problem}" for one in found.unread] + list(found.notes)
-    if found.unseen:
+    if closed := sum(not one.as_text for one in found.unseen):
+        notes.append(f"{closed} not read at all, where a write may stand: mend them, or leave them out by --exclude")
+    if unparsed := sum(one.as_text for one in found.unseen):
         notes.append(
-            f"{len(found.unseen)} not read at all, where a write may stand: mend them, or leave them out by --exclude"
+            f"{unparsed} not parsed, where a write may stand, for what is mapped is named: run discover with the "
+            f"application's own Python (this is {sys.version_info[0]}.{sys.version_info[1]}), mend them, or look them "
+            "through and accept each by a comment: # walletmigrate: ignore-file <reason>"
         )
     return Answer(_document(found), lines, tuple(notes), DIFFERENCE if found.left or found.unseen else OK)
 

@@ -62,11 +62,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Unread:
-    """A file that could not be read as what it is, and why; ``as_text``: as plain text it was."""
+    """A file that could not be read as what it is, and why; ``as_text``: as plain text it was.
+
+    ``left``: a direct write may stand in it. That is so unless it was read as text, and names nothing mapped.
+    """
 
     file: str
     problem: str
     as_text: bool = False
+    left: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,8 @@ class Catalogue:
 
     @property
     def unseen(self) -> tuple[Unread, ...]:
-        """The files that nobody looked at: a write may stand there."""
-        return tuple(one for one in self.unread if not one.as_text)
+        """The files that could not be looked at, or not well enough: a write may stand there."""
+        return tuple(one for one in self.unread if one.left)
 
 
 @dataclass(frozen=True)
