@@ -1,7 +1,7 @@
 """Writes past the adapter: what the fence and its catalogue cost a bare UPDATE.
 
-With 16 clients inside the database, where nothing but the database's own work is left to compare with, and with one
-client as applications write: through SQLAlchemy, in a transaction of its own.
+With one client as applications write: through SQLAlchemy, in a transaction of its own (`crowd` has eight). And, for
+information, with 16 clients inside the database, where nothing but the database's own work is left to compare with.
 """
 
 from __future__ import annotations
@@ -88,6 +88,6 @@ def _figure(name: str, clients: int, what: str, pairs: list[tuple[float, float]]
         f"{clients} client{'s' if clients > 1 else ''} past the adapter: updates {what}",
         tuple(a / b for a, b in pairs),
         "× the bare throughput",
-        at_least(0.65),
+        at_least(0.65, binding=clients == 1),
         ratio_note(fenced, bare, "a second"),
     )
