@@ -45,11 +45,13 @@ class FlagFile(FlagEditor):
             content = self.read()
             edited = copy.deepcopy(content)
             edit(edited)
-            if edited != content:
+            changed = edited != content
+            if changed:
                 edited["updated_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-                Document(edited, self.name)  # what could not be evaluated must not be written
-                if not dry_run:
-                    self._write(edited)
+            # What cannot be evaluated must not be written, nor be called as it should be.
+            Document(edited, self.name)
+            if changed and not dry_run:
+                self._write(edited)
             return content, edited
 
     @contextlib.contextmanager
