@@ -238,7 +238,9 @@ def test_a_condition_that_makes_the_engine_raise_is_refused_with_its_place(
     content = document(segments=[tenant(1, "acme", DUAL_WRITE), asked, tenant(3, "globex", READ_FROM_LEDGER)])
     with pytest.raises(FlagDocumentInvalid) as caught:
         made(read_document(body(content), "test"))
-    place = "project.segments[1].rules[0].rules[0].conditions[0] (segment segment-2): Flagsmith's engine cannot evaluate"
+    place = (
+        "project.segments[1].rules[0].rules[0].conditions[0] (segment segment-2): Flagsmith's engine cannot evaluate"
+    )
     assert caught.value.detail.startswith(f"{place} {path} {operator} ")
     assert "; write " in caught.value.detail
 
@@ -275,7 +277,9 @@ def test_a_share_of_a_variant_that_is_no_number_is_refused(number: object, weigh
 
 def test_what_the_engine_tolerates_or_never_asks_for_us_stays_in_force() -> None:
     odd = [("WHAT", "x"), ("PERCENTAGE_SPLIT", "abc"), ("MODULO", "x|y"), ("EQUAL", 5), ("IN", [1, "b"])]
-    ours = [segment(n, operator, "plan", value, [state(DUAL_WRITE, True, 0)]) for n, (operator, value) in enumerate(odd)]
+    ours = [
+        segment(n, operator, "plan", value, [state(DUAL_WRITE, True, 0)]) for n, (operator, value) in enumerate(odd)
+    ]
     others = [segment(8, "REGEX", "plan", "(", [state("new.checkout", True, 0)]), segment(9, "IN", "plan", 5, [])]
     others[0]["feature_states"][0]["feature_segment"]["priority"] = "x"
     content = document(READ_FROM_LEDGER, segments=ours + others, names=(*ALL_FLAGS, "new.checkout"))

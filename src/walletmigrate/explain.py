@@ -141,10 +141,10 @@ def _key(site: Site, account: str) -> str:
 
 def _has(connection: Connection, site: Site, key: str) -> bool:
     mapping = site.mapping
-    row = f"select from {relation(mapping)} where {quoted(mapping.key)} = cast(:key as {site.key_sql_type})"
+    row = f"select from {relation(mapping)} where {quoted(mapping.key)} = cast(:own as {site.key_sql_type})"
     held = f"select from {quoted(site.schema)}.accounts where mapping = :mapping and key = :key"
     either = f"exists ({row}) or exists ({held})" if site.installed else f"exists ({row})"
-    return bool(connection.scalar(text(f"select {either}"), {"key": key, "mapping": mapping.name}))
+    return bool(connection.scalar(text(f"select {either}"), {"own": key, "key": key, "mapping": mapping.name}))
 
 
 def _flags(snapshot: Snapshot, state: PhaseState, key: str, traits: Traits) -> Iterator[FlagReason]:

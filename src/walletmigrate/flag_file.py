@@ -43,15 +43,14 @@ class FlagFile(FlagEditor):
         """Edit the file: wholly, or not at all."""
         with self._locked():
             content = self.read()
+            Document(content, self.name)  # where that cannot be evaluated, nobody knows what an edit would change
             edited = copy.deepcopy(content)
             edit(edited)
-            changed = edited != content
-            if changed:
+            if edited != content:
                 edited["updated_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-            # What cannot be evaluated must not be written, nor be called as it should be.
-            Document(edited, self.name)
-            if changed and not dry_run:
-                self._write(edited)
+                Document(edited, self.name)  # what could not be evaluated must not be written
+                if not dry_run:
+                    self._write(edited)
             return content, edited
 
     @contextlib.contextmanager
