@@ -7,6 +7,26 @@ from collections.abc import Iterable, Sequence
 
 from walletmigrate.flags import ALL_FLAGS, Json
 
+UNREADABLE: list[tuple[str, object]] = [
+    ("REGEX", "("),
+    ("REGEX", "a{99999999999999999999}"),
+    ("IN", 5),
+    ("IN", None),
+    ("IN", {"acme": 1}),
+    ("IN", "[" * 100_000),
+    ("PERCENTAGE_SPLIT", None),
+    ("PERCENTAGE_SPLIT", ["25"]),
+    ("MODULO", 5),
+    ("MODULO", "0|0"),
+    ("EQUAL", 1e999),
+]
+"""Operators and values at which Flagsmith's engine raises, some only for an account that has the trait."""
+
+
+def named(value: object) -> str:
+    """A value in a test's name."""
+    return str(value)[:12]
+
 
 def state(name: str, enabled: bool, priority: int | None = None) -> Json:
     """One feature state; with a priority it is a segment's."""
@@ -22,7 +42,7 @@ def state(name: str, enabled: bool, priority: int | None = None) -> Json:
     }
 
 
-def segment(number: int, operator: str, path: str, value: str, states: Iterable[Json]) -> Json:
+def segment(number: int, operator: str, path: str, value: object, states: Iterable[Json]) -> Json:
     """A segment of one condition."""
     condition = {"operator": operator, "property_": path, "value": value}
     inner = {"type": "ANY", "rules": [], "conditions": [condition]}

@@ -12,9 +12,9 @@ import pytest
 import flagsmith_stub
 import ledger
 from commandline import REASON, Project, project_at
-from flag_documents import document, segment, state, tenant
+from flag_documents import UNREADABLE, document, identity, named, segment, state, tenant
 from flagsmith_stub import ADMIN_KEY, ENVIRONMENT_KEY, FlagsmithStub
-from walletmigrate.flags import ALL_FLAGS, DUAL_WRITE, ENABLE_WITHDRAWALS, READ_FROM_LEDGER, Json
+from walletmigrate.flags import ALL_FLAGS, DUAL_WRITE, ENABLE_WITHDRAWALS, READ_FROM_LEDGER, Json, leaf_conditions
 
 KEYS = {"WALLETMIGRATE_FLAGSMITH_KEY": ENVIRONMENT_KEY, "WALLETMIGRATE_FLAGSMITH_ADMIN_KEY": ADMIN_KEY}
 
@@ -263,6 +263,163 @@ def test_a_broken_file_ends_the_check_with_2_and_one_that_is_gone_with_5(bare: P
     assert bare.run("flags", "check").exit_code == 5
 
 
+def asking(operator: str, value: object) -> Json:
+    """A document in which a segment of dual-write has that condition of the trait role."""
+    return document(segments=[segment(5, operator, "role", value, [state(DUAL_WRITE, True, 1)])])
+
+
+@pytest.mark.parametrize(("operator", "value"), UNREADABLE, ids=named)
+def test_a_condition_that_cannot_be_evaluated_ends_the_check_with_2_and_is_named(
+    bare: Project, operator: str, value: object
+) -> None:
+    put(bare, asking(operator, value))
+    said = bare.run("flags", "check")
+    assert (said.exit_code, said.stdout) == (2, "")
+    assert f"conditions[0] (segment segment-5): Flagsmith's engine cannot evaluate role {operator}" in said.stderr
+    assert "; write " in said.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "detail"),
+    [
+        (asking("REGEX", "("), "cannot evaluate role REGEX '('"),
+        (asking("IN", 5), "cannot evaluate role IN 5"),
+        (
+            document(segments=[{**tenant(5, "a"), "feature_states": [state(DUAL_WRITE, True, "x")]}]),  # type: ignore[arg-type]
+            "project.segments[0].feature_states[0].feature_segment.priority (segment segment-5) is 'x': write a number",
+        ),
+    ],
+    ids=["regex", "in", "priority"],
+)
+def test_every_command_refuses_a_document_that_cannot_be_evaluated_and_writes_nothing(
+    project: Project, content: Json, detail: str
+) -> None:
+    put(project, content)
+    stood, rows = project.flag_path.read_bytes(), audited(project)
+    flip = ["flags", "set", DUAL_WRITE]
+    for words in (
+        ["flags", "check"],
+        ["flags", "list"],
+        ["flags", "explain", "1"],
+        [*flip, "on", "--everyone", "--dry-run"],
+        [*flip, "on", "--everyone", *REASON],
+        [*flip, "off", "--everyone", *REASON],
+        [*flip, "remove", "--account", "7", *REASON],
+    ):
+        said = project.run(*words, "--json")
+        assert (said.exit_code, said.document["error"]["code"]) == (2, "flag_document"), words
+        assert detail in said.document["error"]["fields"]["detail"]
+    cutover = ["cutover", "--cohort", "tenant=acme", "--confirm", "users", *REASON]
+    for words, exit_code in ((["doctor"], 3), (cutover, 4)):  # both say all that they find
+        said = project.run(*words)
+        assert (said.exit_code, detail in said.stdout + said.stderr) == (exit_code, True), said
+    assert (project.flag_path.read_bytes(), audited(project)) == (stood, rows)
+    assert project.run("rollback", "--json", *REASON).document["phase_after"] == "dual_write", "the phase is enough"
+
+
+@pytest.mark.parametrize(
+    ("operator", "value", "said", "mend"),
+    [
+        ("WHAT", "x", "asks for role WHAT 'x', which holds for nobody: Flagsmith knows no operator WHAT", "EQUAL, "),
+        ("Equals", "x", "Flagsmith knows no operator Equals", "the operator can be EQUAL"),
+        ("PERCENTAGE_SPLIT", "abc", "holds for nobody: Flagsmith cannot read that value", "a number from 0 to 100"),
+        ("PERCENTAGE_SPLIT", "25%", "holds for nobody", "a number from 0 to 100"),
+        ("PERCENTAGE_SPLIT", "-1", "holds for nobody", "a number from 0 to 100"),
+        ("MODULO", "x|y", "role MODULO 'x|y', which holds for nobody", "divisor|remainder"),
+        ("MODULO", "2", "holds for nobody", "divisor|remainder"),
+    ],
+)
+def test_a_condition_that_holds_for_nobody_is_named_and_stays_in_force(
+    bare: Project, operator: str, value: str, said: str, mend: str
+) -> None:
+    put(bare, asking(operator, value))
+    found = bare.run("flags", "check", "--json")
+    (doubt,) = found.document["error"]["fields"]["reasons"]
+    assert (found.exit_code, found.document["error"]["code"]) == (4, "precondition")
+    assert (said in doubt["what"], mend in doubt["mend"]) == (True, True), doubt
+    assert not bare.flags.document().decide("7", {"role": "x"}).dual_write
+    bare.run("flags", "set", DUAL_WRITE, "on", "--everyone", "--no-audit", *REASON)
+    assert bare.flags.document().decide("7", {"role": "x"}).dual_write
+
+
+def test_conditions_that_hold_for_somebody_and_segments_of_other_flags_pass(bare: Project) -> None:
+    good = [("PERCENTAGE_SPLIT", "12.5"), ("MODULO", "2|0"), ("REGEX", "^vip$"), ("IN", "a,b"), ("IS_SET", None)]
+    ours = [segment(n, op, "role", value, [state(DUAL_WRITE, True, n)]) for n, (op, value) in enumerate(good)]
+    others = [segment(n, "WHAT", "plan", "x", states) for n, states in ((8, []), (9, [state("checkout", True, 1)]))]
+    put(bare, document(segments=ours + others, names=(*ALL_FLAGS, "checkout")))
+    assert bare.run("flags", "check").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["wallet.dualwrite", "wallet.dual_write", "wallet.dualWrites", "wallet.dualWirte", "walet.dualWrite"]
+)
+def test_a_misspelt_flag_beside_the_right_one_is_named(bare: Project, name: str) -> None:
+    content = document(name, names=(*ALL_FLAGS, name))
+    said = f"{name} stands beside {DUAL_WRITE}, and nothing asks for it: names must be spelt exactly so."
+    put(bare, content)
+    assert told(bare) == [said]
+    assert said in bare.run("flags", "list").stderr
+    content["feature_states"].pop()
+    put(bare, {**content, "identity_overrides": [identity("7", state(name, True))]})
+    assert told(bare) == [said]
+
+
+def test_flags_of_the_applications_own_are_no_misspelt_ones(bare: Project) -> None:
+    own = (
+        "wallet.dualWriteV2",
+        "wallet.dualWrite2",
+        "wallet.dualRead",
+        "wallet.enableDeposits",
+        "wallet.readFromCache",
+    )
+    put(bare, document(*own, names=(*ALL_FLAGS, *own, "wallet.readFromLedgerCache", "checkout")))
+    assert bare.run("flags", "check").exit_code == 0
+
+
+# An account that there is not
+
+
+@pytest.mark.parametrize("account", ["abc", "4.2", "007", "9" * 30])
+def test_a_flag_is_set_for_no_key_that_an_account_cannot_have(project: Project, account: str) -> None:
+    stood, rows = project.flag_path.read_bytes(), audited(project)
+    for more in (REASON, ("--dry-run",)):
+        for switch in ("on", "off"):
+            said = project.run("flags", "set", READ_FROM_LEDGER, switch, "--account", account, "--json", *more)
+            assert (said.exit_code, said.document["error"]["code"]) == (2, "usage")
+            assert "of mapping 'users': pass " in said.document["error"]["message"]
+    assert (project.flag_path.read_bytes(), audited(project)) == (stood, rows)
+
+
+def test_an_override_of_a_key_that_is_none_can_be_removed(project: Project) -> None:
+    project.flags.set(READ_FROM_LEDGER, True, account="abc")
+    project.change("flags", "set", READ_FROM_LEDGER, "remove", "--account", "abc")
+    assert project.flags.list()[1].overrides == ()
+
+
+def test_an_account_that_nobody_has_is_told_and_set(project: Project) -> None:
+    said = project.run("flags", "set", READ_FROM_LEDGER, "on", "--account", "4711", *REASON)
+    assert (said.exit_code, "no mapping has the account 4711 now" in said.stderr) == (0, True)
+    assert audited(project)[-1][3]["who"] == "account 4711"
+    assert "account" not in project.run("flags", "set", READ_FROM_LEDGER, "on", "--account", "7", *REASON).stderr
+    engine = ledger.engine_named(project.url)
+    ledger.execute(engine, "delete from public.users where id = 3")
+    assert "no mapping" not in project.run("flags", "set", DUAL_WRITE, "off", "--account", "3", *REASON).stderr, (
+        "closed"
+    )
+
+
+def test_a_table_that_is_away_keeps_nobody_from_switching_an_account_off(project: Project) -> None:
+    ledger.execute(ledger.engine_named(project.url), "alter table public.users rename to hidden")
+    said = project.run("flags", "set", READ_FROM_LEDGER, "off", "--account", "7", *REASON)
+    assert (said.exit_code, "account 7 was not looked for: " in said.stderr) == (0, True), said
+
+
+def test_without_a_database_an_account_is_not_looked_for_and_that_is_said(bare: Project) -> None:
+    for more in (("--no-audit", *REASON), ("--dry-run",)):
+        said = bare.run("flags", "set", DUAL_WRITE, "on", "--account", "abc", *more)
+        assert (said.exit_code, "account abc was not looked for: there is no database" in said.stderr) == (0, True)
+
+
 # The server
 
 
@@ -385,6 +542,21 @@ def test_check_tries_the_admin_key_and_says_whether_flags_can_be_switched(
     assert "must be spelt wallet.dualWrite" in served.run("flags", "check").stderr
     flagsmith.fail("GET", "environment-document", status=502)
     assert served.run("flags", "check").exit_code == 5
+
+
+def test_a_condition_on_the_server_that_cannot_be_evaluated_is_refused_and_nothing_is_written(
+    served: Served, flagsmith: FlagsmithStub
+) -> None:
+    served.change("flags", "set", READ_FROM_LEDGER, "on", "--tenant", "acme")
+    (number,) = flagsmith.project.overrides[flagsmith.flag(READ_FROM_LEDGER)]
+    (condition,) = leaf_conditions(flagsmith.project.segments[number]["rules"])
+    condition.update(operator="REGEX", value="(")
+    written = list(flagsmith.writes)
+    for words in (["check"], ["list"], ["set", DUAL_WRITE, "off", "--everyone", *REASON]):
+        said = served.run("flags", *words, "--json")
+        assert (said.exit_code, said.document["error"]["code"]) == (2, "flag_document"), said
+        assert "(segment tenant-acme): Flagsmith's engine cannot evaluate tenant REGEX '('" in said.stderr
+    assert flagsmith.writes == written
 
 
 def test_no_command_shows_a_key(served: Served, flagsmith: FlagsmithStub) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 import walletmigrate.flag_http
-from flag_documents import body, document, tenant
+from flag_documents import UNREADABLE, body, document, named, segment, state, tenant
 from flag_serving import (
     KEY,
     ON,
@@ -209,6 +209,25 @@ def test_garbage_from_the_server_leaves_the_last_good_document_in_force(
     assert wanted(source) == ON
     assert problem(source)
     with pytest.raises((FlagDocumentInvalid, FlagsMissing)):
+        check(source)
+
+
+@pytest.mark.parametrize(("operator", "value"), UNREADABLE, ids=named)
+def test_a_document_that_the_engine_cannot_evaluate_leaves_the_last_good_one_in_force(
+    flagsmith: FlagServer, make: Make, operator: str, value: object
+) -> None:
+    kept: list[Json] = []
+    flagsmith.answer = body(document(*ALL_FLAGS))
+    source = make(flagsmith.url, remember=kept.append)
+    good = source.refresh()
+    asked = segment(1, operator, "plan", value, [state(DUAL_WRITE, True, 1)])
+    flagsmith.answer = body(document(segments=[asked]))
+    assert source.refresh().document_id == good.document_id
+    for traits in ({}, {"plan": "pro"}):
+        assert wanted(source, **traits) == ON
+    assert "(segment segment-1): Flagsmith's engine cannot evaluate plan" in problem(source)
+    assert kept == [document(*ALL_FLAGS)], "what cannot be evaluated is remembered for nobody"
+    with pytest.raises(FlagDocumentInvalid):
         check(source)
 
 

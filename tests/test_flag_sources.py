@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flag_documents import body, document, tenant
+from flag_documents import UNREADABLE, body, document, named, segment, state, tenant
 from flag_serving import LONG, ON, WRITING, Clock, forks, in_child, problem, together, turns, wanted
 from walletmigrate.errors import FlagDocumentInvalid, FlagsMissing, FlagSourceUnreachable
 from walletmigrate.flag_file import FlagFile
@@ -97,6 +97,24 @@ def test_a_broken_file_leaves_the_last_good_document_in_force(path: Path, broken
     assert wanted(source) == WRITING
     assert not problem(source)
     assert source.snapshot().age_seconds() == 0
+
+
+@pytest.mark.parametrize(("operator", "value"), UNREADABLE, ids=named)
+def test_a_file_that_the_engine_cannot_evaluate_leaves_the_last_good_document_in_force(
+    path: Path, operator: str, value: object
+) -> None:
+    notices: list[FlagNotice] = []
+    write(path, body(document(*ALL_FLAGS)))
+    source = FileSource(path, check_seconds=0, report=notices.append)
+    good = source.snapshot().document_id
+    write(path, body(document(segments=[segment(1, operator, "plan", value, [state(DUAL_WRITE, True, 1)])])))
+    for traits in ({}, {"plan": "pro"}):
+        assert wanted(source, **traits) == ON
+    assert source.snapshot().document_id == good
+    assert "(segment segment-1): Flagsmith's engine cannot evaluate plan" in problem(source)
+    assert [notice.kind for notice in notices] == ["source_problem"]
+    write(path, body(document(DUAL_WRITE)))
+    assert (wanted(source), problem(source)) == (WRITING, "")
 
 
 def test_a_file_that_goes_away_leaves_the_last_good_document_in_force(path: Path) -> None:

@@ -14,6 +14,7 @@ from flagsmith.offline_handlers import LocalFileHandler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import flag_documents
 import walletmigrate.flags
 from flag_documents import body, document, identity, segment, state, tenant
 from walletmigrate.errors import FlagDocumentInvalid, FlagsMissing, UsageError
@@ -221,9 +222,71 @@ def test_a_condition_on_anything_else_is_evaluated_each_time() -> None:
 
 def test_what_the_engine_cannot_evaluate_counts_as_off_and_is_told_once() -> None:
     notices: list[FlagNotice] = []
-    found = made(document(segments=[segment(1, "REGEX", "tenant", "(", [state(DUAL_WRITE, True, 0)])]), notices)
-    assert {found.decide("42", {"tenant": name}) for name in "abc"} == {OFF}
+    found = made(document(segments=[segment(1, "MODULO", "age", "2|0", [state(DUAL_WRITE, True, 0)])]), notices)
+    assert found.decide("42", {"age": 4}).dual_write
+    beyond = [10**number for number in (400, 401, 402)]  # no float can hold them, and the engine divides by one
+    assert {found.decide("42", {"age": age}) for age in beyond} == {OFF}
     assert [notice.kind for notice in notices] == ["evaluation_failed"]
+
+
+@pytest.mark.parametrize(("operator", "value"), flag_documents.UNREADABLE, ids=flag_documents.named)
+@pytest.mark.parametrize("path", ["plan", "$.identity.identifier"])
+def test_a_condition_that_makes_the_engine_raise_is_refused_with_its_place(
+    path: str, operator: str, value: object
+) -> None:
+    asked = segment(2, operator, path, value, [state(DUAL_WRITE, True, 0)])
+    content = document(segments=[tenant(1, "acme", DUAL_WRITE), asked, tenant(3, "globex", READ_FROM_LEDGER)])
+    with pytest.raises(FlagDocumentInvalid) as caught:
+        made(read_document(body(content), "test"))
+    place = (
+        "project.segments[1].rules[0].rules[0].conditions[0] (segment segment-2): Flagsmith's engine cannot evaluate"
+    )
+    assert caught.value.detail.startswith(f"{place} {path} {operator} ")
+    assert "; write " in caught.value.detail
+
+
+def test_a_condition_is_tried_although_another_decides_before_it() -> None:
+    asked = tenant(1, "acme", DUAL_WRITE)
+    asked["rules"][0]["rules"][0]["conditions"].append({"operator": "REGEX", "property_": "plan", "value": "("})
+    asked["rules"].append({"type": "NONE", "conditions": [{"operator": "IN", "property_": "role", "value": 5}]})
+    with pytest.raises(FlagDocumentInvalid, match=r"rules\[0\]\.rules\[0\]\.conditions\[1\] .*plan REGEX '\('"):
+        made(document(segments=[asked]))
+    del asked["rules"][0]
+    with pytest.raises(FlagDocumentInvalid, match=r"rules\[0\]\.conditions\[0\] .*role IN 5"):
+        made(document(segments=[asked]))
+
+
+@pytest.mark.parametrize("priority", ["x", "1", None, [1]])
+def test_a_priority_that_is_no_number_is_refused(priority: object) -> None:
+    ranked = tenant(7, "acme", READ_FROM_LEDGER)
+    ranked["feature_states"][0]["feature_segment"] = {"priority": priority}
+    with pytest.raises(FlagDocumentInvalid, match=r"priority \(segment segment-7\) is .*: write a number"):
+        made(read_document(body(document(segments=[tenant(1, "a", DUAL_WRITE), ranked])), "test"))
+
+
+@pytest.mark.parametrize(("number", "weight"), [(1, "50"), (1, None), ("x", 50)])
+def test_a_share_of_a_variant_that_is_no_number_is_refused(number: object, weight: object) -> None:
+    option = {"id": number, "percentage_allocation": weight, "multivariate_feature_option": {"value": "a"}}
+    content = document(segments=[tenant(1, "acme", DUAL_WRITE)])
+    for holder in (content, content["project"]["segments"][0]):
+        holder["feature_states"][0]["multivariate_feature_state_values"] = [option]
+        with pytest.raises(FlagDocumentInvalid, match=r"feature_states\[0\]\.multivariate_feature_state_values: write"):
+            made(read_document(body(content), "test"))
+        holder["feature_states"][0]["multivariate_feature_state_values"] = []
+
+
+def test_what_the_engine_tolerates_or_never_asks_for_us_stays_in_force() -> None:
+    odd = [("WHAT", "x"), ("PERCENTAGE_SPLIT", "abc"), ("MODULO", "x|y"), ("EQUAL", 5), ("IN", [1, "b"])]
+    ours = [
+        segment(n, operator, "plan", value, [state(DUAL_WRITE, True, 0)]) for n, (operator, value) in enumerate(odd)
+    ]
+    others = [segment(8, "REGEX", "plan", "(", [state("new.checkout", True, 0)]), segment(9, "IN", "plan", 5, [])]
+    others[0]["feature_states"][0]["feature_segment"]["priority"] = "x"
+    content = document(READ_FROM_LEDGER, segments=ours + others, names=(*ALL_FLAGS, "new.checkout"))
+    notices: list[FlagNotice] = []
+    found = made(read_document(body(content), "test"), notices)
+    assert [found.decide("42", {"plan": plan}).dual_write for plan in ("pro", "b", 1, 5)] == [False, True, True, True]
+    assert {notice.kind for notice in notices} == {"read_without_dual_write"}
 
 
 def test_a_document_does_not_change_with_what_it_was_made_of_or_gave_away() -> None:

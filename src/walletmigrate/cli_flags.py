@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
 
 from walletmigrate import phases
 from walletmigrate.cli_phases import flag_line, impact_lines
@@ -21,7 +22,7 @@ from walletmigrate.errors import (
     UnknownAccount,
     UsageError,
 )
-from walletmigrate.explain import Explanation, Pocket
+from walletmigrate.explain import Explanation, Pocket, known
 from walletmigrate.explain import explain as explain_account
 from walletmigrate.flag_doubts import doubtful, doubts
 from walletmigrate.flag_edits import FlagState
@@ -29,6 +30,7 @@ from walletmigrate.flag_sources import DocumentSnapshot
 from walletmigrate.flag_sources import check as check_source
 from walletmigrate.flags import NO_DOCUMENT, Document
 from walletmigrate.invocation import KEYS, Run, cohort
+from walletmigrate.job_rows import said
 from walletmigrate.phases import FlagChange
 from walletmigrate.standing import flag_states
 
@@ -104,8 +106,10 @@ def set_flag(
     }
     wanted = None if switch is Switch.REMOVE else switch is Switch.ON
     engine = None if no_audit else _database(run)
+    # An override is removed whatever its key: that is how one gets rid of a key that is none.
+    unknown = [] if account is None or wanted is None else list(_unknown(run, engine, account))
     done = phases.set_flag(engine, run.settings, flags, flag, wanted, act, dry_run=run.dry_run, **chosen)
-    notes = [*_unmatched(run, chosen["trait"], percent_of), *flags.validate(), *_remarks(run, done)]
+    notes = [*_unmatched(run, chosen["trait"], percent_of), *unknown, *flags.validate(), *_remarks(run, done)]
     return Answer({"flag": plain(done)}, (flag_line(done), *impact_lines(done)), tuple(notes))
 
 
@@ -180,6 +184,24 @@ def _unmatched(run: Run, trait: tuple[str, str] | None, percent_of: str | None) 
     name = trait[0] if trait else percent_of
     if name is not None and all(name not in mapping.traits for mapping in run.settings.mappings):
         yield f"no mapping has the trait {name}: unless the application passes it, nobody is meant by it"
+
+
+def _unknown(run: Run, engine: Engine | None, account: str) -> Iterator[str]:
+    """An account that nobody has is asked for in vain. Raises UsageError for a key that no account can have."""
+    if engine is None:
+        yield f"account {account} was not looked for: there is no database to look in"
+        return
+    try:
+        with engine.connect() as connection:
+            found = known(connection, run.settings, account)
+    except InvalidKey as error:
+        raise UsageError(str(error)) from None
+    except (ConfigError, DBAPIError) as error:
+        # A table that is locked, or changed, keeps nobody from switching an account off.
+        yield f"account {account} was not looked for: {said(error)}"
+        return
+    if not found and run.settings.mappings:
+        yield f"no mapping has the account {account} now: until one has, nobody is meant by it"
 
 
 def _foreign_traits(run: Run, document: Document) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import Final, Literal
 from sqlalchemy import Connection, text
 
 from walletmigrate.config import Column, Mapping, Settings, key_text
-from walletmigrate.errors import UnknownAccount
+from walletmigrate.errors import InvalidKey, UnknownAccount
 from walletmigrate.flag_edits import Override, state_of
 from walletmigrate.flag_sources import DocumentSnapshot, DocumentSource
 from walletmigrate.flags import (
@@ -23,6 +23,7 @@ from walletmigrate.flags import (
     Snapshot,
     Traits,
 )
+from walletmigrate.functions import relation
 from walletmigrate.reads import Balance, read_balance
 from walletmigrate.schema import quoted
 from walletmigrate.sites import Site, Sites
@@ -87,8 +88,7 @@ def explain(
     Raises InvalidKey, and UnknownAccount where there is neither a legacy row nor a ledger account.
     """
     site = Sites(settings.ledger_schema, mapping).at(connection)
-    integer = site.key_type == "integer" and account.removeprefix("-").isdecimal()
-    key = key_text(int(account) if integer else account, site.key_type, mapping.name)
+    key = _key(site, account)
     state = show(connection, settings)
     traits = TraitCache(mapping).of(connection, site, key, None)
     snapshot = source.snapshot()
@@ -110,6 +110,41 @@ def explain(
         flags,
         pockets,
     )
+
+
+def known(connection: Connection, settings: Settings, account: str) -> bool:
+    """Whether a mapping has an account that its flags are asked for by the text ``account``.
+
+    Looks by key into each legacy table, and into the ledger. Raises InvalidKey where no mapping's key can be that.
+    """
+    keys: list[str] = []
+    refused: list[InvalidKey] = []
+    for mapping in settings.mappings:
+        site = Sites(settings.ledger_schema, mapping).at(connection)
+        try:
+            key = _key(site, account)
+        except InvalidKey as error:
+            refused.append(error)
+            continue
+        keys.append(key)
+        if key == account and _has(connection, site, key):
+            return True
+    if account in keys or not settings.mappings:
+        return False
+    raise refused[0] if refused else InvalidKey(settings.mappings[0].name, account, f"it as it is stored, {keys[0]}")
+
+
+def _key(site: Site, account: str) -> str:
+    integer = site.key_type == "integer" and account.removeprefix("-").isdecimal()
+    return key_text(int(account) if integer else account, site.key_type, site.mapping.name)
+
+
+def _has(connection: Connection, site: Site, key: str) -> bool:
+    mapping = site.mapping
+    row = f"select from {relation(mapping)} where {quoted(mapping.key)} = cast(:own as {site.key_sql_type})"
+    held = f"select from {quoted(site.schema)}.accounts where mapping = :mapping and key = :key"
+    either = f"exists ({row}) or exists ({held})" if site.installed else f"exists ({row})"
+    return bool(connection.scalar(text(f"select {either}"), {"own": key, "key": key, "mapping": mapping.name}))
 
 
 def _flags(snapshot: Snapshot, state: PhaseState, key: str, traits: Traits) -> Iterator[FlagReason]:

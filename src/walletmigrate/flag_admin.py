@@ -52,6 +52,7 @@ class FlagAdmin(FlagEditor):
     def apply(self, edit: Edit, *, dry_run: bool) -> tuple[Json, Json]:
         """Edit the flags on the server: wholly, or not at all, or `FlagChangeIncomplete` says what was done."""
         before = self.read()
+        Document(before, self.name)  # as with the file
         after = copy.deepcopy(before)
         edit(after)
         _settle(before, after)

@@ -6,11 +6,13 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Iterator
-from itertools import combinations
-from typing import TypeAlias
+from difflib import get_close_matches
+from itertools import combinations, takewhile
+from typing import Any, TypeAlias
 
 from walletmigrate.flag_edits import Override, segments, shape, state_of
-from walletmigrate.flags import ALL_FLAGS, DUAL_WRITE, READ_FROM_LEDGER, Json
+from walletmigrate.flag_trial import operators, shown, value_of
+from walletmigrate.flags import ALL_FLAGS, DUAL_WRITE, READ_FROM_LEDGER, Json, all_states, leaf_conditions
 
 Doubt: TypeAlias = tuple[str, str]
 """What is doubtful, and the command or the act that mends it."""
@@ -27,6 +29,8 @@ def doubts(content: Json) -> Iterator[str]:
 def doubtful(content: Json) -> Iterator[Doubt]:
     """Everything that is doubtful, each with what mends it."""
     yield from _repeated(content)
+    yield from _misspelt(content)
+    yield from _unmet(content)
     yield from _percentages(content)
     yield from _reads_without_writes(content)
     for flag in ALL_FLAGS:
@@ -42,6 +46,61 @@ def _repeated(content: Json) -> Iterator[Doubt]:
     for number in (number for number, count in ids.items() if count > 1):
         said = f"{ids[number]} segments have the id {number}; only the last one counts. Give each its own."
         yield said, "give each segment its own id"
+
+
+def _misspelt(content: Json) -> Iterator[Doubt]:
+    """A name beside the right one that only a slip can have made: who switches that switches nothing."""
+    for name in dict.fromkeys(state["feature"]["name"] for state in all_states(content)):
+        for flag in ALL_FLAGS:
+            if name != flag and _slipped(_letters(name), _letters(flag)):
+                said = f"{name} stands beside {flag}, and nothing asks for it: names must be spelt exactly so."
+                yield said, f"switch {flag} instead, and delete {name}"
+
+
+def _letters(name: str) -> str:
+    return "".join(letter for letter in name.casefold() if letter.isalnum())
+
+
+def _slipped(name: str, flag: str) -> bool:
+    """Whether the two differ by one letter more, less, other or swapped, at most. A number is no slip but a version."""
+    for _ in ("from the front", "from the back"):
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(name, flag, strict=False)))
+        name, flag = name[same:][::-1], flag[same:][::-1]
+    swapped = len(name) == 2 and name == flag[::-1]
+    return swapped or (len(name) <= 1 and len(flag) <= 1 and not name.isdecimal())
+
+
+def _unmet(content: Json) -> Iterator[Doubt]:
+    """Conditions that hold for nobody, because the engine passes over what it does not know."""
+    ours = [segment for segment in segments(content) if any(_states(segment, flag) for flag in ALL_FLAGS)]
+    known = operators() if ours else ()
+    for segment in ours:
+        for condition in leaf_conditions(segment["rules"]):
+            operator, asked = condition["operator"], f"segment {segment['name']} asks for {shown(condition)}"
+            if operator not in known:
+                meant = get_close_matches(operator.upper(), known, n=1) or [", ".join(known)]
+                said = f"{asked}, which holds for nobody: Flagsmith knows no operator {operator}."
+                yield said, f"correct the condition in the flag source; the operator can be {meant[0]}"
+            elif not _readable(operator, condition["value"]):
+                said = f"{asked}, which holds for nobody: Flagsmith cannot read that value."
+                yield said, f"correct the condition in the flag source; write {value_of(operator)}"
+
+
+def _readable(operator: str, value: object) -> bool:
+    if operator == "PERCENTAGE_SPLIT":
+        return _number(value) >= 0
+    if operator == "MODULO":
+        parts = str(value).split("|")
+        return len(parts) == 2 and not any(math.isnan(_number(part)) for part in parts)
+    return True
+
+
+def _number(value: Any) -> float:
+    """As the engine reads it; not a number for what it passes over."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _percentages(content: Json) -> Iterator[Doubt]:

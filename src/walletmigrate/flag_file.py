@@ -43,6 +43,7 @@ class FlagFile(FlagEditor):
         """Edit the file: wholly, or not at all."""
         with self._locked():
             content = self.read()
+            Document(content, self.name)  # where that cannot be evaluated, nobody knows what an edit would change
             edited = copy.deepcopy(content)
             edit(edited)
             if edited != content:

@@ -22,13 +22,13 @@ class _State(BaseModel):
 class _Condition(BaseModel):
     operator: StrictStr
     property_: StrictStr | None = None
-    value: Any = None
+    value: Any  # what Flagsmith's engine can make of it, `flag_trial` asks
 
 
 class _Rule(BaseModel):
     type: Literal["ALL", "ANY", "NONE"]
-    rules: list[_Rule] | None = None
-    conditions: list[_Condition] | None = None
+    rules: list[_Rule] = []
+    conditions: list[_Condition] = []
 
 
 class _Segment(BaseModel):

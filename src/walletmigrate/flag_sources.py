@@ -110,13 +110,14 @@ class DocumentSource:
         """Put a document in force if it is good. Returns whether it was."""
         try:
             content = read_document(body, self.name)
-            document = Document(content, self.name, self._report)
+            standing = self._current.document
+            if standing is not None and standing.says(content):
+                document = standing  # keeps what it remembers of decisions, and was tried already
+            else:
+                document = Document(content, self.name, self._report)
         except (FlagDocumentInvalid, FlagsMissing) as error:
             self._fail(error)
             return False
-        standing = self._current.document
-        if standing is not None and standing.id == document.id:
-            document = standing  # keeps what it remembers of decisions
         confirmed = self._clock() if confirm else self._current.confirmed
         self._current = DocumentSnapshot(document, self.name, confirmed, self._clock)
         return True

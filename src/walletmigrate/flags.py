@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
-from walletmigrate import flag_shape
+from walletmigrate import flag_shape, flag_trial
 from walletmigrate.errors import FlagDocumentInvalid, FlagsMissing, UsageError
 from walletmigrate.observe import kind_of
 
@@ -148,7 +148,7 @@ def read_document(body: bytes, source: str) -> Json:
 class Document:
     """One environment document, immutable and evaluable, with a bounded memory of its decisions.
 
-    Raises `FlagDocumentInvalid` if Flagsmith's engine cannot read ``content``, which `read_document` made.
+    Raises `FlagDocumentInvalid` if Flagsmith's engine cannot evaluate ``content``, which `read_document` made.
     """
 
     def __init__(self, content: Json, source: str, report: Report | None = None) -> None:
@@ -159,8 +159,11 @@ class Document:
             # The client shares parts of what it is given; the text gives it a copy that nobody else holds.
             client = Flagsmith(offline_mode=True, offline_handler=_Handler(json.loads(text)))
             scope = _Scope.of(content)
+            fault = flag_trial.fault(content, ALL_FLAGS)
         except Exception as error:  # noqa: BLE001 - the engine raises whatever a shape leads it to
             raise _misshapen(source, error) from None
+        if fault is not None:
+            raise FlagDocumentInvalid(source, fault)
         self.id: Final = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.source: Final = source
         self._text = text
@@ -169,6 +172,10 @@ class Document:
         self._report = report or log_notice
         self._told = {"read_without_dual_write": threading.Lock(), "evaluation_failed": threading.Lock()}
         self._memo = lru_cache(maxsize=MEMO_SIZE, typed=True)(self._evaluate_named)
+
+    def says(self, content: Json) -> bool:
+        """Whether it was made of an equal ``content``."""
+        return json.dumps(content, sort_keys=True) == self._text
 
     @property
     def content(self) -> Json:
