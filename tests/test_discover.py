@@ -12,26 +12,15 @@ import pytest
 
 import shop
 from commandline import Project
+from discovering import MODELS, project, sources
 from walletmigrate.discover import discover
 from walletmigrate.errors import UsageError
 from walletmigrate.findings import Catalogue, Finding
 from walletmigrate.source_files import MAX_BYTES
 
+__all__ = ["project", "sources"]
+
 DOCUMENT = Path(__file__).parents[1] / "docs" / "discover.md"
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Project:
-    folder = tmp_path / "configuration"
-    folder.mkdir()
-    return Project(folder, "postgresql://nobody@127.0.0.1:1/none")
-
-
-@pytest.fixture
-def sources(tmp_path: Path) -> Path:
-    folder = tmp_path / "sources"
-    folder.mkdir()
-    return folder
 
 
 def found_in(folder: Path, **options: Any) -> Catalogue:
@@ -40,10 +29,7 @@ def found_in(folder: Path, **options: Any) -> Catalogue:
 
 def python(folder: Path, text: str, name: str = "code.py") -> list[Finding]:
     """What is found in one module beside a model of the table."""
-    (folder / "models.py").write_text(
-        "class User(Base):\n    __tablename__ = 'users'\n    total_coins = mapped_column(Numeric)\n"
-        "class Order(Base):\n    __tablename__ = 'orders'\n    total_coins = mapped_column(Numeric)\n"
-    )
+    (folder / "models.py").write_text(MODELS)
     (folder / name).write_text(text, encoding="utf-8")
     return [one for one in found_in(folder).findings if one.file.endswith(name)]
 

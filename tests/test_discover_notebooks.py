@@ -11,28 +11,16 @@ import pytest
 
 import shop
 from commandline import Project, Said
+from discovering import MODELS, project, sources
 from walletmigrate.discover import discover
 from walletmigrate.findings import Finding
 
-MODELS = (
-    "class User(Base):\n    __tablename__ = 'users'\n    total_coins = mapped_column(Numeric)\n"
-    "class Order(Base):\n    __tablename__ = 'orders'\n    total_coins = mapped_column(Numeric)\n"
-)
+__all__ = ["project", "sources"]
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Project:
-    folder = tmp_path / "configuration"
-    folder.mkdir()
-    return Project(folder, "postgresql://nobody@127.0.0.1:1/none")
-
-
-@pytest.fixture
-def sources(tmp_path: Path) -> Path:
-    folder = tmp_path / "sources"
-    folder.mkdir()
-    (folder / "models.py").write_text(MODELS)
-    return folder
+@pytest.fixture(autouse=True)
+def models(sources: Path) -> None:
+    (sources / "models.py").write_text(MODELS)
 
 
 def notebook(*cells: str, language: str = "python") -> dict[str, Any]:

@@ -8,26 +8,19 @@ from pathlib import Path
 import pytest
 
 from commandline import Project, Said
+from discovering import project, sources
+
+__all__ = ["project", "sources"]
 
 WRITE = "def pay(u):\n    u.total_coins = 1\n"
 BROKEN = "print 'paid'\n"
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Project:
-    folder = tmp_path / "configuration"
-    folder.mkdir()
-    return Project(folder, "postgresql://nobody@127.0.0.1:1/none")
-
-
-@pytest.fixture
-def sources(tmp_path: Path) -> Path:
-    folder = tmp_path / "sources"
-    folder.mkdir()
-    (folder / "models.py").write_text(
+@pytest.fixture(autouse=True)
+def models(sources: Path) -> None:
+    (sources / "models.py").write_text(
         "class User(Base):\n    __tablename__ = 'users'\n    coins = mapped_column('total_coins', Numeric)\n"
     )
-    return folder
 
 
 def discover(project: Project, sources: Path, *words: str) -> Said:

@@ -92,7 +92,7 @@ class _Reading:
                 found += self._file(file, text, book)
             if book is not None:
                 for problem, lines in book.unparsed:
-                    self._unparsed(file.path, problem, lines, book.ignores())
+                    self._unparsed(file.path, problem, lines, book.ignores)
             if file.path in self.broken:
                 lines = text.splitlines()
                 self._unparsed(file.path, self.broken[file.path], lines, Ignores.of(lines))
@@ -113,7 +113,7 @@ class _Reading:
             if file.python:
                 self.sources.add(file.tree(), file.module)
             elif file.notebook:
-                self.sources.add(read_notebook(file.text()).tree(), file.module)
+                self.sources.add(read_notebook(file.text()).tree, file.module)
         except UNPARSED as error:
             self.broken[file.path] = why(error)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final, NamedTuple, TypeAlias, get_args, get_type_hints
 
@@ -101,15 +102,16 @@ def _states(holder: _Json, flags: Collection[str]) -> Iterator[tuple[int, _Json]
 def _conditions(content: _Json, flags: Collection[str]) -> Iterator[_Condition]:
     for above, segment in _named(content["project"]["segments"]):
         if any(_states(segment, flags)):
-            for place, said in _leaves(segment["rules"], f"{above}rules"):
+            for place, said in leaves(segment["rules"], f"{above}rules"):
                 yield _Condition(place, segment, said)
 
 
-def _leaves(rules: list[_Json], above: str) -> Iterator[tuple[str, _Json]]:
+def leaves(rules: list[_Json], above: str) -> Iterator[tuple[str, _Json]]:
+    """Every condition of the rules that stand at ``above``, however deep, with its place."""
     for number, rule in enumerate(rules):
         for place, condition in enumerate(rule.get("conditions") or ()):
             yield f"{above}[{number}].conditions[{place}]", condition
-        yield from _leaves(rule.get("rules") or [], f"{above}[{number}].rules")
+        yield from leaves(rule.get("rules") or [], f"{above}[{number}].rules")
 
 
 def _raised(content: _Json, conditions: list[_Condition]) -> Exception | None:
@@ -136,7 +138,7 @@ def _raised(content: _Json, conditions: list[_Condition]) -> Exception | None:
     # A path is looked for among the traits, too, before it is followed.
     names = {condition.said.get("property_") or "" for condition in conditions}
     try:
-        client = Flagsmith(offline_mode=True, offline_handler=_Handler(document))
+        client = Flagsmith(offline_mode=True, offline_handler=Handler(document))
         for sample in _SAMPLES:
             traits = {} if sample is None else dict.fromkeys(names, sample)
             client.get_identity_flags("tried", traits).is_feature_enabled("tried")
@@ -153,11 +155,12 @@ def _refused(condition: _Condition, error: Exception) -> str:
     )
 
 
-class _Handler:
+@dataclass(frozen=True, slots=True)
+class Handler:
     """What Flagsmith's client asks for its document in offline mode."""
 
-    def __init__(self, document: Any) -> None:
-        self._document = document
+    document: Any
 
     def get_environment(self) -> Any:
-        return self._document
+        """The document, which the client does not copy."""
+        return self.document

@@ -157,7 +157,7 @@ class Document:
         try:
             text = json.dumps(content, sort_keys=True)
             # The client shares parts of what it is given; the text gives it a copy that nobody else holds.
-            client = Flagsmith(offline_mode=True, offline_handler=_Handler(json.loads(text)))
+            client = Flagsmith(offline_mode=True, offline_handler=flag_trial.Handler(json.loads(text)))
             scope = _Scope.of(content)
             fault = flag_trial.fault(content, ALL_FLAGS)
         except Exception as error:  # noqa: BLE001 - the engine raises whatever a shape leads it to
@@ -297,16 +297,6 @@ def _decision(flags: Decision | Mapping[str, bool]) -> Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class _Handler:
-    """What Flagsmith's client asks for its document in offline mode."""
-
-    document: Any
-
-    def get_environment(self) -> Any:
-        return self.document
-
-
-@dataclass(frozen=True, slots=True)
 class _Scope:
     """What the decisions of one document can depend on."""
 
@@ -334,9 +324,7 @@ class _Scope:
 
 def leaf_conditions(rules: list[Json]) -> Iterator[Json]:
     """Every condition of a segment's rules, however deep."""
-    for rule in rules:
-        yield from rule.get("conditions") or ()
-        yield from leaf_conditions(rule.get("rules") or [])
+    return (condition for _, condition in flag_trial.leaves(rules, "rules"))
 
 
 def all_states(content: Json) -> Iterator[Json]:

@@ -365,12 +365,12 @@ def _column(
     currency = next((word.upper() for word in sorted(words) if word.upper() in _CURRENCIES), PLACEHOLDER_CURRENCY)
     bucket = _bucket(row.column, {one.bucket for one in before if one.currency == currency})
     minor = bool(words & _MINOR)
-    usual = 0 if currency == PLACEHOLDER_CURRENCY else _DECIMALS.get(currency, 2)
+    usual = _DECIMALS.get(currency, 2)
     notes = []
-    scale = _DECIMALS.get(currency, 2) if minor else _scale(row, currency, decimals)
+    scale = usual if minor else _scale(row, usual, decimals)
     if row.base in FLOAT_DIGITS:
         notes.append("A floating-point column: it is read as rounded to the scale. Check the scale.")
-    elif row.base in INTEGER_BITS and usual and not minor:
+    elif row.base in INTEGER_BITS and usual and not minor and currency != PLACEHOLDER_CURRENCY:
         fix = f'set unit = "minor" and scale = {usual}'
         notes.append(f"A column of whole numbers, taken as whole {currency}. If it counts the smallest coin, {fix}.")
     elif row.base == "numeric" and row.typmod < 4 and not minor:
@@ -390,13 +390,12 @@ def _bucket(column: str, taken: set[str]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _scale(row: Row[Any], currency: str, sampled: int | None) -> int:
-    """Decimals of a column in major units: as declared, or as the sample needs, at least the currency's."""
+def _scale(row: Row[Any], usual: int, sampled: int | None) -> int:
+    """Decimals of a column in major units: as declared, or as the sample needs, at least the currency's ``usual``."""
     if row.base in INTEGER_BITS:
         return 0
     if row.base == "numeric" and row.typmod >= 4:
         declared: int = (((row.typmod - 4) & 0x7FF) ^ 1024) - 1024
         return min(max(declared, 0), MAX_SCALE)
-    usual = _DECIMALS.get(currency, 2)
     most = 6 if row.base in FLOAT_DIGITS else MAX_SCALE
     return usual if sampled is None or sampled > most else max(sampled, usual)

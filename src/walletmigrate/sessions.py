@@ -206,10 +206,13 @@ def _after_commit(session: Session) -> None:
 def _after_rollback(session: Session, previous: SessionTransaction) -> None:
     pending = session.info.get(_PENDING)
     if pending:
-        session.info[_PENDING] = [each for each in pending if not _within(each.at, previous)]
-        for each in pending if previous.parent is not None else ():  # behind the outermost all is expired
-            if _within(each.at, previous):
-                each.undo(session)
+        kept: list[_Pending] = []
+        lost: list[_Pending] = []
+        for each in pending:
+            (lost if _within(each.at, previous) else kept).append(each)
+        session.info[_PENDING] = kept
+        for each in lost if previous.parent is not None else ():  # behind the outermost all is expired
+            each.undo(session)
 
 
 def _after_end(session: Session, transaction: SessionTransaction) -> None:

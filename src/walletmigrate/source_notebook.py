@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 from walletmigrate.findings import Finding, Ignores, words
@@ -51,10 +52,12 @@ class Notebook:
         self._other: list[str] = []
         self._places: list[_Place] = []
 
+    @cached_property
     def tree(self) -> ast.Module:
-        """The syntax tree of all cells that parse."""
+        """The syntax tree of all cells that parse. Raises one of UNPARSED."""
         return parsed("\n".join(self._python), "")
 
+    @cached_property
     def ignores(self) -> Ignores:
         """The ignore comments of all cells."""
         return Ignores.of(self.lines)
@@ -62,16 +65,15 @@ class Notebook:
     def findings(self, view: View, path: str, module: tuple[str, ...]) -> list[Finding]:
         """What the notebook does to one mapped table."""
         names = {**view.derived, **view.attributes}
-        found = read_python(view, path, module, self.tree(), self._python)
+        found = read_python(view, path, module, self.tree, self._python)
         found += read_text_file(f"{path}.sql", "\n".join(self._sql), view.wanted, names)
         found += read_text_file(path, "\n".join(self._other), view.wanted, names)
-        ignores = self.ignores()
-        return [self._placed(one, path, ignores) for one in found]
+        return [self._placed(one, path) for one in found]
 
-    def _placed(self, one: Finding, path: str, ignores: Ignores) -> Finding:
+    def _placed(self, one: Finding, path: str) -> Finding:
         at = one.line or 1
         cell, line = self._places[at - 1]
-        accepted = one.accepted or ignores.reason(at, at)
+        accepted = one.accepted or self.ignores.reason(at, at)
         return replace(
             one, file=path, line=line, scope=f"{cell}, {one.scope}" if one.scope else cell, accepted=accepted
         )
